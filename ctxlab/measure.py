@@ -89,7 +89,7 @@ def _calls_per_sample(fns, least: float) -> int:
     quickest = min(_sample(fn, 2) for fn in fns)
     return max(1, int(np.ceil(least / max(quickest, 1e-9))))
 
-# %% ../nbs/01_measure.ipynb #d36a8bc0
+# %% ../nbs/01_measure.ipynb #cfe79821
 def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; each is called without arguments
                 *,
                 control: str | None = None, # timed twice; default: the first
@@ -103,10 +103,11 @@ def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; e
     timed = dict(fns) | {control + AGAIN: fns[control]}
     calls = _calls_per_sample(list(timed.values()), least)
     names, rng, samples = list(timed), np.random.default_rng(seed), {name: [] for name in timed}
-    end = time.perf_counter() + budget
+    end, pad = time.perf_counter() + budget, None
     for done in range(rounds[1]):
         if done >= rounds[0] and time.perf_counter() >= end: break
         for i in rng.permutation(len(names)):
+            pad = np.empty(16 * int(rng.integers(64, 4096)), np.uint8) # noqa: F841 -- shifts what is allocated next
             samples[names[i]].append(_sample(timed[names[i]], calls))
     return Timings({name: np.array(s) for name, s in samples.items()}, control, calls)
 
