@@ -8,10 +8,11 @@ __all__ = ['PRODUCT_FLOP', 'Figures', 'CONFIRMED', 'REFUTED', 'PARTLY', 'UNDECID
            'update', 'Workload', 'workload', 'report_size', 'sites', 'Bench', 'bench', 'Claim', 'Finding', 'audit',
            'together', 'each', 'per_workload', 'percent', 'comparisons', 'run_ledger']
 
-# %% ../nbs/12_claims.ipynb #679a5335
+# %% ../nbs/12_claims.ipynb #4ea6707b
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def sites(w: Workload) -> dict[str, tuple[np.ndarray, np.ndarray]]: # site -> it
     update(note, w.X, w.Y, w.C.copy(), 0.1)
     return found
 
-# %% ../nbs/12_claims.ipynb #5a600d23
+# %% ../nbs/12_claims.ipynb #d0b91618
 @dataclass
 class Bench:
     "Measurements on some workloads, each taken once."
@@ -106,10 +107,9 @@ class Bench:
 
     def paths(self, w: Workload, what: str) -> dict[str, Callable[[], Any]]:
         "A path or a site in the three forms."
-        if what == 'forward': return {f: lambda p=p: forward(p, w.X, w.C, w.s) for f, p in forms().items()}
-        if what == 'backward': return {f: lambda p=p: backward(p, w.X, w.C, w.s, w.G) for f, p in forms().items()}
-        a, b = sites(w)[what]
-        return {f: lambda p=p: p(what, a, b) for f, p in forms().items()}
+        if what == 'forward': return {form: partial(forward, p, w.X, w.C, w.s) for form, p in forms().items()}
+        if what == 'backward': return {form: partial(backward, p, w.X, w.C, w.s, w.G) for form, p in forms().items()}
+        return {form: partial(p, what, *sites(w)[what]) for form, p in forms().items()}
 
     def timed(self, w: Workload, what: str) -> Timings:
         "The three forms of a path or site, timed in turn."

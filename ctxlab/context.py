@@ -82,11 +82,11 @@ def _gather(a: np.ndarray, rows: np.ndarray | None, out: np.ndarray) -> None:
     else:
         for i, row in enumerate(rows): out[i] = a[row]
 
-# %% ../nbs/05_context.ipynb #9ece8bea
+# %% ../nbs/05_context.ipynb #94ddaaa0
 def _standardise(a: np.ndarray, # (n, D) float64, changed in place
                  ) -> np.ndarray: # (D,) the norms that were divided by, 0 for a column without one
     "Centre the columns and divide them by their norms; non-finite entries count as 0."
-    exponent = 0
+    exponent: int | np.ndarray = 0 # a power of two taken out of each column
     if not math.isfinite(frobenius(a)): # not finite, or a square overflows: the reference knows what to do
         a[...], exponent = _centred(a)
     elif len(a):
@@ -202,7 +202,7 @@ def _check_operand(name: str, a, ndim: tuple[int, ...], dtype) -> np.ndarray:
         raise ValueError(f'{name}: strides {a.strides} of shape {a.shape} would need a copy; pass np.ascontiguousarray({name})')
     return a
 
-# %% ../nbs/05_context.ipynb #7bf36513
+# %% ../nbs/05_context.ipynb #b146f028
 def _read_only(a: np.ndarray | None) -> np.ndarray | None:
     if a is None: return None
     view = a.view()
@@ -217,7 +217,7 @@ class _State:
         self.max_rows, self._scratch = max_rows, Scratch() if workspace is None else workspace
         self._incoming: np.ndarray | None = None
         self._outgoing: np.ndarray | None = None
-        self._folded: np.ndarray | None = None # I + (s/D) incoming, while _norm is not None
+        self._folded: Any = None # (D, D), I + (s/D) incoming while _norm is not None
         self._norm: float | None = None # the larger norm of incoming and folded; None: fold before use
         self.strength, self.update_rate = strength, update_rate
 
@@ -246,7 +246,7 @@ def _as_rows(a: np.ndarray) -> np.ndarray:
     "A batch (B, S, D) as (B S, D); anything else as it is. Never a copy, since batches are contiguous."
     return a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a
 
-# %% ../nbs/05_context.ipynb #2a34eaf5
+# %% ../nbs/05_context.ipynb #accc8296
 class SharedAttentionContext(_State):
     "A context learned from a layer's input and output (`update`), and mixed into the next layer's input (`apply`)."
     def __init__(self,
@@ -267,17 +267,16 @@ class SharedAttentionContext(_State):
                 self._incoming, self._folded = aligned_empty(C.shape, self.dtype), aligned_empty(C.shape, self.dtype)
             self._incoming[...], self._norm = C, None
 
-    def _mixes(self, x: np.ndarray) -> bool: # whether a context of the right shape is there
+    def _context_for(self, x: np.ndarray) -> np.ndarray | None: # the incoming context, if there is one
         C = self._incoming
         if C is not None and len(C) != x.shape[-1]:
             raise ValueError(f'x: shape {x.shape} does not fit the incoming context: {C.shape}')
-        return C is not None
+        return C
 
-    def _is_safe(self, *arrays: np.ndarray) -> bool: # folds if need be; whether no product with `arrays` can overflow
-        assert self._incoming is not None and self._folded is not None
+    def _is_safe(self, C: np.ndarray, *arrays: np.ndarray) -> bool: # folds if need be; whether no product can overflow
         if self._norm is None:
-            fold(self._incoming, self._strength, self._folded)
-            self._norm = max(frobenius(self._incoming), frobenius(self._folded), key=lambda n: (n != n, n))
+            fold(C, self._strength, self._folded)
+            self._norm = float(np.maximum(frobenius(C), frobenius(self._folded))) # NaN if either is
         return all(cannot_overflow(self.dtype, frobenius(a), self._norm) for a in arrays)
 
     def apply(self,
@@ -287,13 +286,14 @@ class SharedAttentionContext(_State):
         "`x + (s/D) x @ incoming`, as `reference.apply_context`."
         X = _check_operand('x', x, (1, 2, 3), self.dtype)
         if out is not None: _check_operand('out', check_out(out, X.shape, self.dtype, {'x': X}), (X.ndim,), self.dtype)
-        if not self._mixes(X) or self._strength == 0:
+        C = self._context_for(X)
+        if C is None or self._strength == 0:
             if out is None: return x
             out[...] = X
             return out
         if out is None: out = aligned_empty(X.shape, self.dtype)
-        if self._is_safe(X): np.matmul(_as_rows(X), self._folded, out=_as_rows(out))
-        else: out[...] = apply_context(_as_rows(X), self._incoming, self._strength).reshape(X.shape)
+        if self._is_safe(C, X): np.matmul(_as_rows(X), self._folded, out=_as_rows(out))
+        else: out[...] = apply_context(_as_rows(X), C, self._strength).reshape(X.shape)
         return out
 
     def backward(self,
@@ -307,15 +307,16 @@ class SharedAttentionContext(_State):
         check_same_shape('grad_out', G, 'x', X)
         if out is not None:
             _check_operand('out', check_out(out, X.shape, self.dtype, {'x': X, 'grad_out': G}), (X.ndim,), self.dtype)
-        if not self._mixes(X):
+        C = self._context_for(X)
+        if C is None:
             if out is None: return grad_out, 0.0
             out[...] = G
             return out, 0.0
         if out is None: out = aligned_empty(X.shape, self.dtype)
         as_rows = np.atleast_2d if X.ndim == 1 else _as_rows
         X, G, grad_x = as_rows(X), as_rows(G), as_rows(out)
-        if self._is_safe(X, G): return out, backward_into(X, self._incoming, self._strength, G, grad_x)
-        grad_x[...], grad_s = apply_context_vjp(X, self._incoming, self._strength, G)
+        if self._is_safe(C, X, G): return out, backward_into(X, C, self._strength, G, grad_x)
+        grad_x[...], grad_s = apply_context_vjp(X, C, self._strength, G)
         return out, grad_s
 
     def update(self,

@@ -89,7 +89,7 @@ def _calls_per_sample(fns, least: float) -> int:
     quickest = min(_sample(fn, 2) for fn in fns)
     return max(1, int(np.ceil(least / max(quickest, 1e-9))))
 
-# %% ../nbs/01_measure.ipynb #cfe79821
+# %% ../nbs/01_measure.ipynb #77206126
 def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; each is called without arguments
                 *,
                 control: str | None = None, # timed twice; default: the first
@@ -102,7 +102,8 @@ def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; e
     control = control or next(iter(fns))
     timed = dict(fns) | {control + AGAIN: fns[control]}
     calls = _calls_per_sample(list(timed.values()), least)
-    names, rng, samples = list(timed), np.random.default_rng(seed), {name: [] for name in timed}
+    names, rng = list(timed), np.random.default_rng(seed)
+    samples: dict[str, list[float]] = {name: [] for name in timed}
     end, pad = time.perf_counter() + budget, None
     for done in range(rounds[1]):
         if done >= rounds[0] and time.perf_counter() >= end: break

@@ -20,7 +20,7 @@ def tolerance(dtype, # float32 or float64: the precision of the computation
     "Rounding that a reduction of length `depth` may commit: `c * eps * depth` (Higham 2002, eq. 3.5)."
     return c * float(np.finfo(dtype).eps) * max(int(depth), 1)
 
-# %% ../nbs/00_testing.ipynb #126546eb
+# %% ../nbs/00_testing.ipynb #26770a50
 def _same_kind(actual: np.ndarray, expected: np.ndarray) -> None:
     "Shape, dtype and the places of NaN, +inf and -inf agree, or an AssertionError says which does not."
     if actual.shape != expected.shape:
@@ -32,7 +32,7 @@ def _same_kind(actual: np.ndarray, expected: np.ndarray) -> None:
         if len(differ):
             raise AssertionError(f'{name}: {len(differ)} of {actual.size} entries differ, first at {_place(differ[0])}')
 
-def _place(index: np.ndarray) -> tuple[int, ...]:
+def _place(index) -> tuple[int, ...]:
     return tuple(int(i) for i in index)
 
 # %% ../nbs/00_testing.ipynb #1aefc43b
@@ -87,7 +87,7 @@ def sprinkle(x: np.ndarray, # array to copy
     out.flat[places] = np.asarray(values[:len(places)], x.dtype)
     return out
 
-# %% ../nbs/00_testing.ipynb #c274014a
+# %% ../nbs/00_testing.ipynb #5bd59d56
 def numeric_gradient(f: Callable[[np.ndarray], float], # scalar function; must not keep or change its argument
                      x: np.ndarray, # float64, any shape
                      step: float = 6e-6, # h, relative to max(1, |x_i|)
@@ -96,7 +96,7 @@ def numeric_gradient(f: Callable[[np.ndarray], float], # scalar function; must n
     if x.dtype != np.float64: raise TypeError(f'x: {x.dtype} has too few digits for differences; use float64')
     x, grad = x.copy(), np.empty_like(x)
     for i in np.ndindex(x.shape):
-        kept = x[i]
+        kept = float(x[i])
         h = step * max(1.0, abs(kept))
         x[i] = kept + h; above = f(x)
         x[i] = kept - h; below = f(x)
