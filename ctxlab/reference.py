@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORM_FLOOR', 'check_array', 'check_same_shape', 'sample_rows', 'similarity', 'check_rate', 'ema', 'similarity_step',
-           'check_strength', 'apply_context', 'check_context', 'apply_context_vjp']
+           'check_strength', 'apply_context', 'check_context', 'apply_context_vjp', 'context_gradient']
 
 # %% ../nbs/02_reference.ipynb #5ecc14cc
 import numpy as np
@@ -153,3 +153,14 @@ def apply_context_vjp(x: np.ndarray, # (S, D) or (D,)
     grad_s = np.sum(_finite(G).astype(np.float64) * _product(x, C)) / max(len(C), 1)
     grad_x = G + x.dtype.type(s / max(len(C), 1)) * _product(G, C.T)
     return grad_x, float(grad_s)
+
+# %% ../nbs/02_reference.ipynb #c69dab3b
+def context_gradient(x: np.ndarray, # (S, D)
+                     strength: float, # s
+                     grad_out: np.ndarray, # (S, D), same dtype: dL/d(out)
+                     ) -> np.ndarray: # (D, D): dL/dC
+    "Gradient of `apply_context` with respect to the context: `(s/D) X^T G`."
+    x = check_array('x', x)
+    G = check_array('grad_out', grad_out, dtype=x.dtype)
+    check_same_shape('grad_out', G, 'x', x)
+    return x.dtype.type(check_strength(strength) / max(x.shape[1], 1)) * _product(x.T, G)
