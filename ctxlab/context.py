@@ -60,7 +60,7 @@ def cannot_overflow(dtype, *norms: float) -> bool: # False for NaN
     "Whether sums of products of factors with these norms stay finite, whatever the order (with a margin of 8)."
     return math.prod(norms) < np.finfo(dtype).max / 8
 
-# %% ../nbs/05_context.ipynb #22fa3cdf
+# %% ../nbs/05_context.ipynb #0d42d77a
 def backward_into(x: np.ndarray, # (S, D)
                   context: np.ndarray, # (D, D), same dtype
                   strength: float, # s
@@ -68,15 +68,16 @@ def backward_into(x: np.ndarray, # (S, D)
                   out: np.ndarray, # (S, D), receives dL/dX
                   ) -> float: # dL/ds
     "Both gradients of `apply` from the single product `G C^T`, for input that cannot overflow."
-    D = max(len(context), 1)
-    factor, total = out.dtype.type(strength / D), 0.0
-    np.matmul(grad_out, context.T, out=out)
+    D, total = max(len(context), 1), 0.0
+    factor = strength / D
+    early = abs(factor) > 1e-12 # scale within the product
+    gemm(grad_out, context.T, out, alpha=factor if early else 1.0)
     for rows in panels(len(x), out.shape[1] * out.itemsize):
         T = out[rows]
         total += inner(T, x[rows])
-        T *= factor
+        if not early: T *= out.dtype.type(factor)
         T += grad_out[rows]
-    return total / D
+    return total / (strength if early else D)
 
 # %% ../nbs/05_context.ipynb #d090a184
 Take = Callable[..., np.ndarray] # (name, shape, dtype) -> buffer, as `Scratch.take`
@@ -281,7 +282,7 @@ def _as_rows(a: np.ndarray) -> np.ndarray:
     "A batch (B, S, D) as (B S, D); anything else as it is. Never a copy, since batches are contiguous."
     return a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a
 
-# %% ../nbs/05_context.ipynb #711222d9
+# %% ../nbs/05_context.ipynb #f0bdd6d9
 class SharedAttentionContext(_State):
     "A context learned from a layer's input and output (`update`), and mixed into the next layer's input (`apply`)."
     def __init__(self,
@@ -360,12 +361,12 @@ class SharedAttentionContext(_State):
         return out, grad_s
 
     def context_gradient(self,
-                         x: np.ndarray, # (S, D) or (B, S, D): the input that `apply` had
+                         x: np.ndarray, # the input that `apply` had
                          grad_out: np.ndarray, # dL/d(apply(x)), same shape
                          out: np.ndarray | None = None, # (D, D); default: a new array
                          ) -> np.ndarray: # dL/d(incoming)
         "Gradient of `apply` with respect to the incoming context, as `reference.context_gradient`."
-        X, G = map(_as_rows, self._operands(None, x, grad_out))
+        X, G = (np.atleast_2d(_as_rows(a)) for a in self._operands(None, x, grad_out))
         shape = 2 * X.shape[-1:]
         out = aligned_empty(shape, self.dtype) if out is None else check_out(out, shape, self.dtype, {'x': X, 'grad_out': G})
         if not cannot_overflow(self.dtype, frobenius(X), frobenius(G)): out[...] = context_gradient(X, self._strength, G)
