@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPILOG', 'BUDGETS', 'parser', 'report', 'bench', 'main']
 
-# %% ../nbs/14_cli.ipynb #18df1be7
+# %% ../nbs/14_cli.ipynb #425aec33
 import argparse
 import json
 import os
@@ -15,9 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from . import __version__
-from .data import PACKAGED, InputError
 
-# %% ../nbs/14_cli.ipynb #6f708497
+# %% ../nbs/14_cli.ipynb #f438f46e
 EPILOG = '''\
 examples:
   ctxlab report                              about a minute; writes ctxlab-report/index.html
@@ -32,11 +31,17 @@ BUDGETS = {'default': 3.5, 'quick': 0.5} # seconds for one of the 14 comparisons
 def _seed(text: str) -> int:
     if not text.isdecimal(): raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 0 or more')
     return int(text)
+def _seconds(text: str) -> float:
+    try: value = float(text)
+    except ValueError: value = -1.0
+    if not 0 <= value <= 3600: raise argparse.ArgumentTypeError(f'{text!r} is not a number of seconds from 0 to 3600')
+    return value
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 1 or more')
     return int(text)
 
-# %% ../nbs/14_cli.ipynb #c71dabbc
+# %% ../nbs/14_cli.ipynb #39f3399b
 def parser() -> argparse.ArgumentParser:
     "The command line."
     p = argparse.ArgumentParser(prog='ctxlab', description='Measure, on this machine, which claims about writing matrix '
@@ -48,10 +53,10 @@ def parser() -> argparse.ArgumentParser:
                             'Prints a table and writes index.html, the plots and claims.json to a folder.',
                             epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     r.add_argument('--out', metavar='FOLDER', default='ctxlab-report', help='where to write (default: %(default)s); other files in it stay')
-    r.add_argument('--activations', metavar='FILE.npz', help=f'your own activations (default: packaged, {PACKAGED})')
+    r.add_argument('--activations', metavar='FILE.npz', help='your own activations (default: packaged ones of a small transformer)')
     r.add_argument('--quick', action='store_true', help='spend less time on each comparison')
     r.add_argument('--seed', type=_seed, default=0, metavar='N', help='of random data and of the order of timings (default: 0)')
-    r.add_argument('--json', metavar='FILE', help='write the JSON to FILE as well; - prints it in place of the table')
+    r.add_argument('--json', choices=['-'], metavar='-', help='print what claims.json holds, in place of the table')
     r.add_argument('--no-progress', action='store_true', help='no progress bar')
     r.add_argument('--debug', action='store_true', help='show the traceback of an error')
     b = commands.add_parser('bench', help='time the hot paths rung by rung, in units of one bare matrix product',
@@ -59,38 +64,29 @@ def parser() -> argparse.ArgumentParser:
                             'installed, it is timed as well, with one thread each.')
     b.add_argument('--rows', type=_positive, default=512, metavar='S', help='sequence length (default: 512)')
     b.add_argument('--dim', type=_positive, default=768, metavar='D', help='width (default: 768)')
-    b.add_argument('--seconds', type=float, default=15.0, help='time for each table (default: 15)')
+    b.add_argument('--seconds', type=_seconds, default=15.0, help='time for each table (default: 15)')
     b.add_argument('--seed', type=_seed, default=0, metavar='N', help='of random data and of the order of timings (default: 0)')
     b.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return p
 
-# %% ../nbs/14_cli.ipynb #7cad471a
-def _json_folder(path: str | None) -> Path | None: # where a JSON file of the user's choice goes
-    if path in (None, '-'): return None
-    if Path(path).is_dir(): raise InputError(f'--json: {path} is a folder; needed a file name, or - for standard output')
-    return Path(path).parent
-
+# %% ../nbs/14_cli.ipynb #29942a5c
 def report(args: argparse.Namespace) -> int: # exit code
     "The main job: check everything, measure, then write all of it."
     from tqdm import tqdm
 
     from ctxlab.claims import bench, comparisons, run_ledger
-    from ctxlab.data import load_pairs
-    from ctxlab.report import staging, table, write_report
+    from ctxlab.data import PACKAGED, load_pairs
+    from ctxlab.report import FILES, staging, table, write_report
     pairs, budget = load_pairs(args.activations), BUDGETS['quick' if args.quick else 'default']
     settings = dict(seed=args.seed, quick=args.quick, seconds_per_comparison=budget, activations=args.activations or PACKAGED)
     name = Path(args.activations).name if args.activations else 'activations'
-    with ExitStack() as stack:
-        json_folder = _json_folder(args.json)
-        place = stack.enter_context(staging(args.out))
-        json_place = stack.enter_context(staging(json_folder)) if json_folder else None
+    with staging(args.out, FILES) as place:
         b = bench(pairs, name, budget=budget, seed=args.seed)
         with tqdm(total=comparisons(b), desc='measuring', unit='comparison', disable=args.no_progress or None, leave=False) as bar:
             b.tick = lambda what: bar.update()
             findings = run_ledger(b)
-        text = json.dumps(write_report(place, findings, b, settings), indent=1, allow_nan=False)
-        if json_place: (json_place / Path(args.json).name).write_text(text + '\n', encoding='utf-8')
-    print(text if args.json == '-' else f"{table(findings)}\n\n{Path(args.out) / 'index.html'} has the pictures and the rules.")
+        data = write_report(place, findings, b, settings)
+    print(json.dumps(data, indent=1) if args.json else f"{table(findings)}\n\n{Path(args.out) / 'index.html'} has the pictures and the rules.")
     return 0
 
 # %% ../nbs/14_cli.ipynb #37fdd00e
@@ -106,17 +102,32 @@ def bench(args: argparse.Namespace) -> int: # exit code
           f'\nbeside PyTorch, one thread each\n\n{benchmark_table(peer)}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #f2ad6600
+# %% ../nbs/14_cli.ipynb #d916c8fd
+def _run(args: argparse.Namespace) -> tuple[int, BaseException | None, str]: # exit code, and the error with its message
+    "Do the job, and say how it ended."
+    try:
+        from ctxlab.data import InputError
+        try:
+            code = {'report': report, 'bench': bench}[args.command](args)
+            sys.stdout.flush()
+            return code, None, ''
+        except BrokenPipeError as e: return 141, e, '' # the reader of our output has left, as in `| head`
+        except (InputError, OSError) as e: return 2, e, f'error: {e}'
+        except MemoryError as e: return 2, e, f'error: not enough memory for this size ({e})'
+    except KeyboardInterrupt as e: return 130, e, 'interrupted; nothing was written, and an earlier report is as it was'
+    except Exception as e: return 1, e, f'error: unexpected {type(e).__name__}: {e}' + ('' if args.debug else ' (--debug shows where)')
+
+def _close_output() -> None:
+    "Flush standard output; where that fails, drop what is left, or Python would complain at exit."
+    try: sys.stdout.flush()
+    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def main(argv: list[str] | None = None) -> int: # exit code
     "Entry point of the command `ctxlab`; an error is one line on standard error."
-    args = parser().parse_args(argv)
-    try: return {'report': report, 'bench': bench}[args.command](args)
-    except KeyboardInterrupt: code, message = 130, 'interrupted; nothing was written, and an earlier report is as it was'
-    except BrokenPipeError: # the reader of our output has left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (InputError, OSError) as e: code, message = 2, f'error: {e}'
-    except MemoryError as e: code, message = 2, f'error: not enough memory for these activations ({e})'
-    if args.debug: traceback.print_exc()
-    print(f'ctxlab: {message}', file=sys.stderr)
+    try:
+        args = parser().parse_args(argv)
+        code, error, message = _run(args)
+        if args.debug and error: traceback.print_exception(error)
+        if message: print('ctxlab:', ''.join(c if c.isprintable() else '?' for c in message), file=sys.stderr)
+    finally: _close_output()
     return code

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'InputError', 'Pair', 'pair', 'load_pairs']
 
-# %% ../nbs/02a_data.ipynb #1ae6f7ca
+# %% ../nbs/02a_data.ipynb #e25c4fcb
 import zipfile
-import zlib
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ class Pair(NamedTuple):
     x: np.ndarray # (S, D) float32
     y: np.ndarray # (S, D) float32
 
-# %% ../nbs/02a_data.ipynb #79905783
+# %% ../nbs/02a_data.ipynb #9925f2db
 def _matrix(name: str, a: np.ndarray) -> np.ndarray:
     "`a` as a float32 matrix that something can be learned from, or an InputError."
     if a.dtype.kind != 'f' or a.dtype.itemsize > 8:
@@ -41,26 +40,26 @@ def _matrix(name: str, a: np.ndarray) -> np.ndarray:
 def pair(name: str, x: np.ndarray, y: np.ndarray) -> Pair:
     "A checked float32 pair, or an InputError."
     if x.shape != y.shape: raise InputError(f'{name}: x has shape {x.shape} and y has {y.shape}; they must agree')
-    return Pair(name, _matrix('x', x), _matrix('y', y))
+    where = '' if name == 'x and y' else f'{name}, '
+    return Pair(name, _matrix(f'{where}x', x), _matrix(f'{where}y', y))
 
-# %% ../nbs/02a_data.ipynb #5a578e89
+# %% ../nbs/02a_data.ipynb #87908a97
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     "The arrays `x` and `y`, or `hidden`, of an .npz file, or an InputError that says what is wrong with it."
-    if not path.exists(): raise InputError(f'{path}: no such file')
-    if path.is_dir(): raise InputError(f'{path}: is a folder; needed an .npz file')
     try:
+        if not path.exists(): raise InputError(f'{path}: no such file')
+        if path.is_dir(): raise InputError(f'{path}: is a folder; needed an .npz file')
         if not zipfile.is_zipfile(path): raise InputError(f'{path}: not an .npz archive (see numpy.savez)')
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
             wanted = ('x', 'y') if {'x', 'y'} <= set(archive.files) else ('hidden',)
             if not set(wanted) <= set(archive.files):
                 raise InputError(f"{path}: needed arrays 'x' and 'y', or 'hidden'; found {', '.join(archive.files) or 'none'}")
             arrays = {name: archive[name] for name in wanted}
     except InputError: raise
-    except ValueError as e:
-        why = 'holds pickled objects, which are not read' if 'allow_pickle' in str(e) else f'cannot be read ({e})'
+    except Exception as e: # a damaged archive can raise anything, from zlib to the tokenizer of its headers
+        first = (str(e) or type(e).__name__).splitlines()[0]
+        why = 'holds pickled objects, which are not read' if 'Object arrays' in first else f'cannot be read ({first})'
         raise InputError(f'{path}: {why}') from e
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, MemoryError) as e:
-        raise InputError(f'{path}: cannot be read ({e})') from e
     for name, a in arrays.items():
         if not isinstance(a, np.ndarray): raise InputError(f'{path}: {name!r} is not a NumPy array')
     return arrays

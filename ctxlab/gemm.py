@@ -17,13 +17,16 @@ from threadpoolctl import threadpool_info
 
 from .reference import check_array
 
-# %% ../nbs/03_gemm.ipynb #0fea8db3
+# %% ../nbs/03_gemm.ipynb #5d7e5e0d
 def _leading(a: np.ndarray) -> tuple[bool, int] | None: # (row-major?, leading dimension in elements), None: BLAS cannot take it
     "How BLAS would address the matrix `a`."
     (m, n), (r, c), size = a.shape, a.strides, a.itemsize
-    if a.flags.aligned and c == size and r % size == 0 and (r >= n * size or m <= 1): return True, max(r // size, n, 1)
-    if a.flags.aligned and r == size and c % size == 0 and (c >= m * size or n <= 1): return False, max(c // size, m, 1)
-    return (True, max(n, 1)) if a.size == 0 else None
+    if not a.flags.aligned: return None
+    if a.flags.c_contiguous: return True, max(n, 1)
+    if a.flags.f_contiguous: return False, max(m, 1)
+    if c == size and r % size == 0 and (r >= n * size or m <= 1): return True, max(r // size, n, 1)
+    if r == size and c % size == 0 and (c >= m * size or n <= 1): return False, max(c // size, m, 1)
+    return None
 
 def blas_layout(a: np.ndarray) -> bool:
     "Whether BLAS can take the matrix `a` as it lies in memory: unit stride on one axis, no overlap on the other."
@@ -113,7 +116,7 @@ def _accumulate(a: np.ndarray, b: np.ndarray, out: np.ndarray, alpha: float, bet
             out[rows] *= beta
             out[rows] += product
 
-# %% ../nbs/03_gemm.ipynb #7258bf2a
+# %% ../nbs/03_gemm.ipynb #7303308c
 def gemm(a: np.ndarray, # (m, k) float32 or float64, in a layout that BLAS takes
          b: np.ndarray, # (k, n), same dtype
          out: np.ndarray, # (m, n), same dtype, written in place; must not overlap `a` or `b`
@@ -122,6 +125,7 @@ def gemm(a: np.ndarray, # (m, k) float32 or float64, in a layout that BLAS takes
          beta: float = 0.0, # factor of what `out` holds; 0 leaves it unread
          ) -> np.ndarray: # out
     "`out = alpha * a @ b + beta * out`, without a temporary of the result's size (BLAS xGEMM; Julia's `mul!`)."
+    alpha, beta = float(alpha), float(beta)
     a, b, c = _check_product(a, b, out)
     if c.size == 0: return out
     if alpha == 0 or a.shape[1] == 0:

@@ -89,7 +89,7 @@ def _calls_per_sample(fns, least: float) -> int:
     quickest = min(_sample(fn, 2) for fn in fns)
     return max(1, int(np.ceil(least / max(quickest, 1e-9))))
 
-# %% ../nbs/01_measure.ipynb #77206126
+# %% ../nbs/01_measure.ipynb #f418d9a7
 def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; each is called without arguments
                 *,
                 control: str | None = None, # timed twice; default: the first
@@ -99,6 +99,8 @@ def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; e
                 seed: int = 0, # of the order within the rounds
                 ) -> Timings:
     "Time functions in turn, in random order, round after round, for `budget` seconds."
+    if not fns: raise ValueError('fns: is empty; needed at least one function to time')
+    if bad := [name for name in fns if name.endswith(AGAIN)]: raise ValueError(f'fns: {bad[0]!r} ends like the name of a control')
     control = control or next(iter(fns))
     timed = dict(fns) | {control + AGAIN: fns[control]}
     calls = _calls_per_sample(list(timed.values()), least)
@@ -112,12 +114,12 @@ def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; e
             samples[names[i]].append(_sample(timed[names[i]], calls))
     return Timings({name: np.array(s) for name, s in samples.items()}, control, calls)
 
-# %% ../nbs/01_measure.ipynb #199c27fc
+# %% ../nbs/01_measure.ipynb #2b0fa81f
 def traced_peak(fn: Callable[[], Any], # called without arguments; its result counts, too
                 *,
                 warmup: int = 1, # calls before the one that counts, so that lazily built buffers exist
                 ) -> int: # bytes
-    "Most bytes that were alive during `fn()` beyond those alive before it."
+    "Most bytes that were alive during `fn()` beyond those alive before it. Do not nest: the inner one resets the peak."
     for _ in range(warmup): fn()
     was_tracing = tracemalloc.is_tracing()
     if not was_tracing: tracemalloc.start()

@@ -1,0 +1,57 @@
+"""What the tests share: one hypothesis profile, and arrays of every kind, made from a seed."""
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from ctxlab.testing import sprinkle
+
+# The same examples on every machine and every run, and no time limit that a busy machine could break.
+# For a hunt: pytest --hypothesis-profile=thorough
+settings.register_profile(
+    "ctxlab", deadline=None, max_examples=60, stateful_step_count=30, derandomize=True, database=None
+)
+settings.register_profile(
+    "thorough", settings.get_profile("ctxlab"), max_examples=5000, derandomize=False, print_blob=True
+)
+settings.load_profile("ctxlab")
+
+DTYPES = (np.float32, np.float64)
+KINDS = ("normal", "steps", "tiny", "huge", "wide", "hostile")
+
+seeds = st.integers(0, 2**32 - 1)
+dtypes = st.sampled_from(DTYPES)
+kinds = st.sampled_from(KINDS)
+
+
+def make(rng, shape, dtype=np.float32, kind="normal"):
+    """An array of the kind: well behaved, or with what one guard in the package is there for."""
+    x = rng.standard_normal(shape)
+    if kind == "steps":  # ties, zeros, constant columns
+        x = np.round(x)
+    elif kind == "tiny":
+        x *= 1e-30
+    elif kind == "huge":  # squares are finite, products of three are not
+        x *= 0.01 * np.sqrt(np.finfo(dtype).max)
+    elif kind == "wide":  # float32 squares overflow and underflow
+        x *= 10.0 ** rng.uniform(-30, 30, shape)
+    x = np.asarray(x, dtype)
+    return sprinkle(x, rng) if kind == "hostile" else x
+
+
+def lay(a, layout, fill=np.nan):
+    """A copy of matrix `a` in another layout that BLAS takes; panels lie in a buffer full of `fill`."""
+    m, n = a.shape
+    view = {
+        "C": lambda: np.empty((m, n), a.dtype),
+        "F": lambda: np.empty((n, m), a.dtype).T,
+        "rows": lambda: np.full((m + 3, n), fill, a.dtype)[2 : m + 2],
+        "columns": lambda: np.full((m, n + 3), fill, a.dtype)[:, 1 : n + 1],
+        "F columns": lambda: np.full((n + 3, m + 2), fill, a.dtype)[1 : n + 1, :m].T,
+    }[layout]()
+    view[...] = a
+    return view
+
+
+LAYOUTS = ("C", "F", "rows", "columns", "F columns")
+layouts = st.sampled_from(LAYOUTS)

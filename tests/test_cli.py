@@ -1,0 +1,321 @@
+"""Whole commands, as a user runs them: what they print, what they write, and how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_report import tree
+
+from ctxlab import __version__
+from ctxlab.claims import LEDGER
+from ctxlab.cli import parser
+
+CTXLAB = [Path(sys.executable).parent / "ctxlab"]
+# The same command with a small workload at the report's place, where a test is not about what is measured.
+FAST = [
+    sys.executable,
+    "-c",
+    """
+import sys
+import numpy as np
+from ctxlab import claims, cli
+from ctxlab.data import Pair
+def small(rng):
+    x, y = rng.standard_normal((2, 64, 48), np.float32)
+    return claims.workload('512 x 768', Pair('random', x, y), rng)
+claims.report_size, cli.BUDGETS['quick'] = small, 0.0
+sys.exit(cli.main(sys.argv[1:]))
+""",
+]
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+FILES = {"index.html", "claims.json", "bytes.png", "gain.png", "times.png", "memory.png"}
+
+
+def options(folder, **more):
+    """A terminal's environment, without what a developer may have set."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MPL"))}
+    env["OPENBLAS_NUM_THREADS"] = "1"  # on a busy machine two threads wait for each other
+    return dict(cwd=folder, env=env | more, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def run(folder, words, *more, command=CTXLAB, stdout=subprocess.PIPE, **env):
+    """Run the command with `words`, and with further arguments that hold spaces or worse."""
+    argv = [*command, *words.split(), *more]
+    return subprocess.run(argv, stdout=stdout, timeout=300, **options(folder, **env))
+
+
+def matrix(*shape, dtype=np.float64):
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+# Words about itself
+
+
+def test_version(tmp_path):
+    done = run(tmp_path, "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ctxlab {__version__}\n", "")
+
+
+def test_help_explains_every_option(tmp_path):
+    done, short = run(tmp_path, "report --help"), run(tmp_path, "--help")
+    assert (done.returncode, short.returncode) == (0, 0)
+    report = next(a for a in parser()._actions if a.dest == "command").choices["report"]
+    for action in report._actions:
+        assert action.help
+        assert all(option in done.stdout for option in action.option_strings)
+    assert all(code in done.stdout.split("exit codes:")[1] for code in ("0", "2", "130"))
+    assert "report" in short.stdout
+
+
+WRONG = [
+    "",
+    "audit",
+    "report --fast",
+    "report extra",
+    "report --out",
+    "report --seed -1",
+    "report --seed 1.5",
+]
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_command_line_is_explained(words, tmp_path):
+    done = run(tmp_path, words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("usage: ctxlab")
+    assert "error:" in done.stderr.splitlines()[-1]
+    assert not tree(tmp_path)
+
+
+# Bad input: one line, exit code 2, nothing written
+
+
+def save(**arrays):
+    return lambda path: np.savez(path, **arrays)
+
+
+def spoil(method=zipfile.ZIP_STORED, cut=None, flag=b""):
+    """Save good arrays, then damage the archive: cut it, zero its middle, or change flags of its members."""
+
+    def make(path):
+        np.savez(path, x=matrix(64, 16), y=matrix(64, 16))
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        content = bytearray(path.read_bytes())
+        if method == zipfile.ZIP_LZMA:
+            content[60:1500] = bytes(1440)
+        for header, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+            start = content.find(header)
+            while flag and start >= 0:
+                content[start + at : start + at + len(flag)] = flag
+                start = content.find(header, start + 1)
+        path.write_bytes(content[:cut])
+
+    return make
+
+
+x, y = matrix(64, 16), matrix(64, 16)
+ACTIVATIONS = {  # what is wrong -> (how to make the file, or None; what the message must hold)
+    "missing": (None, "bad.npz: no such file"),
+    "a folder": (Path.mkdir, "is a folder"),
+    "empty file": (lambda p: p.write_bytes(b""), "not an .npz"),
+    "text": (lambda p: p.write_text("hello"), "not an .npz"),
+    "a single array": (lambda p: p.write_bytes(b"\x93NUMPY\1\0" + bytes(100)), "not an .npz"),
+    "cut off": (spoil(cut=-200), "bad.npz"),
+    "encrypted": (spoil(flag=b"\1"), "cannot be read"),
+    "corrupt": (spoil(zipfile.ZIP_LZMA), "cannot be read"),
+    "unknown compression": (spoil(flag=b"\0\0\x61"), "cannot be read"),
+    "only x": (save(x=x), "'hidden'"),
+    "other names": (save(a=x, b=y), "found a, b"),
+    "a name of two lines": (save(**{"a\nb": x}), "found"),
+    "nothing": (save(), "found none"),
+    "pickled": (save(x=np.array([{}, None]), y=y), "pickled"),
+    "shapes differ": (save(x=x, y=y[:, :8]), "(64, 16) and y has (64, 8)"),
+    "no rows": (save(x=x[:0], y=y[:0]), "empty"),
+    "no features": (save(x=x[:, :0], y=y[:, :0]), "empty"),
+    "one row": (save(x=x[:1], y=y[:1]), "one row"),
+    "a vector": (save(x=x[0], y=y[0]), "(rows, features)"),
+    "NaN": (save(x=x, y=np.full_like(y, np.nan)), "no finite value"),
+    "integers": (save(x=np.ones((64, 16), int), y=np.ones((64, 16), int)), "int64"),
+    "complex": (save(x=x + 0j, y=y + 0j), "complex128"),
+    "too large": (save(x=x, y=np.full_like(y, 1e300)), "float32"),
+    "one layer": (save(hidden=matrix(1, 64, 16)), "layers >= 2"),
+    "no layers": (save(hidden=x), "layers >= 2"),
+}
+
+
+def assert_refused(done, folder, before, *said):
+    """What every mistake gets: exit code 2, one line that says what is wrong, and nothing else."""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ctxlab: error: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("\n")
+    for part in said:
+        assert part in done.stderr
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("what", ACTIVATIONS)
+def test_bad_activations(what, tmp_path):
+    make, said = ACTIVATIONS[what]
+    if make:
+        make(tmp_path / "bad.npz")
+    before = tree(tmp_path)
+    done = run(tmp_path, "report --quick --activations bad.npz")
+    assert_refused(done, tmp_path, before, said)
+
+
+def test_a_name_of_two_lines_gets_a_message_of_one(tmp_path):
+    done = run(tmp_path, "report --activations", "no\nsuch.npz")
+    assert_refused(done, tmp_path, {}, "no such file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_a_file_without_permission(tmp_path):
+    (tmp_path / "bad.npz").touch(0o000)
+    done = run(tmp_path, "report --activations bad.npz")
+    (tmp_path / "bad.npz").chmod(0o600)
+    assert_refused(done, tmp_path, {"bad.npz": b""}, "bad.npz")
+
+
+PLACES = [  # options, and what the message names
+    ("--out notes.txt", "notes.txt"),
+    ("--out notes.txt/report", "notes.txt"),
+    ("--out notes.txt/a/b", "notes.txt"),
+    pytest.param("--out /proc/nope", "/proc/nope", marks=on_linux),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), PLACES)
+def test_places_that_cannot_be_written(words, said, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    before = tree(tmp_path)
+    done = run(tmp_path, "report --quick " + words)
+    assert_refused(done, tmp_path, before, said)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    plain = run(tmp_path, "report --activations none.npz")
+    debug = run(tmp_path, "report --activations none.npz --debug")
+    assert debug.returncode == 2
+    assert debug.stderr.startswith("Traceback")
+    assert debug.stderr.endswith(plain.stderr)
+
+
+# Runs
+
+
+def test_a_report_on_activations_of_ones_own(tmp_path):
+    np.savez(tmp_path / "mine.npz", x=x, y=y)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    (tmp_path / "out/index.html").write_text("an earlier report")
+    done = run(tmp_path, "report --quick --activations mine.npz --out out --seed 3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"\n{claim.id} " in done.stdout for claim in LEDGER)
+    assert "out/index.html" in done.stdout.splitlines()[-1]
+    assert set(os.listdir(tmp_path)) == {"mine.npz", "out"}
+    assert set(os.listdir(tmp_path / "out")) == FILES | {"notes.txt"}
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+    assert "an earlier report" not in (tmp_path / "out/index.html").read_text(encoding="utf-8")
+    data = json.loads((tmp_path / "out/claims.json").read_text())
+    assert data["settings"]["seed"] == 3
+    assert data["settings"]["quick"] is True
+    assert data["settings"]["activations"] == "mine.npz"
+    sizes = {(w["rows"], w["features"]): w["name"] for w in data["workloads"]}
+    assert set(sizes) == {(64, 16), (512, 768)}
+    assert sizes[64, 16] == "mine.npz"
+
+
+def test_hidden_states_and_json_on_standard_output(tmp_path):
+    np.savez(tmp_path / "mine.npz", hidden=matrix(4, 40, 8, dtype=np.float16))
+    done = run(tmp_path, "report --quick --activations mine.npz --json -", command=FAST)
+    assert (done.returncode, done.stderr) == (0, "")
+    data = json.loads(done.stdout)  # nothing before it, nothing after
+    assert data == json.loads((tmp_path / "ctxlab-report/claims.json").read_text())
+    numeric = next(c for c in data["claims"] if c["id"] == "numeric")
+    assert numeric["figures"]["mine.npz"]["layers"] == 3
+    assert set(os.listdir(tmp_path / "ctxlab-report")) == FILES
+
+
+@on_linux  # other systems refuse such a name
+def test_a_file_name_that_is_not_text(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xff.npz", "wb") as f:
+        np.savez(f, x=x, y=y)
+    done = run(tmp_path, "report --quick --activations \udcff.npz", command=FAST)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 2)
+
+
+# Ends
+
+
+@pytest.fixture
+def closed_pipe():
+    """The write end of a pipe whose reader has left, as `| head` leaves one."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize("words", ["--help", "report --quick"])
+def test_a_reader_who_leaves_causes_no_noise(words, tmp_path, closed_pipe):
+    assert run(tmp_path, words, command=FAST, stdout=closed_pipe).stderr == ""
+
+
+@on_linux  # it has /dev/full
+def test_standard_output_on_a_full_disk(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = run(tmp_path, "report --quick", command=FAST, stdout=full)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ctxlab: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def can_be_interrupted():
+    """A shell's background job ignores Ctrl-C and its children inherit that; a handled signal they do not."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("can_be_interrupted")
+def test_ctrl_c_leaves_the_earlier_report(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in (*FILES, "notes.txt"):
+        (tmp_path / "out" / name).write_text(f"old {name}")
+    before = tree(tmp_path)
+    argv = [*CTXLAB, "report", "--out", "out"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, **options(tmp_path)) as process:
+        deadline = time.monotonic() + 60
+        while tree(tmp_path) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)  # until the places are open: from then on it measures, for a minute
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.startswith("ctxlab: interrupted")
+    assert err.count("\n") == 1
+    assert tree(tmp_path) == before
+
+
+def test_ctrl_c_while_numpy_loads(tmp_path):
+    # The first second of a cold start; a numpy that raises what Ctrl-C raises makes it last.
+    (tmp_path / "fake/numpy").mkdir(parents=True)
+    (tmp_path / "fake/numpy/__init__.py").write_text("raise KeyboardInterrupt")
+    done = run(tmp_path, "report", PYTHONPATH=str(tmp_path / "fake"), PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode in (130, -signal.SIGINT)  # the same to a shell
+    assert "Traceback" not in done.stderr

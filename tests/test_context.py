@@ -1,0 +1,1139 @@
+"""`SharedAttentionContext` against the reference: every kind of input, any order of calls, many threads."""
+
+import io
+import math
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import DTYPES, LAYOUTS, dtypes, kinds, lay, layouts, make, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ctxlab.context import Gate, Scratch, SharedAttentionContext
+from ctxlab.measure import traced_peak
+from ctxlab.reference import (
+    apply_context,
+    apply_context_vjp,
+    context_gradient,
+    ema,
+    sample_rows,
+    similarity,
+    similarity_step,
+)
+from ctxlab.testing import assert_equiv
+
+STRENGTHS = [0.0, 0.5, -1.3, 1 / 3, 100.0, 1e-12, 1e-40, 1e30, -1e30]
+RATES = [0.0, 1e-12, 0.01, 0.5, 1.0]
+strengths, rates = st.sampled_from(STRENGTHS), st.sampled_from(RATES)
+widths, lengths = st.integers(1, 7), st.integers(0, 9)
+
+
+def context(C=None, strength=0.5, rate=0.1, dtype=np.float32, **options):
+    ctx = SharedAttentionContext(strength, rate, dtype=dtype, **options)
+    ctx.set_incoming(C)
+    return ctx
+
+
+# --- what "equals the reference" means ---
+#
+# Sums of D products are allowed c * eps * D times the size of their terms. Below the smallest normal number,
+# `tiny`, rounding no longer shrinks with the number: hence the `+ tiny`. Where the size of the terms leaves
+# the range of the dtype (or is not a number) sums may overflow in one order and not in another. There the
+# package must have taken the reference's own path, and no difference at all is allowed.
+
+
+def held_to(actual, expected, scale, depth, dtype):
+    with np.errstate(all="ignore"):
+        scale = np.where(np.isfinite(np.asarray(scale).astype(dtype)), scale, 0.0)
+    c = 4 * float(np.finfo(dtype).eps / np.finfo(expected.dtype).eps)
+    assert_equiv(actual, expected, depth=depth, scale=scale, c=c)
+
+
+def sizes_of(*arrays):
+    return [np.abs(a.astype(np.float64)) for a in arrays]
+
+
+def assert_applies(out, x, C, s):
+    """`out` is what `apply` must give for these."""
+    with np.errstate(all="ignore"):
+        if C is None or s == 0:
+            assert_equiv(out, x, scale=0.0)
+            return
+        rows = x.reshape(-1, len(C)) if x.ndim == 3 else x
+        want = apply_context(rows, C, s).reshape(x.shape)
+        X, size, tiny = *sizes_of(x, C), np.finfo(x.dtype).tiny
+        factor = abs(s) / len(C)
+        scale = X @ (np.eye(len(C)) + factor * size + tiny) + tiny * (1 + factor)
+    held_to(out, want, scale, len(C), x.dtype)
+
+
+def assert_gradients(got, x, C, s, G):
+    """`got` is what `backward` must give for these."""
+    grad_x, grad_s = got
+    with np.errstate(all="ignore"):
+        if C is None:
+            assert_equiv(grad_x, G, scale=0.0)
+            assert grad_s == 0
+            return
+        X, g = (a.reshape(-1, len(C)) for a in (x, G))
+        want_x, want_s = apply_context_vjp(X, C, s, g)
+        tiny, factor, D = np.finfo(x.dtype).tiny, abs(s) / len(C), len(C)
+        xs, cs, gs = sizes_of(X, C, g)
+        terms = gs @ cs.T + tiny
+        scale_x, scale_s = gs + factor * terms, np.sum(terms * xs + tiny * (gs + 1)) / D
+    held_to(grad_x, want_x.reshape(x.shape), scale_x.reshape(x.shape), D, x.dtype)
+    held_to(grad_s, np.float64(want_s), scale_s, D, x.dtype)
+
+
+def assert_learned(outgoing, before, sim, rate, n):
+    with np.errstate(all="ignore"):
+        want = ema(before, sim, rate)
+    held_to(outgoing, want, 1.0 if before is None else 1 + np.abs(before), n, sim.dtype)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """Overflow is a subject here; NumPy's warnings about it are not (they come from the reference, too)."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+# --- apply and backward ---
+
+
+@given(seeds, lengths, widths, dtypes, kinds, kinds, strengths, st.sampled_from([1, 2, 3]), st.booleans())
+def test_apply_is_the_reference(seed, S, D, dtype, kind_x, kind_c, s, ndim, into):
+    rng = np.random.default_rng(seed)
+    x = make(rng, {1: (D,), 2: (S, D), 3: (2, S, D)}[ndim], dtype, kind_x)
+    C = make(rng, (D, D), dtype, kind_c)
+    ctx, kept = context(C, s, dtype=dtype), x.copy()
+    out = np.full_like(x, np.nan) if into else None
+    got = ctx.apply(x, out=out)
+    assert got is out if into else (got is x) == (s == 0)
+    assert_applies(got, kept, C, s)
+    assert np.array_equal(x, kept, equal_nan=True)
+
+
+@given(
+    seeds, lengths, widths, dtypes, kinds, kinds, kinds, strengths, st.sampled_from([1, 2, 3]), st.booleans()
+)
+def test_backward_is_the_reference(seed, S, D, dtype, kind_x, kind_c, kind_g, s, ndim, into):
+    rng = np.random.default_rng(seed)
+    shape = {1: (D,), 2: (S, D), 3: (2, S, D)}[ndim]
+    x, G = make(rng, shape, dtype, kind_x), make(rng, shape, dtype, kind_g)
+    C = make(rng, (D, D), dtype, kind_c)
+    kept, out = (x.copy(), G.copy()), np.full_like(x, np.nan) if into else None
+    got = context(C, s, dtype=dtype).backward(x, G, out=out)
+    assert (got[0] is out) == into
+    assert type(got[1]) is float
+    assert_gradients(got, kept[0], C, s, kept[1])
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip((x, G), kept, strict=True))
+
+
+@given(seeds, lengths, widths, dtypes, kinds, kinds, st.sampled_from([0.0, 0.5, -3.0, 1e-12]), st.booleans())
+def test_context_gradient_is_the_reference(seed, S, D, dtype, kind_x, kind_g, s, into):
+    rng = np.random.default_rng(seed)
+    x, G = make(rng, (2, S, D), dtype, kind_x), make(rng, (2, S, D), dtype, kind_g)
+    ctx = context(None, s, dtype=dtype)  # it does not depend on the context itself
+    for shape in ((2, S, D), (2 * S, D)):
+        out = np.full((D, D), np.nan, dtype) if into else None
+        got = ctx.context_gradient(x.reshape(shape), G.reshape(shape), out=out)
+        assert (got is out) == into
+        X, g = x.reshape(-1, D), G.reshape(-1, D)
+        xs, gs = sizes_of(X, g)
+        # Where x^T G may overflow the scale is not finite, whatever the strength.
+        scale = (xs.T @ gs).astype(dtype) + np.finfo(dtype).tiny
+        held_to(got, context_gradient(X, s, g), scale * max(abs(s) / D, 1), 2 * S + 2, dtype)
+
+
+def test_a_contexts_gradient_is_refused_what_apply_is_refused():
+    ctx = context(C4)
+    for x, G, out in (
+        (X, Y[:5], None),
+        (X[:, ::2], Y[:, ::2], None),
+        (X, Y, np.empty((4, 5), np.float32)),
+        (X[:4], Y[:4], X[:4]),
+        (X, Y, np.empty((4, 8), np.float32)[:, ::2]),
+    ):
+        with pytest.raises(ValueError, match=r"^(x|grad_out|out): "):
+            ctx.context_gradient(x, G, out=out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_strength_gradient_of_large_finite_values(dtype):
+    # x C and G C^T are far within the range, and so is the reference's sum; the products (G C^T) * x are not.
+    big = float(np.sqrt(np.finfo(dtype).max)) / 100
+    C = np.array([[1, 0], [0, 1]], dtype) * dtype(1e6)
+    x, G = np.array([[big, big]], dtype), np.array([[big, -big]], dtype)
+    assert_gradients(context(C, dtype=dtype).backward(x, G), x, C, 0.5, G)
+
+
+@pytest.mark.parametrize("s", [0.5, 1e-8, 1e-11])
+def test_the_strength_gradient_of_small_gradients(s):
+    # Every factor and the result are normal float32 numbers; the entries of (s/D) G C^T are not.
+    x, C, G = make(np.random.default_rng(0), (3, 4, 4))
+    G *= np.float32(1e-32)
+    assert_gradients(context(C, s).backward(x, G), x, C, s, G)
+
+
+@given(seeds, lengths, widths, layouts, layouts, layouts)
+def test_layouts_change_nothing(seed, S, D, lx, lg, lo):
+    rng = np.random.default_rng(seed)
+    x, G, C = make(rng, (S, D)), make(rng, (S, D)), make(rng, (D, D))
+    ctx, out = context(C), lay(np.full((S, D), np.nan, np.float32), lo)
+    ctx.set_incoming(lay(C, lx))
+    assert_applies(ctx.apply(lay(x, lx), out=out), x, C, 0.5)
+    assert_gradients(ctx.backward(lay(x, lx), lay(G, lg), out=out), x, C, 0.5, G)
+    # Nothing to mix is a copy into `out`, whatever its layout.
+    ctx.set_incoming(None)
+    assert_applies(ctx.apply(lay(x, lx), out=out), x, None, 0.5)
+    assert_gradients(ctx.backward(lay(x, lx), lay(G, lg), out=out), x, None, 0.5, G)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("S", "D"), [(1, 200), (70, 1), (50, 300), (700, 65), (1000, 129)])
+def test_sizes_that_need_several_panels(S, D, dtype):
+    rng = np.random.default_rng(S)
+    x, y, G = (make(rng, (S, D), dtype) for _ in range(3))
+    C = similarity(x, y)
+    ctx = context(C, rate=0.25, dtype=dtype)
+    assert_applies(ctx.apply(x), x, C, 0.5)
+    assert_gradients(ctx.backward(x, G), x, C, 0.5, G)
+    for _ in range(2):
+        before = None if ctx.outgoing is None else ctx.outgoing.copy()
+        ctx.update(x, y)
+        assert_learned(ctx.outgoing, before, similarity(x, y), 0.25, 32)
+    before = ctx.outgoing.copy()
+    ctx.update_step(x[0], y[0])
+    assert_learned(ctx.outgoing, before, similarity_step(x[0], y[0]), 0.25, D)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", ["x", "C", "G"])
+def test_one_value_that_is_not_finite(place, value, dtype):
+    rng = np.random.default_rng(2)
+    arrays = {name: make(rng, (4, 4), dtype) for name in "xCG"}
+    for i in range(4):
+        for j in range(4):
+            spoilt = {name: a.copy() for name, a in arrays.items()}
+            spoilt[place][i, j] = value
+            x, C, G = spoilt.values()
+            ctx = context(C, dtype=dtype)
+            assert_applies(ctx.apply(x), x, C, 0.5)
+            assert_gradients(ctx.backward(x, G), x, C, 0.5, G)
+
+
+# --- update ---
+
+
+@given(
+    seeds,
+    st.integers(0, 70),
+    st.integers(0, 7),
+    dtypes,
+    kinds,
+    kinds,
+    rates,
+    st.sampled_from([1, 5, 32, None]),
+    st.sampled_from(LAYOUTS),
+)
+def test_update_is_the_reference(seed, S, D, dtype, kind_x, kind_y, rate, max_rows, layout):
+    rng = np.random.default_rng(seed)
+    ctx, before = context(rate=rate, dtype=dtype, max_rows=max_rows), None
+    for _ in range(3):
+        x, y = make(rng, (S, D), dtype, kind_x), make(rng, (S, D), dtype, kind_y)
+        ctx.update(lay(x, layout), y)
+        if rate == 0:
+            assert ctx.outgoing is None
+            assert ctx.nbytes == 0
+            continue
+        assert_learned(
+            ctx.outgoing, before, similarity(x, y, max_rows=max_rows), rate, max(min(S, max_rows or S), 1)
+        )
+        before = ctx.outgoing.copy()
+
+
+@given(seeds, st.integers(0, 9), dtypes, kinds, kinds, rates)
+def test_update_step_is_the_reference(seed, D, dtype, kind_x, kind_y, rate):
+    rng = np.random.default_rng(seed)
+    ctx, before = context(rate=rate, dtype=dtype), None
+    for _ in range(3):
+        x, y = make(rng, D, dtype, kind_x), make(rng, D, dtype, kind_y)
+        ctx.update_step(x, y)
+        if rate == 0:
+            assert ctx.outgoing is None
+            continue
+        assert_learned(ctx.outgoing, before, similarity_step(x, y), rate, max(D, 1))
+        before = ctx.outgoing.copy()
+
+
+@given(seeds, st.integers(1, 20), st.data())
+def test_rows_may_be_chosen(seed, S, data):
+    x, y = make(np.random.default_rng(seed), (2, S, 3))
+    rows = data.draw(st.lists(st.integers(0, S - 1), min_size=1, max_size=9))  # in any order, and repeated
+    ctx = context(rate=1.0)
+    for given_ in (rows, np.array(rows, np.uint8)):
+        ctx.update(x, y, rows=given_)
+        assert_learned(ctx.outgoing, None, similarity(x, y, rows=np.array(rows)), 1.0, len(rows))
+
+
+def test_no_rows_at_all_teach_that_nothing_correlates():
+    x, y = make(np.random.default_rng(0), (2, 5, 3))
+    ctx = context(rate=0.5)
+    ctx.update(x, y)
+    before = ctx.outgoing.copy()
+    ctx.update(x, y, rows=np.array([], int))
+    assert_equiv(ctx.outgoing, before / 2)
+
+
+@given(seeds, st.integers(0, 40), st.integers(0, 6), st.integers(0, 3), st.integers(0, 3))
+def test_dim_uses_the_first_columns_of_both(seed, S, dim, more_x, more_y):
+    rng = np.random.default_rng(seed)
+    x, y = make(rng, (S, dim + more_x)), make(rng, (S, dim + more_y))
+    ctx, plain = context(rate=1.0), context(rate=1.0)
+    ctx.update(x, y, dim=dim)
+    plain.update(x[:, :dim], y[:, :dim])
+    assert_equiv(ctx.outgoing, plain.outgoing, scale=0.0)
+    if S:
+        ctx.update_step(x[0], y[0], dim=dim)
+        plain.update_step(x[0, :dim], y[0, :dim])
+        assert_equiv(ctx.outgoing, plain.outgoing, scale=0.0)
+
+
+@pytest.mark.parametrize(("size_x", "size_y"), [(1e150, 1e-160), (1e160, 1e-170), (1e-160, 1e155)])
+@pytest.mark.parametrize("how", ["update", "update_step"])
+def test_norms_whose_squares_underflow(how, size_x, size_y):
+    # float64 only: no float32 column has a norm whose square is not a float64.
+    x, y = make(np.random.default_rng(0), (2, 16, 3), np.float64)
+    x, y, ctx = x * size_x, y * size_y, context(rate=1.0, dtype=np.float64)
+    if how == "update":
+        ctx.update(x, y)
+        assert_learned(ctx.outgoing, None, similarity(x, y), 1.0, 16)
+    else:
+        ctx.update_step(x[:, 0].copy(), y[:, 0].copy())
+        assert_learned(ctx.outgoing, None, similarity_step(x[:, 0], y[:, 0]), 1.0, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("floor", [0.5, 2.0])
+@pytest.mark.parametrize("D", [3, 300])
+def test_the_floor_is_on_the_product_of_norms(D, floor, dtype):
+    # Norms of x from 1e-15 to 1, of y all 1e-6 or so: some products lie below 1e-12, some above.
+    rng = np.random.default_rng(4)
+    x, y = make(rng, (8, D), np.float64), make(rng, (8, D), np.float64)
+    x *= np.geomspace(1e-15, 1, D)
+    y *= 1e-6 * floor
+    x, y = x.astype(dtype), y.astype(dtype)
+    ctx, want = context(rate=1.0, dtype=dtype), similarity(x, y)
+    assert (want == 0).any()
+    assert (want != 0).any()
+    ctx.update(x, y)
+    assert_learned(ctx.outgoing, None, want, 1.0, 8)
+
+
+def test_what_is_learned_stays_within_its_bound():
+    x = make(np.random.default_rng(0), (64, 9), kind="steps")
+    ctx = context(rate=0.3)
+    for _ in range(30):
+        ctx.update(x, x)
+        ctx.update_step(x[0], x[0])
+        assert np.max(np.abs(ctx.outgoing)) <= math.tanh(1) + 1e-6
+
+
+def test_a_context_may_learn_from_what_it_handed_out():
+    x = make(np.random.default_rng(0), (16, 5))
+    ctx, before = context(rate=0.5), None
+    for _ in range(3):
+        ctx.update(x, x)
+        before = ctx.outgoing.copy()
+        ctx.update(ctx.outgoing, ctx.outgoing.T)
+        assert_learned(ctx.outgoing, before, similarity(before, before.T.copy()), 0.5, 5)
+
+
+@given(seeds, st.integers(1, 40), widths, dtypes, st.sampled_from(["normal", "steps", "tiny", "hostile"]))
+def test_guards_are_silent(seed, S, D, dtype, kind):
+    # Zero norms, values not finite and the floor are expected: none of them is worth a warning.
+    rng = np.random.default_rng(seed)
+    x, y = make(rng, (S, D), dtype, kind), make(rng, (S, D), dtype, kind)
+    ctx = context(similarity(x, y), rate=0.5, dtype=dtype)
+    with np.errstate(divide="raise", over="raise", invalid="raise"):
+        ctx.update(x, y)
+        ctx.update_step(x[0], y[0])
+        ctx.apply(x)
+        if kind != "hostile":  # where the reference itself sums infinities
+            ctx.backward(x, y)
+
+
+# --- no features, no rows ---
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 0), (3, 0), (2, 3, 0)])
+def test_no_features(shape):
+    x = np.empty(shape, np.float32)
+    ctx = context(np.empty((0, 0), np.float32), 0.5, 1.0)
+    assert ctx.apply(x).shape == shape
+    grad_x, grad_s = ctx.backward(x, x)
+    assert (grad_x.shape, grad_s) == (shape, 0)
+    if x.ndim < 3:
+        (ctx.update if x.ndim == 2 else ctx.update_step)(x, x)
+        assert ctx.outgoing.shape == (0, 0)
+
+
+# --- any order of calls ---
+
+
+class Contexts(RuleBasedStateMachine):
+    """A context beside the plainest model of it: four values, and the reference functions."""
+
+    @initialize(dtype=dtypes, max_rows=st.sampled_from([1, 4, 32, None]))
+    def begin(self, dtype, max_rows):
+        self.dtype, self.max_rows, self.strength, self.rate = dtype, max_rows, 0.0, 0.01
+        self.incoming = self.outgoing = None
+        self.ctx = SharedAttentionContext(max_rows=max_rows, dtype=dtype)
+
+    def draw(self, seed, shape, kind):
+        return make(np.random.default_rng(seed), shape, self.dtype, kind)
+
+    @rule(s=strengths)
+    def set_strength(self, s):
+        self.ctx.strength = self.strength = s
+
+    @rule(r=st.sampled_from([*RATES, -3.0, 7, math.inf]))
+    def set_rate(self, r):
+        self.ctx.update_rate, self.rate = r, min(max(r, 0), 1)
+
+    @rule(
+        name=st.sampled_from(["strength", "update_rate"]), value=st.sampled_from([math.nan, None, "fast", 1j])
+    )
+    def set_nonsense(self, name, value):
+        with pytest.raises((ValueError, TypeError)):
+            setattr(self.ctx, name, value)
+
+    @rule(seed=seeds, D=widths, kind=kinds)
+    def set_incoming(self, seed, D, kind):
+        given_ = self.draw(seed, (D, D), kind)
+        self.incoming = given_.copy()
+        self.ctx.set_incoming(given_)
+        given_[...] = 99  # it was copied
+
+    @rule(
+        bad=st.sampled_from(
+            [np.ones((2, 3)), np.ones(4), [[1.0]], np.ones((2, 2), int), np.ones((2, 2), np.float16)]
+        )
+    )
+    def set_bad_incoming(self, bad):
+        with pytest.raises((ValueError, TypeError), match=r"^context: "):
+            self.ctx.set_incoming(
+                bad.astype(self.dtype) if getattr(bad, "dtype", None) == np.float64 else bad
+            )
+
+    @rule()
+    def clear_incoming(self):
+        self.ctx.set_incoming(None)
+        self.incoming = None
+
+    @precondition(lambda self: self.incoming is not None)
+    @rule()
+    def set_incoming_to_its_own_transpose(self):
+        self.ctx.set_incoming(self.ctx.incoming.T)
+        self.incoming = self.incoming.T.copy()
+
+    @precondition(lambda self: self.outgoing is not None)
+    @rule()
+    def feed_outgoing_back(self):
+        self.ctx.set_incoming(self.ctx.outgoing)
+        self.incoming = self.outgoing.copy()
+
+    @rule(seed=seeds, S=lengths, D=widths, kind=kinds, ndim=st.sampled_from([1, 2, 3]), into=st.booleans())
+    def apply_and_backward(self, seed, S, D, kind, ndim, into):
+        D = D if self.incoming is None else len(self.incoming)
+        x, G = self.draw(seed, (2, *{1: (D,), 2: (S, D), 3: (2, S, D)}[ndim]), kind)
+        out = np.empty_like(x) if into else None
+        assert_applies(self.ctx.apply(x, out=out), x, self.incoming, self.strength)
+        assert_gradients(self.ctx.backward(x, G, out=out), x, self.incoming, self.strength, G)
+
+    @precondition(lambda self: self.incoming is not None)
+    @rule(S=lengths, more=st.sampled_from([-1, 1]))
+    def apply_to_another_width(self, S, more):
+        x = np.ones((S, len(self.incoming) + more), self.dtype)
+        for call in (self.ctx.apply, lambda x: self.ctx.backward(x, x)):
+            with pytest.raises(
+                ValueError, match=rf"\({S}, .*does not fit the incoming context: \({len(self.incoming)}"
+            ):
+                call(x)
+
+    def learn(self, how, x, y, sim, n, **options):
+        if self.outgoing is not None and len(self.outgoing) != len(sim):
+            with pytest.raises(
+                ValueError, match=r"does not fit the outgoing context: .* call reset\(\) first"
+            ):
+                how(x, y, **options)
+            return
+        how(x, y, **options)
+        if self.rate > 0:
+            assert_learned(self.ctx.outgoing, self.outgoing, sim, self.rate, n)
+            self.outgoing = self.ctx.outgoing.copy()
+
+    @rule(seed=seeds, S=st.integers(0, 40), D=widths, kind=kinds, own_rows=st.booleans())
+    def update(self, seed, S, D, kind, own_rows):
+        x, y = self.draw(seed, (S, D), kind), self.draw(seed + 1, (S, D), kind)
+        rows = sample_rows(S, 3)[::-1] if own_rows else sample_rows(S, self.max_rows)
+        self.learn(
+            self.ctx.update,
+            x,
+            y,
+            similarity(x, y, rows=rows),
+            max(len(rows), 1),
+            **(dict(rows=rows) if own_rows else {}),
+        )
+
+    @rule(seed=seeds, D=widths, kind=kinds)
+    def update_step(self, seed, D, kind):
+        x, y = self.draw(seed, D, kind), self.draw(seed + 1, D, kind)
+        self.learn(self.ctx.update_step, x, y, similarity_step(x, y), D)
+
+    @rule()
+    def reset(self):
+        self.ctx.reset()
+        self.outgoing = None
+
+    @rule(fresh=st.booleans())
+    def save_and_load(self, fresh):
+        file = io.BytesIO()
+        np.savez(file, **self.ctx.state_dict())
+        file.seek(0)
+        if fresh:
+            self.ctx = SharedAttentionContext(3.0, 0.7, max_rows=9, dtype=self.dtype)
+            self.ctx.set_incoming(np.ones((2, 2), self.dtype))
+            self.ctx.apply(np.ones((2, 2), self.dtype))  # folds what is about to be replaced
+        with np.load(file, allow_pickle=False) as state:
+            self.ctx.load_state_dict(state)
+
+    @rule(
+        change=st.sampled_from(
+            [
+                dict(strength=math.nan),
+                dict(update_rate=math.nan),
+                dict(max_rows=-1),
+                dict(outgoing=np.ones((2, 3))),
+                dict(incoming=[[1.0]]),
+                dict(incoming=np.ones((2, 2), int)),
+                dict(momentum=0.9),
+            ]
+        )
+    )
+    def load_nonsense(self, change):
+        state = self.ctx.state_dict() | dict(
+            strength=42.0, update_rate=0.42, incoming=np.ones((1, 1), self.dtype)
+        )
+        with pytest.raises((ValueError, TypeError)):
+            self.ctx.load_state_dict(state | change)
+
+    @invariant()
+    def the_state_is_the_models(self):
+        if not hasattr(self, "ctx"):
+            return
+        ctx = self.ctx
+        assert (ctx.strength, ctx.update_rate, ctx.max_rows) == (self.strength, self.rate, self.max_rows)
+        assert (ctx.weight_norm(), ctx.parameter_count) == (abs(self.strength), 1)
+        for held, model in ((ctx.incoming, self.incoming), (ctx.outgoing, self.outgoing)):
+            assert (held is None) == (model is None)
+            if model is not None:
+                assert_equiv(held, model, scale=0.0)
+                assert not held.flags.writeable
+
+
+TestAnyOrderOfCalls = Contexts.TestCase
+
+
+# --- the table of what the original did silently ---
+
+X, Y = np.random.default_rng(0).standard_normal((2, 6, 4)).astype(np.float32)
+C4 = np.eye(4, dtype=np.float32)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 5), (3,), (5,), (2, 6, 3), (6, 0)])
+@pytest.mark.parametrize("s", [0.5, 0.0])
+def test_a_context_of_the_wrong_shape_is_an_error_with_both_shapes(shape, s):
+    x = np.ones(shape, np.float32)
+    for call in (lambda: context(C4, s).apply(x), lambda: context(C4, s).backward(x, x)):
+        with pytest.raises(ValueError, match=r"^x: shape \(.*\) does not fit the incoming context: \(4, 4\)"):
+            call()
+
+
+@pytest.mark.parametrize("value", [math.nan, np.float32(np.nan)])
+@pytest.mark.parametrize("name", ["strength", "update_rate"])
+def test_numbers_that_are_none_are_errors_when_set(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        SharedAttentionContext(**{name: value})
+    ctx = context(C4)
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        setattr(ctx, name, value)
+    assert_applies(ctx.apply(X), X, C4, 0.5)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_strength_is_an_error(value):
+    with pytest.raises(ValueError, match=r"^strength: "):
+        context().strength = value
+
+
+def test_another_width_is_an_error_until_reset():
+    ctx = context(rate=1.0)
+    ctx.update(X, Y)
+    before = ctx.outgoing.copy()
+    for call in (
+        lambda: ctx.update(X[:, :3], Y[:, :3]),
+        lambda: ctx.update(X, Y, dim=3),
+        lambda: ctx.update_step(X[0, :3], Y[0, :3]),
+        lambda: ctx.update_step(X[0], Y[0], dim=0),
+    ):
+        with pytest.raises(
+            ValueError, match=r"does not fit the outgoing context: \(4, 4\); call reset\(\) first"
+        ):
+            call()
+    assert np.array_equal(ctx.outgoing, before)
+    ctx.reset()
+    ctx.update(X, Y, dim=3)
+    assert ctx.outgoing.shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ctx: ctx.update(X, Y[:5]),
+        lambda ctx: ctx.update(X, Y[:, :3]),
+        lambda ctx: ctx.update(X[:, :3], Y),
+        lambda ctx: ctx.update_step(X[0], Y[0, :3]),
+        lambda ctx: ctx.update(X, Y[:5], dim=4),
+        lambda ctx: ctx.update(X, Y, dim=5),
+        lambda ctx: ctx.update(X, Y[:, :2], dim=3),
+        lambda ctx: ctx.update(X, Y, dim=-1),
+        lambda ctx: ctx.update_step(X[0], Y[0], dim=5),
+        lambda ctx: ctx.update(X[0], Y[0]),
+        lambda ctx: ctx.update_step(X, Y),
+        lambda ctx: ctx.update(X[None], Y[None]),
+        lambda ctx: ctx.update(X, Y, rows=[6]),
+        lambda ctx: ctx.update(X, Y, rows=[-1]),
+        lambda ctx: ctx.backward(X, Y[:5]),
+        lambda ctx: ctx.backward(X, Y[0]),
+        lambda ctx: ctx.backward(X[0], Y),
+        lambda ctx: ctx.apply(X[:, None, None]),
+        lambda ctx: ctx.set_incoming(X),
+        lambda ctx: ctx.set_incoming(X[0]),
+        lambda ctx: ctx.apply(X[:0, :0]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_value_errors_and_change_nothing(call):
+    ctx = context(C4, rate=1.0)
+    with pytest.raises(ValueError, match=r"^(x|y|dim|rows|grad_out|context): "):
+        call(ctx)
+    assert ctx.outgoing is None
+    assert np.array_equal(ctx.incoming, C4)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        X.tolist(),
+        None,
+        X.astype(np.float64),
+        X.astype(int),
+        X.astype(np.float16),
+        X.astype(">f4"),
+        np.ma.masked_array(X),
+    ],
+    ids=lambda a: type(a).__name__ + str(getattr(a, "dtype", "")),
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ctx, a: ctx.apply(a),
+        lambda ctx, a: ctx.backward(a, X),
+        lambda ctx, a: ctx.backward(X, a),
+        lambda ctx, a: ctx.update(a, X),
+        lambda ctx, a: ctx.update(X, a),
+    ],
+    ids=["apply", "backward x", "backward grad_out", "update x", "update y"],
+)
+def test_what_is_no_array_of_the_dtype_is_a_type_error(call, bad):
+    with pytest.raises(TypeError, match=r"^(x|y|grad_out): "):
+        call(context(C4), bad)
+
+
+@pytest.mark.parametrize("rows", [[0.0, 1.0], np.ones(6, bool), [[0, 1]], 3, "all"], ids=repr)
+def test_rows_are_a_vector_of_integers(rows):
+    with pytest.raises(TypeError, match=r"^rows: "):
+        context().update(X, Y, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (dict(dtype=np.float16), TypeError),
+        (dict(dtype=int), TypeError),
+        (dict(dtype=">f4"), TypeError),
+        (dict(max_rows=0), ValueError),
+        (dict(max_rows=-5), ValueError),
+        (dict(strength="strong"), TypeError),
+        (dict(update_rate=None), TypeError),
+    ],
+)
+def test_bad_options(options, error):
+    with pytest.raises(error):
+        SharedAttentionContext(**options)
+
+
+def test_rates_are_clipped_and_a_rate_of_zero_does_nothing():
+    assert [context(rate=r).update_rate for r in (-1, 0, 0.25, 1, 9)] == [0, 0, 0.25, 1, 1]
+    ctx = context(rate=1.0)
+    ctx.update(X, Y)
+    before, ctx.update_rate = ctx.outgoing.copy(), 0
+    ctx.update(Y, X)
+    ctx.update_step(X[0], Y[0])
+    assert np.array_equal(ctx.outgoing, before)
+    with pytest.raises(ValueError, match=r"^y: "):  # idle is no excuse for bad input
+        ctx.update(X, Y[:3])
+
+
+# --- out= ---
+
+BAD_OUTS = {
+    "shape": (lambda: np.empty((5, 4), np.float32), ValueError, r"^out: shape \(5, 4\), needed \(6, 4\)"),
+    "transposed": (lambda: np.empty((4, 6), np.float32), ValueError, "^out: shape"),
+    "dimensions": (lambda: np.empty((1, 6, 4), np.float32), ValueError, "^out: .* 3 dimensions"),
+    "dtype": (lambda: np.empty((6, 4)), TypeError, "^out: float64"),
+    "list": (lambda: [[0.0] * 4] * 6, TypeError, "^out: .* not list"),
+    "masked": (lambda: np.ma.zeros((6, 4), np.float32), TypeError, "^out: "),
+    "read-only": (lambda: np.broadcast_to(np.float32(0), (6, 4)), ValueError, "^out: is read-only"),
+    "every other column": (lambda: np.empty((6, 8), np.float32)[:, ::2], ValueError, "^out: strides"),
+    "backwards": (lambda: np.empty((6, 4), np.float32)[::-1], ValueError, "^out: strides"),
+    "x itself": (lambda: X, ValueError, "^out: overlaps x"),
+    "a view of x": (lambda: X[:], ValueError, "^out: overlaps x"),
+}
+
+
+@pytest.mark.parametrize("with_context", [True, False])
+@pytest.mark.parametrize("case", BAD_OUTS)
+def test_bad_outs_are_refused_before_anything_is_written(case, with_context):
+    make_out, error, why = BAD_OUTS[case]
+    ctx, kept = context(C4 if with_context else None), X.copy()
+    for call in (lambda out: ctx.apply(X, out=out), lambda out: ctx.backward(X, Y, out=out)):
+        out = make_out()
+        before = np.array(out)
+        with pytest.raises(error, match=why):
+            call(out)
+        assert np.array_equal(np.array(out), before, equal_nan=True)
+    assert np.array_equal(X, kept)
+
+
+def test_out_must_not_be_the_gradient():
+    with pytest.raises(ValueError, match=r"^out: overlaps grad_out"):
+        context(C4).backward(X, Y, out=Y)
+
+
+def test_out_may_be_another_panel_of_the_inputs_buffer():
+    buffer = np.zeros((6, 12), np.float32)
+    buffer[:, :4], buffer[:, 4:8] = X, Y
+    C = make(np.random.default_rng(1), (4, 4))
+    ctx = context(C)
+    assert_applies(ctx.apply(buffer[:, :4], out=buffer[:, 8:]), X, C, 0.5)
+    assert_gradients(ctx.backward(buffer[:, :4], buffer[:, 4:8], out=buffer[:, 8:]), X, C, 0.5, Y)
+    assert np.array_equal(buffer[:, :8], np.hstack([X, Y]))
+
+
+@pytest.mark.parametrize("call", [lambda ctx, a: ctx.apply(a), lambda ctx, a: ctx.backward(a, a)])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda: np.empty((6, 8), np.float32)[:, ::2],
+        lambda: X[::-1],
+        lambda: np.broadcast_to(X[0], (6, 4)),
+        lambda: np.empty((2, 6, 8), np.float32)[:, :, :4],
+        lambda: np.empty((4, 2), np.float32)[:, 0],
+    ],
+)
+def test_inputs_that_would_need_a_copy_are_refused(call, view):
+    with pytest.raises(ValueError, match=r"^x: strides .* would need a copy"):
+        call(context(C4), view())
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+def test_unaligned_inputs_are_refused_in_every_shape(shape):
+    # NumPy copies them, silently and whole.
+    size = 4 * math.prod(shape)
+    x = np.zeros(size + 1, np.uint8)[1:].view(np.float32).reshape(shape)
+    assert not x.flags.aligned
+    with pytest.raises(ValueError, match=r"^x: "):
+        context(C4).apply(x)
+
+
+def test_what_is_handed_out_cannot_be_written():
+    ctx = context(C4, rate=1.0)
+    ctx.update(X, Y)
+    for view in (ctx.incoming, ctx.outgoing):
+        with pytest.raises(ValueError, match="read-only"):
+            view[0, 0] = 1
+    state = ctx.state_dict()
+    state["incoming"][:] = state["outgoing"][:] = 9  # a state is a copy
+    assert np.array_equal(ctx.incoming, C4)
+    assert ctx.outgoing.max() < 1
+
+
+# --- state ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("max_rows", [7, None])
+@pytest.mark.parametrize("holds", [(), ("incoming",), ("outgoing",), ("incoming", "outgoing")])
+def test_states_survive_a_file(holds, max_rows, dtype, tmp_path):
+    x, y = make(np.random.default_rng(0), (2, 50, 4), dtype)
+    ctx = context(similarity(x, y) if "incoming" in holds else None, -0.3, 0.2, dtype, max_rows=max_rows)
+    if "outgoing" in holds:
+        ctx.update(x, y)
+    np.savez(tmp_path / "state.npz", **ctx.state_dict())
+    twin = context(np.ones((9, 9), dtype), dtype=dtype)
+    twin.update(np.ones((3, 9), dtype), np.ones((3, 9), dtype))
+    with np.load(tmp_path / "state.npz", allow_pickle=False) as state:
+        twin.load_state_dict(state)
+    assert {"strength", "update_rate", "max_rows", *holds} == set(ctx.state_dict())
+    for c in (ctx, twin):
+        c.update(y, x)
+    assert np.array_equal(ctx.outgoing, twin.outgoing)
+    assert np.array_equal(ctx.apply(x), twin.apply(x))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"strength": 1.0},
+        dict(strength=1.0, update_rate=0.1, max_rows=32, extra=1),
+        None,
+        [],
+        "state",
+        dict(strength="strong", update_rate=0.1, max_rows=32),
+        dict(strength=1.0, update_rate=math.nan, max_rows=32),
+        dict(strength=math.inf, update_rate=0.1, max_rows=32),
+        dict(strength=1.0, update_rate=0.1, max_rows=-3),
+        dict(strength=1.0, update_rate=0.1, max_rows=32, incoming=np.ones((4, 4))),
+        dict(strength=1.0, update_rate=0.1, max_rows=32, outgoing=np.ones((4, 3), np.float32)),
+        dict(strength=1.0, update_rate=0.1, max_rows=32, incoming=C4, outgoing=np.ones(4, np.float32)),
+    ],
+    ids=repr,
+)
+def test_a_state_that_fails_to_load_leaves_everything(state):
+    ctx = context(2 * C4, rate=0.5)
+    ctx.update(X, Y)
+    before, applied = ctx.state_dict(), ctx.apply(X)
+    with pytest.raises((ValueError, TypeError)):
+        ctx.load_state_dict(state)
+    after = ctx.state_dict()
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+    assert np.array_equal(ctx.apply(X), applied)
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [1, 33, 256])
+def test_nbytes_is_what_is_really_held(D, dtype):
+    x, y = make(np.random.default_rng(0), (2, 40, D), dtype)
+    C = np.ones((D, D), dtype)
+    warm = context(C, dtype=dtype)
+    warm.update(x, y)  # whatever NumPy or Python cache on first use
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        ctx = context(C, dtype=dtype)
+        ctx.apply(x, out=np.empty_like(x))
+        ctx.update(x, y)
+        ctx.update_step(x[0], y[0])
+        held = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    # Beyond the arrays there are some Python objects, and the slack that aligns each buffer.
+    assert ctx.nbytes <= held < ctx.nbytes + 8_000
+    assert ctx.nbytes >= 3 * C.nbytes  # incoming, folded, outgoing
+
+
+def test_nbytes_adds_up_and_starts_at_nothing():
+    pool = Scratch()
+    ctx = SharedAttentionContext(0.5, workspace=pool)
+    assert ctx.nbytes == 0
+    ctx.set_incoming(C4)
+    assert ctx.nbytes == 2 * C4.nbytes
+    ctx.update(X, Y)
+    assert ctx.nbytes == 3 * C4.nbytes + pool.nbytes > 3 * C4.nbytes
+    ctx.reset()
+    assert ctx.nbytes == 2 * C4.nbytes + pool.nbytes
+    ctx.set_incoming(None)
+    assert ctx.nbytes == pool.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("S", "D"), [(512, 768), (64, 256), (300, 96), (33, 512), (2000, 128)])
+def test_the_steady_state_allocates_no_array(S, D, dtype):
+    x, y, G, out = make(np.random.default_rng(0), (4, S, D), dtype)
+    stack, stack_out, token = x.reshape(1, S, D), out.reshape(1, S, D), np.empty(D, dtype)
+    ctx, rows = context(similarity(x, y), 0.5, 0.1, dtype), sample_rows(S, 8)
+    applying = {
+        "apply": lambda: ctx.apply(x, out=out),
+        "apply to a batch": lambda: ctx.apply(stack, out=stack_out),
+        "apply to a token": lambda: ctx.apply(x[0], out=token),
+    }
+    learning = {
+        "backward": lambda: ctx.backward(x, G, out=out),
+        "backward of a batch": lambda: ctx.backward(stack, stack, out=stack_out),
+        "backward of a token": lambda: ctx.backward(x[0], G[0], out=token),
+        "update": lambda: ctx.update(x, y),
+        "update with rows": lambda: ctx.update(x, y, rows=rows),
+        "update with dim": lambda: ctx.update(x, y, dim=D),
+        "update_step": lambda: ctx.update_step(x[0], y[0]),
+    }
+    # Vectors are allowed; the smallest matrix in play holds the rows that are sampled.
+    for calls, allowed in ((applying, 4_000), (learning, min(S, D, 32) * D * x.itemsize)):
+        peaks = {name: traced_peak(call, warmup=2) for name, call in calls.items()}
+        assert {name: peak for name, peak in peaks.items() if peak >= allowed} == {}
+
+
+@pytest.mark.parametrize("place", ["x", "grad_out", "out"])
+@pytest.mark.parametrize("layout", ["F", "columns"])
+@pytest.mark.parametrize(("S", "D"), [(64, 256), (300, 96)])
+def test_the_steady_state_allocates_no_array_in_any_layout(S, D, layout, place):
+    arrays = {name: make(np.random.default_rng(0), (S, D)) for name in ("x", "grad_out", "out")}
+    arrays[place] = lay(arrays[place], layout)
+    ctx = context(similarity(arrays["x"], arrays["x"]))
+    smallest = min(S, D) * D * 4
+    assert traced_peak(lambda: ctx.apply(arrays["x"], out=arrays["out"]), warmup=2) < smallest
+    assert traced_peak(lambda: ctx.backward(**arrays), warmup=2) < min(smallest, 32 * D * 4)
+
+
+def test_alternating_shapes_reuse_what_is_there():
+    # The original rounds a number up and reallocates all the same.
+    lengths_, D = (200, 40, 117, 31, 8), 128
+    batches = [make(np.random.default_rng(n), (2, n, D)) for n in lengths_]
+    ctx = context(np.eye(D, dtype=np.float32), rate=0.1)
+    outs = [np.empty((n, D), np.float32) for n in lengths_]
+
+    def everything():
+        for (x, y), out in zip(batches, outs, strict=True):
+            ctx.apply(x, out=out)
+            ctx.backward(x, y, out=out)
+            ctx.update(x, y)
+
+    everything()
+    held = ctx.nbytes
+    assert traced_peak(everything) < 8 * D * 4 + 4_000
+    assert ctx.nbytes == held
+
+
+def test_setting_a_context_of_the_same_shape_allocates_nothing():
+    C = make(np.random.default_rng(0), (256, 256))
+    ctx, x, out = context(C), make(np.random.default_rng(1), (64, 256)), np.empty((64, 256), np.float32)
+
+    def change():
+        ctx.set_incoming(C)
+        ctx.strength = -ctx.strength
+        ctx.apply(x, out=out)
+
+    assert traced_peak(change) < 4_000
+
+
+class Recorder:
+    """The least that can serve as a workspace. It hands out NaN, so that reading before writing shows."""
+
+    def __init__(self):
+        self.taken = []
+
+    def take(self, name, shape, dtype=np.float32):
+        self.taken.append((name, tuple(shape), np.dtype(dtype)))
+        return np.full(shape, np.nan, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["normal", "hostile", "steps", "tiny"])
+def test_scratch_comes_from_the_workspace_and_is_written_before_it_is_read(kind, dtype):
+    rng, space = np.random.default_rng(0), Recorder()
+    ctx, plain = (context(rate=0.5, dtype=dtype, workspace=w) for w in (space, None))
+    for _ in range(2):
+        x, y = make(rng, (40, 6), dtype, kind), make(rng, (40, 6), dtype, kind)
+        for c in (ctx, plain):
+            c.update(x, y)
+            c.update_step(x[0], y[0])
+        assert_equiv(ctx.outgoing, plain.outgoing, scale=0.0)
+    first, second = np.array_split(np.array(space.taken, object), 2)
+    assert np.array_equal(first, second)  # the same requests each time, so that a plan can be made
+    assert all(name.startswith("context.") for name, _, _ in space.taken)
+
+
+def test_a_workspace_may_be_shared():
+    pool = Scratch()
+    pairs = [make(np.random.default_rng(D), (2, 40, D)) for D in (3, 9, 5)]
+    shared = [context(rate=0.5, workspace=pool) for _ in pairs]
+    for _ in range(2):
+        for ctx, (x, y) in zip(shared, pairs, strict=True):
+            ctx.update(x, y)
+    for ctx, (x, y) in zip(shared, pairs, strict=True):
+        alone = context(rate=0.5)
+        alone.update(x, y)
+        alone.update(x, y)
+        assert_equiv(ctx.outgoing, alone.outgoing, scale=0.0)
+
+
+def test_a_workspace_that_gives_nothing_loses_nothing():
+    class Full:
+        def take(self, *args, **kwargs):
+            raise MemoryError("full")
+
+    ctx = context(C4, rate=1.0, workspace=Full())
+    for call in (lambda: ctx.update(X, Y), lambda: ctx.update_step(X[0], Y[0])):
+        with pytest.raises(MemoryError):
+            call()
+    assert ctx.outgoing is None
+    assert np.getbufsize() > 16
+    assert_applies(ctx.apply(X), X, C4, 0.5)
+
+
+# --- threads ---
+
+
+def from_threads(n, work):
+    """Run `work(i)` for i < n at the same time; errors come back."""
+    start, errors = threading.Barrier(n), []
+
+    def run(i):
+        start.wait()
+        try:
+            work(i)
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("kind", ["normal", "hostile"])
+@pytest.mark.parametrize(("S", "D"), [(16, 32), (64, 128)])
+def test_many_threads_may_apply_one_context(S, D, kind):
+    rng = np.random.default_rng(0)
+    x, G, C = make(rng, (S, D), kind=kind), make(rng, (S, D)), make(rng, (D, D))
+    ctx = context(C)
+    want, (want_x, want_s) = ctx.apply(x), ctx.backward(x, G)
+    outs = np.full((8, 2, S, D), np.nan, np.float32)
+
+    def work(i):
+        for _ in range(4):
+            ctx.apply(x, out=outs[i, 0])
+            _, grad_s = ctx.backward(x, G, out=outs[i, 1])
+            assert grad_s == want_s
+
+    from_threads(8, work)
+    for out in outs:
+        assert_equiv(out[0], want, scale=0.0)
+        assert_equiv(out[1], want_x, scale=0.0)
+
+
+def test_many_threads_may_be_the_first_to_apply():
+    # Whoever comes first folds the context. The others must neither see it half done nor do it again.
+    x, C = make(np.random.default_rng(0), (4, 512)), make(np.random.default_rng(1), (512, 512))
+    outs = np.empty((6, 4, 512), np.float32)
+    for _ in range(15):
+        ctx = context(C)
+        from_threads(6, lambda i, ctx=ctx: ctx.apply(x, out=outs[i]))
+        for out in (*outs, ctx.apply(x)):
+            assert_applies(out, x, C, 0.5)
+
+
+def test_a_change_while_others_apply_is_refused_or_complete():
+    x, C = make(np.random.default_rng(0), (4, 256)), make(np.random.default_rng(1), (256, 256))
+    ctx = context(C)
+    contexts = {(s, k): (s, k * C) for s in (0.5, -0.25) for k in (1, -2)}
+    want = {key: context(K, s).apply(x) for key, (s, K) in contexts.items()}
+    counts = {"applied": 0, "refused": 0}
+
+    def change():
+        for i in range(200):
+            try:
+                if i % 2:
+                    ctx.strength = (0.5, -0.25)[i // 2 % 2]
+                else:
+                    ctx.set_incoming((1, -2)[i // 2 % 2] * C)
+            except RuntimeError as e:
+                assert "in use by another thread" in str(e)  # noqa: PT017
+                counts["refused"] += 1
+
+    def apply():
+        for _ in range(100):
+            try:
+                out = ctx.apply(x)
+            except RuntimeError as e:
+                assert "is being changed by another thread" in str(e)  # noqa: PT017
+                continue
+            assert any(np.array_equal(out, w) for w in want.values())
+            counts["applied"] += 1
+
+    from_threads(4, lambda i: apply() if i else change())
+    assert counts["applied"] > 0
+    assert any(np.array_equal(ctx.apply(x), w) for w in want.values())
+
+
+def test_one_context_learns_from_one_thread_at_a_time():
+    x = make(np.random.default_rng(0), (40, 256))
+    ctx, counts = context(rate=1.0), {"learned": 0}
+
+    def learn():
+        for _ in range(30):
+            try:
+                ctx.update(x, x)
+                counts["learned"] += 1
+            except RuntimeError as e:
+                assert "outgoing context is in use" in str(e)  # noqa: PT017
+
+    from_threads(4, lambda i: learn())
+    assert counts["learned"] > 0
+    assert_learned(
+        ctx.outgoing, None, similarity(x, x), 1.0, 32
+    )  # with a rate of 1 each update gives the same
+
+
+def test_a_gate_lets_many_read_or_one_write():
+    gate = Gate("the thing")
+    with gate.reading(), gate.reading():
+        with pytest.raises(RuntimeError, match="the thing is in use"), gate.writing():
+            pass
+    with gate.writing():
+        for enter in (gate.reading, gate.writing):
+            with pytest.raises(RuntimeError, match="the thing is"), enter():
+                pass
+    for enter in (gate.reading, gate.writing):  # an error inside leaves it open
+        with pytest.raises(KeyError), enter():
+            raise KeyError
+    with gate.writing():
+        pass
+
+
+def test_contexts_of_different_threads_do_not_meet():
+    pairs = [make(np.random.default_rng(i), (2, 50, 40)) for i in range(8)]
+    contexts, alone = ([context(rate=0.2) for _ in pairs] for _ in range(2))
+
+    def learn(ctx, x, y):
+        for _ in range(10):
+            ctx.update(x, y)
+            ctx.update_step(x[0], y[0])
+
+    from_threads(8, lambda i: learn(contexts[i], *pairs[i]))
+    for ctx, single, (x, y) in zip(contexts, alone, pairs, strict=True):
+        learn(single, x, y)
+        assert_equiv(ctx.outgoing, single.outgoing, scale=0.0)

@@ -1,0 +1,417 @@
+"""Properties that the mathematics promises, and oracles in plain loops for values that are not finite."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from conftest import DTYPES, dtypes, kinds, make, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctxlab.reference import (
+    apply_context,
+    apply_context_vjp,
+    check_array,
+    check_rate,
+    check_strength,
+    context_gradient,
+    ema,
+    sample_rows,
+    similarity,
+    similarity_step,
+)
+from ctxlab.testing import assert_equiv, numeric_gradient, tolerance
+
+TOP = math.tanh(1)
+small = st.integers(1, 6)
+
+
+# --- which rows ---
+
+
+@given(st.integers(0, 10**7), st.integers(1, 300))
+def test_sampled_rows_are_spread_and_distinct(n_rows, max_rows):
+    rows = sample_rows(n_rows, max_rows)
+    assert rows.dtype == np.intp
+    assert len(rows) == min(n_rows, max_rows)
+    assert np.all(np.diff(rows) >= 1)
+    if len(rows):
+        assert rows[0] == 0
+        assert rows[-1] < n_rows
+        # Even: steps differ by at most one, and what is left at the end is no longer than a step.
+        steps = np.diff(np.append(rows, n_rows))
+        assert steps.max() - steps.min() <= 1
+
+
+@given(st.integers(1, 64), st.integers(0, 40))
+def test_rows_are_the_originals_where_those_cover_the_sequence(max_rows, batches):
+    for n_rows in {*range(max_rows + 1), batches * max_rows}:
+        original = np.arange(n_rows)[:: max(n_rows // max_rows, 1)][:max_rows]
+        assert np.array_equal(sample_rows(n_rows, max_rows), original)
+
+
+@given(st.integers(0, 1000))
+def test_none_takes_every_row(n_rows):
+    assert np.array_equal(sample_rows(n_rows, None), np.arange(n_rows))
+
+
+# --- similarity ---
+
+
+def integers(seed, shape, dtype=np.float64):
+    """Small whole numbers, so that shifts and scalings by powers of two are exact."""
+    return np.random.default_rng(seed).integers(-8, 9, shape).astype(dtype)
+
+
+def similarity_in_loops(x, y):
+    """The definition, entry by entry, with exactly rounded sums."""
+
+    def column(a, i):
+        v = [float(e) if math.isfinite(e) else 0.0 for e in a[:, i]]
+        mean = math.fsum(v) / len(v)
+        return [e - mean for e in v]
+
+    out = np.zeros((x.shape[1], y.shape[1]))
+    for i in range(x.shape[1]):
+        for j in range(y.shape[1]):
+            u, v = column(x, i), column(y, j)
+            d = math.sqrt(math.fsum(e * e for e in u)) * math.sqrt(math.fsum(e * e for e in v))
+            out[i, j] = math.tanh(math.fsum(map(math.prod, zip(u, v, strict=True))) / d) if d > 1e-12 else 0
+    return out
+
+
+@given(seeds, st.integers(1, 9), small, st.sampled_from([0.0, 0.3]))
+def test_similarity_is_its_definition(seed, n, D, spoilt):
+    x, y = integers(seed, (2, n, D))
+    rng = np.random.default_rng(seed)
+    for a in (x, y):
+        a[rng.random(a.shape) < spoilt] = rng.choice([np.nan, np.inf, -np.inf])
+    assert_equiv(similarity(x, y, max_rows=None), similarity_in_loops(x, y), depth=n, scale=1.0)
+
+
+@given(seeds, st.integers(2, 40), small, st.integers(-15, 400), st.integers(-1000, 1000))
+def test_similarity_ignores_scale_and_shift(seed, n, D, exponent, shift):
+    x, y = integers(seed, (2, n, D))
+    want = similarity(x, y)
+    assert_equiv(similarity((x + shift) * 2.0**exponent, y), want, depth=n, scale=1.0)
+    assert_equiv(similarity(x, (y + shift) * -(2.0**exponent)), -want, depth=n, scale=1.0)
+
+
+@given(seeds, st.integers(2, 40), small)
+def test_similarity_ignores_the_order_of_rows(seed, n, D):
+    x, y = integers(seed, (2, n, D))
+    order = np.random.default_rng(seed).permutation(n)
+    want = similarity(x, y, max_rows=None)
+    assert_equiv(similarity(x[order], y[order], max_rows=None), want, depth=n, scale=1.0)
+    assert_equiv(similarity(x, y, rows=order), want, depth=n, scale=1.0)
+
+
+@given(seeds, st.integers(0, 40), st.integers(0, 6), dtypes, kinds)
+def test_similarity_is_bounded_and_transposes(seed, n, D, dtype, kind):
+    rng = np.random.default_rng(seed)
+    x, y = make(rng, (n, D), dtype, kind), make(rng, (n, D), dtype, kind)
+    C = similarity(x, y)
+    assert C.shape == (D, D)
+    assert C.dtype == dtype
+    assert np.all(np.abs(C) <= TOP + tolerance(dtype, 32))
+    assert_equiv(similarity(y, x), C.T, depth=32, scale=1.0)
+    # The same columns on both sides: the diagonal is tanh 1, or 0 for a column without a norm.
+    diagonal = np.diag(similarity(x, x))
+    assert_equiv(diagonal, np.where(diagonal != 0, TOP, 0).astype(dtype), depth=32, scale=1.0)
+
+
+@given(seeds, st.integers(1, 200), st.integers(1, 40), dtypes)
+def test_max_rows_is_short_for_rows(seed, n, max_rows, dtype):
+    x, y = make(np.random.default_rng(seed), (2, n, 3), dtype)
+    rows = sample_rows(n, max_rows)
+    want = similarity(x, y, max_rows=max_rows)
+    assert np.array_equal(similarity(x, y, rows=rows), want)
+    assert np.array_equal(similarity(x[rows], y[rows], max_rows=None), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("norms", "empty"), [((1e-7, 2e-6), True), ((1e-5, 1e-6), False), ((1e-13, 100), False)]
+)
+def test_the_floor_is_on_the_product_of_norms(norms, empty, dtype):
+    x, y = (np.array([[-n], [n]], dtype) / 2**0.5 for n in norms)
+    assert (similarity(x, y) == 0).all() == empty
+
+
+def step_in_loops(x, y):
+    def centred(a):
+        v = [float(e) if math.isfinite(e) else 0.0 for e in a]
+        mean = math.fsum(v) / len(v)
+        return [e - mean for e in v]
+
+    u, v = centred(x), centred(y)
+    d = math.sqrt(math.fsum(e * e for e in u)) * math.sqrt(math.fsum(e * e for e in v))
+    return np.array([[math.tanh(a * b / d) if d > 1e-12 else 0.0 for b in v] for a in u])
+
+
+@given(seeds, st.integers(1, 9), st.sampled_from([0.0, 0.3]))
+def test_step_similarity_is_its_definition(seed, D, spoilt):
+    x, y = integers(seed, (2, D))
+    x[np.random.default_rng(seed).random(D) < spoilt] = np.inf
+    assert_equiv(similarity_step(x, y), step_in_loops(x, y), depth=D, scale=1.0)
+
+
+@given(seeds, st.integers(0, 9), dtypes, kinds)
+def test_step_similarity_is_bounded_and_transposes(seed, D, dtype, kind):
+    rng = np.random.default_rng(seed)
+    x, y = make(rng, D, dtype, kind), make(rng, D, dtype, kind)
+    C = similarity_step(x, y)
+    assert C.shape == (D, D)
+    assert C.dtype == dtype
+    assert np.all(np.abs(C) <= TOP + tolerance(dtype))
+    assert_equiv(similarity_step(y, x), C.T, depth=max(D, 1), scale=1.0)
+
+
+# --- moving average ---
+
+
+@given(seeds, st.lists(st.floats(-1, 2), min_size=1, max_size=8), dtypes)
+def test_averages_stay_within_what_they_average(seed, rates, dtype):
+    C, rng = None, np.random.default_rng(seed)
+    for rate in rates:
+        before = C
+        C = ema(before, similarity(*make(rng, (2, 5, 3), dtype, "steps")), rate)
+        assert C.dtype == dtype
+        assert np.all(np.abs(C) <= TOP + tolerance(dtype, 8))
+        if rate <= 0 and before is not None:
+            assert np.array_equal(C, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rate", "want"), [(0, 1.0), (0.25, 1.5), (1, 3.0), (-5, 1.0), (7, 3.0), (math.inf, 3.0)]
+)
+def test_rates_are_clipped(rate, want, dtype):
+    old, new = np.full((2, 2), 1, dtype), np.full((2, 2), 3, dtype)
+    out = ema(old, new, rate)
+    assert_equiv(out, np.full((2, 2), want, dtype))
+    assert not np.shares_memory(out, old)
+    assert not np.shares_memory(out, new)
+    assert_equiv(ema(None, new, rate), ema(np.zeros_like(new), new, rate))
+
+
+# --- apply and its gradients: the rules for values not finite, as loops ---
+
+# Products and sums of these are exact, so that loops and BLAS must agree to the bit but for the factor s/D.
+ENTRIES = [0.0, 1.0, -1.0, 2.0, 0.5, math.nan, math.inf, -math.inf]
+STRENGTHS = [0.5, -2.0, 1 / 3, 1e30, 1e-30]
+
+
+def finite(value):
+    return value if math.isfinite(value) else 0.0
+
+
+def product_in_loops(a, b):
+    return [
+        [finite(sum(float(a[i, k]) * float(b[k, j]) for k in range(len(b)))) for j in range(b.shape[1])]
+        for i in range(len(a))
+    ]
+
+
+@st.composite
+def spoilt_operands(draw):
+    S, D = draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    rng = np.random.default_rng(draw(seeds))
+    few = draw(st.booleans())  # mostly finite, or everything at once
+    weights = np.array([4, 9, 9, 9, 9, 1, 1, 1]) if few else np.ones(8)
+    return [rng.choice(ENTRIES, size, p=weights / weights.sum()) for size in ((S, D), (D, D), (S, D))]
+
+
+@given(spoilt_operands(), st.sampled_from(STRENGTHS), dtypes)
+def test_apply_follows_its_rules(operands, s, dtype):
+    x, C, _ = (a.astype(dtype) for a in operands)
+    P = product_in_loops(x, C)
+    want = np.array(
+        [[finite(float(x[i, j])) + s / len(C) * P[i][j] for j in range(len(C))] for i in range(len(x))]
+    )
+    out = apply_context(x, C, s)
+    assert_equiv(out, want.reshape(x.shape).astype(dtype))
+    for row, token in zip(out, x, strict=True):
+        assert_equiv(apply_context(token, C, s), row)
+
+
+@given(spoilt_operands(), st.sampled_from(STRENGTHS), dtypes)
+def test_gradients_follow_their_rules(operands, s, dtype):
+    x, C, G = (a.astype(dtype) for a in operands)
+    S, D = x.shape
+    P, Q = product_in_loops(x, C), product_in_loops(G, C.T)
+    want = np.array([[float(G[i, j]) + s / D * Q[i][j] for j in range(D)] for i in range(S)]).reshape(S, D)
+    grad_x, grad_s = apply_context_vjp(x, C, s, G)
+    assert_equiv(grad_x, want.astype(dtype))
+    assert_equiv(
+        grad_s, sum(finite(float(G[i, j])) * P[i][j] for i in range(S) for j in range(D)) / D, scale=100.0
+    )
+
+
+@given(spoilt_operands(), st.sampled_from(STRENGTHS), dtypes)
+def test_the_contexts_gradient_follows_its_rule(operands, s, dtype):
+    x, C, G = (a.astype(dtype) for a in operands)
+    want = [[s / len(C) * entry for entry in row] for row in product_in_loops(x.T, G)]
+    assert_equiv(context_gradient(x, s, G), np.array(want).astype(dtype))
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 4), st.floats(-2, 2))
+def test_gradients_are_derivatives(seed, S, D, s):
+    x, G = np.random.default_rng(seed).standard_normal((2, S, D))
+    C = np.random.default_rng(seed + 1).uniform(-TOP, TOP, (D, D))
+    grad_x, grad_s = apply_context_vjp(x, C, s, G)
+
+    def loss(x, s):
+        return float(np.sum(G * apply_context(x, C, s)))
+
+    assert_equiv(grad_x, numeric_gradient(lambda v: loss(v, s), x), c=1e7, scale=10.0)
+    by_s = numeric_gradient(lambda v: loss(x, v[0]), np.array([s]))
+    assert_equiv(np.array([grad_s]), by_s, c=1e7, scale=10.0)
+    by_c = numeric_gradient(lambda v: float(np.sum(G * apply_context(x, v, s))), C)
+    assert_equiv(context_gradient(x, s, G), by_c, c=1e7, scale=10.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4,), (0, 4)])
+@pytest.mark.parametrize(("context", "strength"), [(None, 0.5), (np.ones((4, 4)), 0.0), (None, 0.0)])
+def test_nothing_to_mix_passes_everything_through(shape, context, strength):
+    x = np.full(shape, np.nan)
+    out = apply_context(x, context, strength)
+    assert_equiv(out, x)
+    assert not np.shares_memory(out, x)
+    grad_x, grad_s = apply_context_vjp(x, context, strength, x)
+    assert_equiv(grad_x, x)
+    assert not np.shares_memory(grad_x, x)
+    assert grad_s == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 0), (0,)])
+def test_no_features(shape):
+    # D = 0 is a limit like S = 0: every function has an empty answer.
+    x, C = np.empty(shape), np.empty((0, 0))
+    assert_equiv(apply_context_vjp(x, C, 0.5, x)[0], x)
+    assert_equiv(apply_context(x, C, 0.5), x)
+
+
+# --- bad input ---
+
+X, C = np.ones((3, 2)), np.ones((2, 2))
+TAKE_MATRICES = {
+    "similarity x": lambda a: similarity(a, X),
+    "similarity y": lambda a: similarity(X, a),
+    "apply x": lambda a: apply_context(a, C, 1.0),
+    "apply context": lambda a: apply_context(X, a, 1.0),
+    "vjp x": lambda a: apply_context_vjp(a, C, 1.0, X),
+    "vjp context": lambda a: apply_context_vjp(X, a, 1.0, X),
+    "vjp grad_out": lambda a: apply_context_vjp(X, C, 1.0, a),
+    "context_gradient x": lambda a: context_gradient(a, 1.0, X),
+    "context_gradient grad_out": lambda a: context_gradient(X, 1.0, a),
+}
+
+
+@pytest.mark.parametrize("call", TAKE_MATRICES)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [[1.0, 2.0]],
+        3.0,
+        "text",
+        X.tolist(),
+        X.astype(int),
+        X.astype(np.float16),
+        X.astype(complex),
+        X.astype(">f8"),
+        X.astype(object),
+        np.ma.masked_array(X),
+        np.array("text"),
+    ],
+    ids=lambda a: type(a).__name__ + str(getattr(a, "dtype", "")),
+)
+def test_what_is_no_float_array_is_a_type_error(call, bad):
+    with pytest.raises(TypeError, match=rf"^{call.split()[1]}: "):
+        TAKE_MATRICES[call](bad)
+
+
+@pytest.mark.parametrize("call", TAKE_MATRICES)
+@pytest.mark.parametrize("shape", [(), (2, 2, 2), (5, 7)])
+def test_wrong_shapes_are_named(call, shape):
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
+        TAKE_MATRICES[call](np.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: similarity(X, X.astype(np.float32)),
+        lambda: similarity_step(X[0], X[0].astype(np.float32)),
+        lambda: apply_context(X, C.astype(np.float32), 1.0),
+        lambda: apply_context_vjp(X, C, 1.0, X.astype(np.float32)),
+    ],
+)
+def test_mixed_dtypes_are_a_type_error(call):
+    with pytest.raises(TypeError, match="float32 is not supported here; use float64"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: similarity(X, X[:2]),
+        lambda: similarity(X, X[:, :1]),
+        lambda: similarity(X[0], X[0]),
+        lambda: similarity_step(X, X),
+        lambda: similarity_step(X[0], X[:, 0]),
+        lambda: apply_context_vjp(X, C, 1.0, X[0]),
+        lambda: apply_context_vjp(X[0], C, 1.0, X),
+        lambda: ema(np.ones((2, 3)), np.ones((3, 2)), 0.5),
+        lambda: ema(np.ones(2), np.ones((2, 2)), 0.5),
+        lambda: ema(None, np.ones((2, 2)), math.nan),
+        lambda: check_rate(math.nan),
+        lambda: sample_rows(-1),
+        lambda: sample_rows(5, 0),
+        lambda: sample_rows(5, -2),
+        lambda: similarity(X, X, max_rows=0),
+    ],
+)
+def test_other_bad_values_are_value_errors(call):
+    with pytest.raises(ValueError, match=": "):
+        call()
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf, np.float32(np.nan)])
+def test_strengths_must_be_finite_even_without_a_context(strength):
+    for call in (
+        lambda: check_strength(strength),
+        lambda: apply_context(X, None, strength),
+        lambda: apply_context_vjp(X, None, strength, X),
+    ):
+        with pytest.raises(ValueError, match=r"strength: .* is not a finite number"):
+            call()
+
+
+@pytest.mark.parametrize("rows", [np.array([0, 3]), [5]])
+def test_rows_out_of_range_are_refused(rows):
+    with pytest.raises(ValueError):
+        similarity(X, X, rows=rows)
+
+
+def test_subclasses_become_plain_arrays_without_a_copy(tmp_path):
+    mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=(3, 2))
+    plain = check_array("x", mapped)
+    assert type(plain) is np.ndarray
+    assert np.shares_memory(plain, mapped)
+
+
+@given(seeds, kinds, dtypes)
+def test_inputs_are_left_alone(seed, kind, dtype):
+    rng = np.random.default_rng(seed)
+    x, y, context = (make(rng, shape, dtype, kind) for shape in ((5, 3), (5, 3), (3, 3)))
+    kept = [a.copy() for a in (x, y, context)]
+    with np.errstate(all="ignore"):
+        similarity(x, y)
+        similarity_step(x[0], y[0])
+        ema(context, context, 0.5)
+        apply_context(x, context, 0.5)
+        apply_context_vjp(x, context, 0.5, y)
+    for a, before in zip((x, y, context), kept, strict=True):
+        assert np.array_equal(a, before, equal_nan=True)

@@ -1,0 +1,172 @@
+"""Edges of the comparison itself: a check that cannot fail would let everything else pass."""
+
+import re
+
+import numpy as np
+import pytest
+from conftest import DTYPES, dtypes, make, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctxlab.testing import SPECIALS, assert_equiv, expect_fail, numeric_gradient, sprinkle, tolerance
+
+
+@given(dtypes, st.integers(1, 10**6), st.floats(0.5, 100))
+def test_tolerance_is_linear(dtype, depth, c):
+    assert tolerance(dtype, depth, c=c) == pytest.approx(depth * c * float(np.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("depth", [0, -3])
+def test_tolerance_of_an_empty_reduction_is_that_of_one_term(depth):
+    assert tolerance(np.float32, depth) == tolerance(np.float32, 1)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        1.5,
+        np.float32(2),
+        np.array(3.0),
+        np.empty(0),
+        np.empty((0, 3), np.float32),
+        np.float16(0.1),
+        np.array([np.nan, np.inf, -np.inf]),
+        np.array(np.nan),
+    ],
+    ids=repr,
+)
+def test_equal_things_are_equal(same):
+    assert_equiv(same, same)
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "why"),
+    [
+        (np.empty((0, 3)), np.empty((3, 0)), "shape"),
+        (np.array([1.0]), np.array(1.0), "shape"),
+        (1, 1.0, "dtype"),
+        (np.float32(1), 1.0, "dtype"),
+        (np.empty(0, np.float32), np.empty(0), "dtype"),
+        (np.array(1.0), np.array(1.5), "values"),
+        (np.array(np.nan), np.array(1.0), "NaN"),
+        (np.array([[0.0, -np.inf]]), np.array([[0.0, np.inf]]), r"\+inf"),
+        (np.array([-np.inf]), np.array([1.0]), "-inf"),
+        (-1.7e308, 1.7e308, "values"),  # their difference overflows
+        (5e-324, 0.0, "values"),  # nothing is allowed where everything expected is 0
+    ],
+)
+def test_each_difference_is_named(actual, expected, why):
+    with pytest.raises(AssertionError, match=rf"^{why}"):
+        assert_equiv(actual, expected)
+
+
+@pytest.mark.parametrize("kind", [int, bool])
+def test_values_without_eps_are_refused_not_waved_through(kind):
+    with pytest.raises(ValueError, match="not inexact"):
+        assert_equiv(np.zeros(3, kind), np.ones(3, kind))
+
+
+@given(seeds, dtypes, st.integers(1, 1000))
+def test_the_bound_is_where_it_is_said_to_be(seed, dtype, depth):
+    rng = np.random.default_rng(seed)
+    expected = make(rng, (4, 3), dtype)
+    scale = 2.0 ** rng.integers(3, 9, expected.shape)  # exact, and above every entry
+    actual, at = expected.copy(), tuple(rng.integers(0, (4, 3)))
+    actual[at] += 0.9 * tolerance(dtype, depth) * scale[at]
+    assert_equiv(actual, expected, depth=depth, scale=scale)
+    actual[at] = expected[at] + 1.2 * tolerance(dtype, depth) * scale[at] + 2 * np.spacing(abs(expected[at]))
+    with pytest.raises(AssertionError, match=re.escape(f"1 of 12 differ; worst at {tuple(map(int, at))}")):
+        assert_equiv(actual, expected, depth=depth, scale=scale)
+
+
+def test_scale_broadcasts_but_only_to_the_result():
+    expected = np.zeros((2, 3))
+    actual = np.array([[0, 0, 0], [1e-13, 0, 0]])
+    assert_equiv(actual, expected, scale=np.array([[0.0], [1e3]]))
+    with pytest.raises(AssertionError, match="values"):
+        assert_equiv(actual, expected, scale=np.array([[1e3], [0.0]]))
+    with pytest.raises(ValueError, match="dimensions"):
+        assert_equiv(actual, expected, scale=np.ones((4, 2, 3)))
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.array([1.0, np.nan])], ids=["scalar", "array"])
+def test_a_scale_that_is_not_a_number_does_not_pass_everything(scale):
+    # Such a scale arises by itself, as |A| @ |B| of an input with a NaN in it.
+    with pytest.raises((AssertionError, ValueError)):
+        assert_equiv(np.array([1.0, 5.0]), np.array([1.0, 1.0]), scale=scale)
+
+
+def test_special_entries_do_not_set_the_scale():
+    expected = np.array([1.0, np.inf, np.nan])
+    with pytest.raises(AssertionError, match="values"):
+        assert_equiv(expected + np.array([1e-6, 0, 0]), expected)
+
+
+def test_expect_fail_passes_on_the_right_error(capsys):
+    with expect_fail(ValueError, "why"):
+        raise ValueError("this is why")
+    assert capsys.readouterr().out == "ValueError: this is why\n"
+    with expect_fail(OSError, show=False):  # a subclass will do
+        raise FileNotFoundError
+    assert capsys.readouterr().out == ""
+
+
+def test_expect_fail_fails_otherwise():
+    with pytest.raises(AssertionError, match=r"no AssertionError was raised"), expect_fail():
+        pass
+    with pytest.raises(AssertionError, match="without 'size'"), expect_fail(ValueError, "size"):
+        raise ValueError("shape")
+    with pytest.raises(KeyError), expect_fail(ValueError):  # another error keeps its own name
+        raise KeyError("x")
+
+
+@given(seeds, dtypes, st.sampled_from([(), (0,), (0, 4), (3,), (2, 2), (6,), (5, 7)]))
+def test_sprinkle_puts_each_value_once(seed, dtype, shape):
+    x = np.full(shape, 7, dtype)
+    out = sprinkle(x, np.random.default_rng(seed))
+    assert out.shape == shape
+    assert out.dtype == dtype
+    assert (x == 7).all()
+    new = np.sort(out[out != 7])
+    assert np.array_equal(new, np.sort(np.asarray(SPECIALS[: x.size], dtype)), equal_nan=True)
+
+
+def test_sprinkle_follows_the_seed_and_keeps_views_apart():
+    x = np.ones((6, 8), np.float32)[::2, ::-1]
+    first, second = (sprinkle(x, np.random.default_rng(3)) for _ in range(2))
+    assert np.array_equal(first, second, equal_nan=True)
+    assert not np.shares_memory(first, x)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0), (2, 3)])
+def test_numeric_gradient_of_a_quadratic(shape):
+    # Central differences of a quadratic have no truncation error: what is left is rounding over h.
+    x = np.random.default_rng(0).standard_normal(shape)
+    kept = x.copy()
+    assert_equiv(numeric_gradient(lambda v: float(np.sum(v * v)), x), 2 * x, c=1e6, scale=1.0)
+    assert np.array_equal(x, kept)
+
+
+def test_numeric_gradient_of_a_view():
+    x = np.arange(12.0).reshape(3, 4)[:, ::2]
+    assert_equiv(
+        numeric_gradient(lambda v: float(np.sum(np.arange(6).reshape(3, 2) * v)), x),
+        np.arange(6.0).reshape(3, 2),
+        c=1e6,
+        scale=11.0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, int, complex])
+def test_numeric_gradient_needs_float64(dtype):
+    with pytest.raises(TypeError, match="float64"):
+        numeric_gradient(np.sum, np.ones(2, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_wrong_entry_of_a_large_result_is_found(dtype):
+    expected = make(np.random.default_rng(0), (200, 300), dtype)
+    actual = expected.copy()
+    actual[123, 45] += 1e-3
+    with pytest.raises(AssertionError, match=r"values: 1 of 60000 differ; worst at \(123, 45\)"):
+        assert_equiv(actual, expected, depth=30)
