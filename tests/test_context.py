@@ -930,7 +930,7 @@ def test_alternating_shapes_reuse_what_is_there():
 
     everything()
     held = ctx.nbytes
-    assert traced_peak(everything) < 8 * D * 4 + 4_000
+    assert traced_peak(everything) < 6 * 2 * D * 8  # a few vectors of 2 D doubles, whatever the shapes
     assert ctx.nbytes == held
 
 

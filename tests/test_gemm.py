@@ -9,7 +9,7 @@ from conftest import DTYPES, LAYOUTS, dtypes, kinds, lay, layouts, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctxlab.gemm import _numpy_blas, aligned_empty, blas_layout, forms, gemm, panels, unbuffered
+from ctxlab.gemm import _numpy_blas, aligned_empty, blas_layout, blend, forms, gemm, panels, unbuffered
 from ctxlab.measure import traced_peak
 from ctxlab.testing import assert_equiv
 
@@ -24,7 +24,7 @@ def calling(way):
     """Where there is no BLAS to call directly, both ways are the same, and that is fine."""
     with pytest.MonkeyPatch.context() as patch:
         if way == "NumPy alone":
-            patch.setattr("ctxlab.gemm._numpy_blas", lambda dtype: None)
+            patch.setattr("ctxlab.gemm._numpy_blas", lambda routine, dtype: None)
         yield
 
 
@@ -302,7 +302,7 @@ def test_memory_maps_are_taken(tmp_path):
 def test_no_call_needs_a_temporary(m, k, n, dtype, layout):
     rng = np.random.default_rng(0)
     a, b, out = make(rng, (m, k), dtype), make(rng, (k, n), dtype), lay(make(rng, (m, n), dtype), layout)
-    if _numpy_blas(out.dtype) is None:
+    if _numpy_blas("gemm", out.dtype) is None:
         pytest.skip("no OpenBLAS to call")
     for alpha, beta in ((1, 0), (0.5, 0), (1, 1), (0.5, -0.5)):
         assert traced_peak(lambda: gemm(a, b, out, alpha=alpha, beta=beta)) < 4_000  # noqa: B023
@@ -381,3 +381,19 @@ def test_reuse_is_per_site_shape_and_dtype():
     assert reused("one", A[:4], A) is not first
     assert forms()["reused out"]("one", A, A) is not first
     assert reused("two", A.astype(np.float64), A.astype(np.float64)).dtype == np.float64
+
+
+# --- the blend ---
+
+
+@given(seeds, sizes, sizes, dtypes, layouts, layouts, factors, factors, ways)
+def test_blend_is_its_formula(seed, m, n, dtype, lx, ly, alpha, beta, way):
+    rng = np.random.default_rng(seed)
+    x, y = lay(make(rng, (m, n), dtype), lx), lay(make(rng, (m, n), dtype), ly)
+    terms = alpha * x.astype(np.float64), beta * y.astype(np.float64)
+    before = x.copy()
+    with calling(way):
+        blend(x, y, alpha, beta)
+    assert_equiv(y, sum(terms).astype(dtype), depth=2, scale=sum(map(np.abs, terms)))
+    if alpha == 1:
+        assert np.array_equal(x, before)
