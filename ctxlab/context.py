@@ -45,23 +45,22 @@ def fold(context: np.ndarray, # (D, D)
     out.reshape(-1)[::len(out) + 1] += 1
     return out
 
-# %% ../nbs/05_context.ipynb #6903f8d4
+# %% ../nbs/05_context.ipynb #39cbe122
 def inner(a: np.ndarray, b: np.ndarray) -> float: # inf or NaN when an entry of the sum is
     "Sum of the products of all entries of two matrices, in one pass and without a temporary."
     if a.flags.f_contiguous and b.flags.f_contiguous: a, b = a.T, b.T
-    with np.errstate(over='ignore', invalid='ignore'):
-        if a.flags.c_contiguous and b.flags.c_contiguous: return float(np.dot(a.reshape(-1), b.reshape(-1)))
-        return float(np.vecdot(a, b).sum(dtype=np.float64))
+    if a.flags.c_contiguous and b.flags.c_contiguous: return float(np.dot(a.reshape(-1), b.reshape(-1)))
+    with unbuffered(): return float(np.vecdot(a, b).sum(dtype=np.float64))
 
 def frobenius(a: np.ndarray) -> float: # inf or NaN when an entry is, or when the squares overflow
     "Square root of the sum of squares."
-    return math.sqrt(inner(a, a))
+    with np.errstate(over='ignore', invalid='ignore'): return math.sqrt(inner(a, a))
 
 def cannot_overflow(dtype, *norms: float) -> bool: # False for NaN
     "Whether sums of products of factors with these norms stay finite, whatever the order (with a margin of 8)."
     return math.prod(norms) < np.finfo(dtype).max / 8
 
-# %% ../nbs/05_context.ipynb #988ae61e
+# %% ../nbs/05_context.ipynb #f14245af
 def backward_into(x: np.ndarray, # (S, D)
                   context: np.ndarray, # (D, D), same dtype
                   strength: float, # s
@@ -72,11 +71,10 @@ def backward_into(x: np.ndarray, # (S, D)
     D, total = max(len(context), 1), 0.0
     factor = strength / D
     np.matmul(grad_out, context.T, out=out)
-    with unbuffered():
-        for rows in panels(len(x), out.shape[1] * out.itemsize, 4 * PANEL_BYTES): # few panels, less Python
-            T = out[rows]
-            total += inner(T, x[rows])
-            blend(grad_out[rows], T, 1.0, factor)
+    for rows in panels(len(x), out.shape[1] * out.itemsize, 4 * PANEL_BYTES): # few panels, less Python
+        T = out[rows]
+        total += inner(T, x[rows])
+        blend(grad_out[rows], T, 1.0, factor)
     return total / D
 
 # %% ../nbs/05_context.ipynb #9e8d73ae

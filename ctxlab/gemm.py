@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNATURES', 'ROW_MAJOR', 'COLUMN_MAJOR', 'AS_IT_IS', 'TRANSPOSED', 'PANEL_BYTES', 'ALIGNMENT', 'Product',
-           'blas_layout', 'check_out', 'panels', 'gemm', 'blend', 'aligned_empty', 'unbuffered', 'dot', 'zeros_gemm',
+           'blas_layout', 'check_out', 'panels', 'gemm', 'unbuffered', 'blend', 'aligned_empty', 'dot', 'zeros_gemm',
            'ReusedOut', 'forms']
 
 # %% ../nbs/03_gemm.ipynb #fcc4149e
@@ -150,7 +150,15 @@ def gemm(a: np.ndarray, # (m, k) float32 or float64, in a layout that BLAS takes
     else: _accumulate(a, b, c, alpha, beta)
     return out
 
-# %% ../nbs/03_gemm.ipynb #942eedf7
+# %% ../nbs/03_gemm.ipynb #8e9bd469
+@contextmanager
+def unbuffered() -> Iterator[None]:
+    "Within this context, broadcasting ufuncs on arrays of one dtype allocate no iterator buffer."
+    size = np.setbufsize(16)
+    try: yield
+    finally: np.setbufsize(size)
+
+# %% ../nbs/03_gemm.ipynb #4d6f07d7
 def blend(x: np.ndarray, # as `y`; scaled in place where BLAS cannot do it, so it must be scratch unless `alpha` is 1
           y: np.ndarray, # float32 or float64, written in place
           alpha: float, # factor of x
@@ -160,9 +168,10 @@ def blend(x: np.ndarray, # as `y`; scaled in place where BLAS cannot do it, so i
     contiguous = x.flags.c_contiguous and y.flags.c_contiguous or x.flags.f_contiguous and y.flags.f_contiguous
     blas = _numpy_blas('axpby', y.dtype) if contiguous else None
     if blas is not None: return _call_axpby(blas, alpha, x, beta, y)
-    if alpha != 1: x *= x.dtype.type(alpha)
-    y *= y.dtype.type(beta)
-    y += x
+    with unbuffered():
+        if alpha != 1: x *= x.dtype.type(alpha)
+        y *= y.dtype.type(beta)
+        y += x
 
 # %% ../nbs/03_gemm.ipynb #370aac5e
 ALIGNMENT = 64 # bytes: a cache line, and the widest vector register
@@ -174,14 +183,6 @@ def aligned_empty(shape: tuple[int, ...], dtype=np.float32, offset: int = 0) -> 
     raw = np.empty(nbytes + ALIGNMENT + offset, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT + offset
     return raw[start:start + nbytes].view(dtype).reshape(shape)
-
-# %% ../nbs/03_gemm.ipynb #8e9bd469
-@contextmanager
-def unbuffered() -> Iterator[None]:
-    "Within this context, broadcasting ufuncs on arrays of one dtype allocate no iterator buffer."
-    size = np.setbufsize(16)
-    try: yield
-    finally: np.setbufsize(size)
 
 # %% ../nbs/03_gemm.ipynb #56b98dcc
 Product = Callable[[str, np.ndarray, np.ndarray], np.ndarray] # (site, a, b) -> a @ b

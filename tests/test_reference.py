@@ -391,7 +391,7 @@ def test_strengths_must_be_finite_even_without_a_context(strength):
 
 @pytest.mark.parametrize("rows", [np.array([0, 3]), [5]])
 def test_rows_out_of_range_are_refused(rows):
-    with pytest.raises(ValueError, match="^rows: "):
+    with pytest.raises(ValueError, match=r"^rows: "):
         similarity(X, X, rows=rows)
 
 
