@@ -162,14 +162,17 @@ def against_torch(data: Inputs, *, budget: float = 10.0, seed: int = 0) -> Ratio
     threadpool_limits(1, user_api='blas')
     return climb(data, {path: {'less work': own[path], 'PyTorch': peer[path]} for path in PATHS}, budget=budget, seed=seed)
 
-# %% ../nbs/05a_ladder.ipynb #9077e7a5
-def benchmark_table(ratios: Ratios) -> str:
-    "The ratios as a table for a terminal: medians, and for the outer rungs the interval."
+# %% ../nbs/05a_ladder.ipynb #c29e0ee0
+def benchmark_table(ratios: Ratios,
+                    original: bool = False, # show the compiled original's figures, which hold for S = 512, D = 768
+                    ) -> str:
+    "The ratios as a table for a terminal: medians, and for the last rung and PyTorch the interval."
     columns = [r for r in (*RUNGS, 'PyTorch') if ('apply', r) in ratios]
     def cell(path: str, rung: str) -> str:
         r = ratios[path, rung]
         return f'{r.median:.2f} [{r.low:.2f}, {r.high:.2f}]' if rung in ('less work', 'PyTorch') else f'{r.median:.2f}'
-    rows = [['', *columns, 'original'], *([path, *(cell(path, c) for c in columns), ORIGINAL[path]] for path in PATHS)]
+    rows = [['', *columns], *([path, *(cell(path, c) for c in columns)] for path in PATHS)]
+    if original: rows = [row + [ORIGINAL.get(row[0], 'original')] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['  '.join(f'{text:>{w}}' if i else f'{text:{w}}' for i, (text, w) in enumerate(zip(row, widths))) for row in rows]
     control = ratios[BARE, 'control']

@@ -83,7 +83,7 @@ def plot_bytes(b: Bench): # -> matplotlib Figure
         ax.legend(loc='lower right', fontsize=8)
     return figure
 
-# %% ../nbs/13_report.ipynb #c01ef9ca
+# %% ../nbs/13_report.ipynb #8d5acdb9
 def _error(interval: Interval) -> list[list[float]]:
     return [[interval.median - interval.low], [interval.high - interval.median]]
 
@@ -98,13 +98,13 @@ def plot_times(b: Bench): # -> matplotlib Figure
                 ax.errorbar(r.median, y + 0.25 * (i - 1), xerr=_error(r), fmt=marker, color=colour, capsize=3,
                             label=form if y == 0 else None)
         ax.axvline(1, color='k', lw=1)
-        ax.set(title='Time of each product in units of dot (median, 95 %)', xlabel='time / time of dot',
+        ax.set(title='Time of each product in units of dot (median, 95 % over placements)', xlabel='time / time of dot',
                yticks=range(len(labels)), yticklabels=[f'{site}, {w.name}' for w, site in labels])
         ax.invert_yaxis()
         ax.legend(fontsize=8)
     return figure
 
-# %% ../nbs/13_report.ipynb #e33309a5
+# %% ../nbs/13_report.ipynb #9beb70a2
 def plot_gain(b: Bench, findings: Sequence[Finding]): # -> matplotlib Figure
     "Measured gain of the two paths against the claimed one."
     claimed = {'forward': (3, 5), 'backward': (5, 8)}
@@ -119,7 +119,7 @@ def plot_gain(b: Bench, findings: Sequence[Finding]): # -> matplotlib Figure
             low, high = claimed[path]
             ax.barh(y, high - low, 1.0, low, color='C3', alpha=0.3, edgecolor='C3', hatch='//', lw=0, label='claimed' if y == 0 else None)
         ax.axvline(0, color='k', lw=1)
-        ax.set(title='Gain in throughput over dot (median, 95 %)', xlabel='gain, %', yticks=range(len(rows)),
+        ax.set(title='Gain in throughput over dot (median, 95 % over placements)', xlabel='gain, %', yticks=range(len(rows)),
                yticklabels=[f'{path}, {w.name}' for path, w, _ in rows])
         ax.invert_yaxis()
         ax.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=8)
@@ -159,7 +159,7 @@ def png(figure) -> bytes:
     with _styled(): figure.savefig(buffer, format='png', dpi=144, metadata={'Software': None})
     return buffer.getvalue()
 
-# %% ../nbs/13_report.ipynb #95de4717
+# %% ../nbs/13_report.ipynb #301c4318
 SCHEMA, SCHEMA_VERSION = 'ctxlab.claims', 1
 
 def _plain(figures: Figures) -> dict[str, dict[str, Any]]:
@@ -174,7 +174,7 @@ def _claim(f: Finding) -> dict[str, Any]:
 def as_json(findings: Sequence[Finding], b: Bench, settings: Mapping[str, Any]) -> dict[str, Any]:
     "The whole report as plain values: settings, machine, workloads, claims with figures, raw timings in seconds."
     timings = [dict(workload=w, what=what, control=t.control, calls_per_sample=t.calls,
-                    seconds={name: s.tolist() for name, s in t.seconds.items()}) for (w, what), t in b.timings.items()]
+                    placement=None if t.block is None else t.block.tolist(), seconds={name: s.tolist() for name, s in t.seconds.items()}) for (w, what), t in b.timings.items()]
     return dict(schema=SCHEMA, schema_version=SCHEMA_VERSION, ctxlab=__version__,
                 created=datetime.now(timezone.utc).isoformat(timespec='seconds'), settings=dict(settings), machine=machine(),
                 workloads=[dict(name=w.name, rows=w.X.shape[0], features=w.X.shape[1]) for w in b.workloads],
@@ -217,7 +217,7 @@ def _html_details(f: Finding) -> str:
     return (f'<details id="{c.id}"><summary><strong>{c.id}</strong>: <span class="verdict {f.verdict}">{f.verdict}</span></summary>'
             f'<p>{esc(c.says)}.</p><p>Rule: {esc(c.rule)}.</p>{original}<pre>{figures}</pre></details>')
 
-# %% ../nbs/13_report.ipynb #9248955f
+# %% ../nbs/13_report.ipynb #7b2c994d
 def as_html(findings: Sequence[Finding], data: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
     "The report as one page with everything in it."
     esc = html.escape
@@ -236,7 +236,7 @@ def as_html(findings: Sequence[Finding], data: Mapping[str, Any], plots: Mapping
 <h2>Pictures</h2>{images}
 <h2>How each verdict came about</h2>{''.join(map(_html_details, findings))}
 <h2>Claims that this version does not measure</h2><ul>{pending}</ul>
-<p>Every figure and raw timing is in <code>claims.json</code>. To repeat: <code>ctxlab report --seed {data['settings'].get('seed', 0)}{' --quick' if data['settings'].get('quick') else ''}</code>.</p>
+<p>Every figure and raw timing is in <code>claims.json</code>. To repeat: <code>ctxlab report --seed {data['settings'].get('seed', 0)}{' --quick' if data['settings'].get('quick') else ''}</code>, with the same <code>--activations</code>.</p>
 </body></html>
 '''
 

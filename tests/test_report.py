@@ -115,7 +115,7 @@ def test_figures_follow_from_the_raw_timings_in_the_file(made, data):
             for w, f in c["figures"].items():
                 t = raw[w, c["id"].removeprefix("speed-")]
                 seconds = {name: np.array(s) for name, s in t["seconds"].items()}
-                again = Timings(seconds, t["control"], t["calls_per_sample"])
+                again = Timings(seconds, t["control"], t["calls_per_sample"], np.array(t["placement"]))
                 assert again.ratio("dot", "zeros + gemm").scaled(100, -100) == as_interval(f["shipped"])
 
 
