@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ctxlab.context import Gate, Scratch, SharedAttentionContext
+from ctxlab.context import Gate, SharedAttentionContext, panel_shape, update_requirement
 from ctxlab.measure import traced_peak
 from ctxlab.reference import (
     apply_context,
@@ -24,6 +24,7 @@ from ctxlab.reference import (
     similarity_step,
 )
 from ctxlab.testing import assert_equiv
+from ctxlab.workspace import Workspace
 
 STRENGTHS = [0.0, 0.5, -1.3, 1 / 3, 100.0, 1e-12, 1e-40, 1e30, -1e30]
 RATES = [0.0, 1e-12, 0.01, 0.5, 1.0]
@@ -864,7 +865,7 @@ def test_nbytes_is_what_is_really_held(D, dtype):
 
 
 def test_nbytes_adds_up_and_starts_at_nothing():
-    pool = Scratch()
+    pool = Workspace(growth="exact")
     ctx = SharedAttentionContext(0.5, workspace=pool)
     assert ctx.nbytes == 0
     ctx.set_incoming(C4)
@@ -946,21 +947,22 @@ def test_setting_a_context_of_the_same_shape_allocates_nothing():
     assert traced_peak(change) < 4_000
 
 
-class Recorder:
-    """The least that can serve as a workspace. It hands out NaN, so that reading before writing shows."""
+class Noted(Workspace):
+    """Hands out NaN, so that reading before writing shows, and remembers what was asked for."""
 
     def __init__(self):
+        super().__init__(debug=True)
         self.taken = []
 
     def take(self, name, shape, dtype=np.float32):
         self.taken.append((name, tuple(shape), np.dtype(dtype)))
-        return np.full(shape, np.nan, dtype)
+        return super().take(name, shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["normal", "hostile", "steps", "tiny"])
 def test_scratch_comes_from_the_workspace_and_is_written_before_it_is_read(kind, dtype):
-    rng, space = np.random.default_rng(0), Recorder()
+    rng, space = np.random.default_rng(0), Noted()
     ctx, plain = (context(rate=0.5, dtype=dtype, workspace=w) for w in (space, None))
     for _ in range(2):
         x, y = make(rng, (40, 6), dtype, kind), make(rng, (40, 6), dtype, kind)
@@ -974,7 +976,7 @@ def test_scratch_comes_from_the_workspace_and_is_written_before_it_is_read(kind,
 
 
 def test_a_workspace_may_be_shared():
-    pool = Scratch()
+    pool = Workspace(growth="exact")
     pairs = [make(np.random.default_rng(D), (2, 40, D)) for D in (3, 9, 5)]
     shared = [context(rate=0.5, workspace=pool) for _ in pairs]
     for _ in range(2):
@@ -987,8 +989,59 @@ def test_a_workspace_may_be_shared():
         assert_equiv(ctx.outgoing, alone.outgoing, scale=0.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("S", "D"), [(1, 1), (5, 3), (40, 700), (100, 1000)])
+def test_what_an_update_takes_is_known_before_it_runs(S, D, dtype):
+    space = Workspace(growth="exact")
+    sizes = {"D": D, "n": min(S, 32), "p": panel_shape(D, dtype)[0]}
+    space.ensure_capacity(update_requirement(dtype).requests(**sizes))
+    count, ctx = space.allocation_count, context(rate=0.5, dtype=dtype, workspace=space)
+    x, y = make(np.random.default_rng(0), (2, S, D), dtype)
+    ctx.update(x, y)
+    ctx.update_step(x[0], y[0])
+    assert space.peak_bytes == update_requirement(dtype).nbytes(**sizes)
+    assert (space.allocation_count, space.used_bytes) == (count, 0)
+
+
+def test_a_limit_too_low_for_an_update_loses_nothing():
+    ctx = context(C4, rate=1.0, workspace=Workspace(limit_bytes=100))
+    with pytest.raises(MemoryError, match="limit_bytes is 100"):
+        ctx.update(X, Y)
+    assert ctx.outgoing is None
+    assert np.getbufsize() > 16
+
+
+@pytest.mark.parametrize("bad", [np.empty, {}, 3, "workspace"])
+def test_only_a_workspace_is_a_workspace(bad):
+    with pytest.raises(TypeError, match=r"^workspace: "):
+        SharedAttentionContext(workspace=bad)
+
+
+def test_a_workspace_shared_by_two_threads_refuses_the_second():
+    space = Workspace()
+    first, second = (context(rate=0.5, workspace=space) for _ in range(2))
+    held, tried = threading.Barrier(2), threading.Barrier(2)
+
+    def hold():
+        with space.scope():
+            held.wait()
+            tried.wait()
+            first.update(X, Y)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with pytest.raises(RuntimeError, match="another thread"):
+        second.update(X, Y)
+    assert second.outgoing is None
+    tried.wait()
+    thread.join()
+    second.update(X, Y)
+    assert_equiv(second.outgoing, first.outgoing, scale=0.0)
+
+
 def test_a_workspace_that_gives_nothing_loses_nothing():
-    class Full:
+    class Full(Workspace):
         def take(self, *args, **kwargs):
             raise MemoryError("full")
 
