@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AGAIN', 'Interval', 'median_interval', 'Timings', 'Comparison', 'time_paired', 'time_placed', 'traced_peak',
-           'page_faults', 'machine', 'machine_line', 'megabytes']
+           'page_faults', 'resident_bytes', 'machine', 'machine_line', 'megabytes']
 
 # %% ../nbs/01_measure.ipynb #2e5937dd
 import os
@@ -164,6 +164,13 @@ def page_faults(fn: Callable[[], Any], # called without arguments
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     del result
     return faults
+
+# %% ../nbs/01_measure.ipynb #f04ae1ba
+def resident_bytes() -> int | None: # None where the system does not tell
+    "Bytes of this process that are in memory now, shared libraries included (Linux)."
+    try:
+        with open('/proc/self/statm') as f: return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except OSError: return None
 
 # %% ../nbs/01_measure.ipynb #04696c16
 def _processor() -> str:

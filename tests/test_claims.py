@@ -29,6 +29,7 @@ from ctxlab.claims import (
 )
 from ctxlab.data import pair
 from ctxlab.gemm import dot, forms
+from ctxlab.growth import POLICIES
 from ctxlab.measure import Interval
 from ctxlab.original import backward, forward, sites, update, update_step
 from ctxlab.reference import apply_context, apply_context_vjp, ema, similarity, similarity_step
@@ -53,6 +54,7 @@ CHANGES = {  # claim -> a figure, its value before, its value after; the verdict
     "why-faster": ("outcome", "no difference", "faster"),
     "numeric": ("difference", 0.0, 2e-5),
     "lazy": ("outgoing", 0, 4 * 768**2),
+    "pow2": ("held", 0, 10**9),
 }
 
 by_claim = pytest.mark.parametrize("claim", LEDGER, ids=lambda c: c.id)
@@ -117,6 +119,7 @@ def test_judge_and_tell_are_pure(claim, findings):
 
 
 quiet = Interval(0, -0.5, 0.5)
+GROWN = {name: 9 for name in POLICIES} | dict(reallocations=3, needed=100)
 EDGES = [  # claim, figures, verdict: at the bound, and one step beyond
     ("site-cov", dict(dot=100, shipped=50, result=100), CONFIRMED),
     ("site-cov", dict(dot=100, shipped=51, result=100), REFUTED),
@@ -125,6 +128,10 @@ EDGES = [  # claim, figures, verdict: at the bound, and one step beyond
     ("numeric", dict(difference=np.nan), REFUTED),  # unknown is not equal
     ("lazy", dict(before=1_000_000, outgoing=3_360_000), CONFIRMED),
     ("lazy", dict(before=1_000_000, outgoing=3_320_000), REFUTED),
+    ("pow2", dict(GROWN, exact=3, held=199), CONFIRMED),
+    ("pow2", dict(GROWN, exact=3, held=200), PARTLY),
+    ("pow2", dict(GROWN, exact=2, held=199), PARTLY),
+    ("pow2", dict(GROWN, exact=2, held=200), REFUTED),
     ("mem-forward", dict(dot=2e7 + 5, shipped=5, traffic=0), CONFIRMED),
     ("mem-forward", dict(dot=2e7 + 4, shipped=5, traffic=2e7), PARTLY),
     ("mem-forward", dict(dot=2e7 + 4, shipped=5, traffic=2e7 - 1), REFUTED),
