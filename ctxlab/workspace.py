@@ -6,13 +6,14 @@
 __all__ = ['GROWTH', 'NOTHING', 'POISON', 'Dim', 'Order', 'ORDERS', 'EXACT', 'Watched', 'Workspace', 'Requirement', 'Buffer',
            'all_of', 'any_of', 'Lifetime', 'Plan', 'live_curve', 'plan', 'Recorder', 'record']
 
-# %% ../nbs/04_workspace.ipynb #f7203d92
+# %% ../nbs/04_workspace.ipynb #17385ef7
 import bisect
 import itertools
 import math
 import operator
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -328,7 +329,7 @@ def _watched(b: _Buffer) -> Watched:
     _set_lease(view, b.lease)
     return view
 
-# %% ../nbs/04_workspace.ipynb #d28ca607
+# %% ../nbs/04_workspace.ipynb #7c549496
 Dim = int | str # a number, or factors such as '2 D'
 
 def _factors(dim: Dim) -> list[str]: return str(dim).split()
@@ -338,11 +339,14 @@ def _evaluate(dim: Dim, sizes: Mapping[str, int]) -> int:
     try: return math.prod(int(f) if f.isdigit() else operator.index(sizes[f]) for f in _factors(dim))
     except KeyError as e: raise ValueError(f"sizes: {e.args[0]} is missing, given are {', '.join(sizes) or 'none'}") from None
 
-class Requirement:
-    "Bytes that a computation takes from a workspace: a `Buffer`, or a combination by `all_of` and `any_of`."
-    def nbytes(self, **sizes: int) -> int: raise TypeError # pragma: no cover -- each kind has its own
-    def buffers(self) -> Iterator['Buffer']: raise TypeError # pragma: no cover
-    def terms(self) -> Counter: raise TypeError # pragma: no cover
+class Requirement(ABC):
+    "Bytes that a computation takes from a workspace: a `Buffer`, or a combination by `all_of` and `any_of`; `str` is the formula."
+    @abstractmethod
+    def nbytes(self, **sizes: int) -> int: "Bytes for given sizes of the letters."
+    @abstractmethod
+    def buffers(self) -> Iterator['Buffer']: "Every buffer, alternatives included."
+    @abstractmethod
+    def terms(self) -> Counter: "The formula: product of letters -> factor, in bytes."
 
     def requests(self, **sizes: int) -> dict[str, tuple]: # for `Workspace.ensure_capacity`
         "Name -> (shape, dtype); of several shapes for one name the largest."
@@ -355,7 +359,7 @@ class Requirement:
         texts = [' '.join(filter(None, [str(n) if n != 1 or not term else '', term])) for term, n in self.terms().items()]
         return ' + '.join(texts) or '0'
 
-# %% ../nbs/04_workspace.ipynb #3d1c928c
+# %% ../nbs/04_workspace.ipynb #99d40894
 @dataclass(frozen=True)
 class Buffer(Requirement):
     "One named buffer; its dimensions are numbers or letters."
@@ -368,11 +372,11 @@ class Buffer(Requirement):
         return _check_request(self.name, [_evaluate(n, sizes) for n in self.shape], self.dtype)[2]
 
     def buffers(self) -> Iterator['Buffer']:
-        "This one."
+        "This one alone."
         yield self
 
     def terms(self) -> Counter:
-        "Product of the letters -> factor, in bytes."
+        "Product of its letters -> factor, in bytes."
         factors = [f for dim in self.shape for f in _factors(dim)]
         letters = Counter(f for f in factors if not f.isdigit())
         number = math.prod(int(f) for f in factors if f.isdigit()) * np.dtype(self.dtype).itemsize
