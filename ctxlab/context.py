@@ -246,7 +246,7 @@ class Gate:
         finally:
             with self._lock: self._writing = False
 
-# %% ../nbs/05_context.ipynb #45c938bd
+# %% ../nbs/05_context.ipynb #a91cbf66
 def _read_only(a: np.ndarray | None) -> np.ndarray | None:
     if a is None: return None
     view = a.view()
@@ -260,7 +260,7 @@ class _State:
         sample_rows(0, max_rows) # checks max_rows
         if not isinstance(workspace, Workspace | None):
             raise TypeError(f'workspace: {type(workspace).__name__} is no ctxlab.workspace.Workspace')
-        self.max_rows, self._scratch = max_rows, Workspace(growth='exact') if workspace is None else workspace
+        self.max_rows, self.workspace = max_rows, Workspace(growth='exact') if workspace is None else workspace
         self._incoming: np.ndarray | None = None
         self._outgoing: np.ndarray | None = None
         self._folded: Any = None # (D, D), I + (s/D) incoming while _norm is not None
@@ -296,7 +296,7 @@ def _as_rows(a: np.ndarray) -> np.ndarray:
     "A batch (B, S, D) as (B S, D); anything else as it is. Never a copy, since batches are contiguous."
     return a.reshape(a.shape[0] * a.shape[1], a.shape[2]) if a.ndim == 3 else a
 
-# %% ../nbs/05_context.ipynb #ad76f824
+# %% ../nbs/05_context.ipynb #3fae586e
 class SharedAttentionContext(_State):
     "A context learned from a layer's input and output (`update`), and mixed into the next layer's input (`apply`)."
     def __init__(self,
@@ -410,9 +410,9 @@ class SharedAttentionContext(_State):
 
     def _learn(self, into, x, y, *rows) -> None:
         if self._rate == 0: return
-        with self._learning.writing(), unbuffered(), self._scratch.scope():
+        with self._learning.writing(), unbuffered(), self.workspace.scope():
             C = self._outgoing if self._outgoing is not None else np.zeros(2 * x.shape[-1:], self.dtype)
-            into(x, y, *rows, self._rate, C, self._scratch.take)
+            into(x, y, *rows, self._rate, C, self.workspace.take)
             self._outgoing = C
 
     def reset(self) -> None:
@@ -423,7 +423,7 @@ class SharedAttentionContext(_State):
     def nbytes(self) -> int:
         "Bytes of everything that this context holds, with all of its workspace."
         held = (self._incoming, self._folded, self._outgoing)
-        return sum(a.nbytes for a in held if a is not None) + self._scratch.nbytes
+        return sum(a.nbytes for a in held if a is not None) + self.workspace.nbytes
 
     parameter_count = 1 # the strength; contexts are statistics, not parameters
 
@@ -444,7 +444,7 @@ class SharedAttentionContext(_State):
         if not needed <= set(state) <= needed | arrays:
             raise ValueError(f'state: keys {sorted(state)}, needed {sorted(needed)} and perhaps {sorted(arrays)}')
         new = SharedAttentionContext(float(state['strength']), float(state['update_rate']), dtype=self.dtype,
-                                     max_rows=operator.index(state['max_rows']) or None, workspace=self._scratch)
+                                     max_rows=operator.index(state['max_rows']) or None, workspace=self.workspace)
         if 'incoming' in state: new.set_incoming(state['incoming'])
         if 'outgoing' in state: new._outgoing = _check_context(state['outgoing'], self.dtype).copy()
         kept = ('_mixing', '_learning', '_folding')

@@ -359,7 +359,7 @@ class Requirement(ABC):
         texts = [' '.join(filter(None, [str(n) if n != 1 or not term else '', term])) for term, n in self.terms().items()]
         return ' + '.join(texts) or '0'
 
-# %% ../nbs/04_workspace.ipynb #99d40894
+# %% ../nbs/04_workspace.ipynb #30f44db3
 @dataclass(frozen=True)
 class Buffer(Requirement):
     "One named buffer; its dimensions are numbers or letters."
@@ -370,6 +370,10 @@ class Buffer(Requirement):
     def nbytes(self, **sizes: int) -> int:
         "Bytes for given sizes of the letters."
         return _check_request(self.name, [_evaluate(n, sizes) for n in self.shape], self.dtype)[2]
+
+    def take(self, ws: Workspace, sizes: Mapping[str, int]) -> np.ndarray:
+        "This buffer, from a workspace."
+        return ws.take(self.name, tuple(_evaluate(n, sizes) for n in self.shape), self.dtype)
 
     def buffers(self) -> Iterator['Buffer']:
         "This one alone."
@@ -382,7 +386,7 @@ class Buffer(Requirement):
         number = math.prod(int(f) for f in factors if f.isdigit()) * np.dtype(self.dtype).itemsize
         return Counter({' '.join(f if n == 1 else f'{f}^{n}' for f, n in letters.items()): number})
 
-# %% ../nbs/04_workspace.ipynb #b1afd25f
+# %% ../nbs/04_workspace.ipynb #78d92069
 @dataclass(frozen=True)
 class _Combined(Requirement):
     parts: tuple[Requirement, ...]
@@ -396,14 +400,19 @@ class _AnyOf(_Combined):
     def nbytes(self, **sizes: int) -> int: return max((part.nbytes(**sizes) for part in self.parts), default=0)
     def terms(self) -> Counter: return Counter({f"max({', '.join(map(str, self.parts))})": 1})
 
+def _combine(kind: type[_Combined], parts: tuple[Requirement, ...]) -> Requirement:
+    "Parts of the same kind are opened up, repeated and empty ones left out; a single one needs no frame."
+    flat = (p for part in parts for p in (part.parts if isinstance(part, kind) else (part,)))
+    unique = tuple(dict.fromkeys(p for p in flat if not isinstance(p, _Combined) or p.parts))
+    return unique[0] if len(unique) == 1 else kind(unique)
+
 def all_of(*parts: Requirement) -> Requirement:
     "Buffers that are alive together. The same buffer, named twice, is one."
-    flat = [p for part in parts for p in (part.parts if isinstance(part, _AllOf) else (part,))]
-    return _AllOf(tuple(dict.fromkeys(flat)))
+    return _combine(_AllOf, parts)
 
 def any_of(*parts: Requirement) -> Requirement:
     "Alternatives: each is given back before the next is taken."
-    return _AnyOf(tuple(dict.fromkeys(parts)))
+    return _combine(_AnyOf, parts)
 
 # %% ../nbs/04_workspace.ipynb #288908a6
 class Lifetime(NamedTuple):

@@ -1,4 +1,4 @@
-"""`Workspace` against a model of it, what it refuses, stale views by every route, threads, formulas, and the planner."""
+"""`Workspace` against a model of it, what it refuses, stale views, threads, formulas, plans."""
 
 import copy
 import itertools
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 from conftest import make, seeds
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ctxlab import reference
@@ -63,11 +63,9 @@ def refused(ws, error, match):
 
 # --- what `take` hands out ---
 
-KINDS = (
-    [bool, "i1", np.uint16, int, np.float16, f4, "f8", np.longdouble, np.complex64, complex]
-    + [">f4", "S5", "U3", "V7", "M8[ns]", "m8[s]", [("a", "f4"), ("b", "i2")]]
-    + [np.dtype([("a", "f8", (2,)), ("b", "?")], align=True), np.dtype("f4,f4")]
-)
+KINDS = [bool, "i1", np.uint16, int, np.float16, f4, "f8", np.longdouble, np.complex64, complex]
+KINDS += [">f4", "S5", "U3", "V7", "M8[ns]", "m8[s]", [("a", "f4"), ("b", "i2")]]
+KINDS += [np.dtype([("a", "f8", (2,)), ("b", "?")], align=True), np.dtype("f4,f4")]
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
@@ -103,8 +101,18 @@ def test_each_name_has_memory_of_its_own(debug):
 @debugging
 @pytest.mark.parametrize(
     ("shape", "want"),
-    [(7, (7,)), (np.int64(7), (7,)), ([2, 3], (2, 3)), ((np.int8(2), np.uint64(3)), (2, 3)), ((), ()), ([], ())]
-    + [(range(2, 4), (2, 3)), ((1,) * 64, (1,) * 64), ((0, 2**40), (0, 2**40)), ((True, 3), (1, 3))],
+    [
+        (7, (7,)),
+        (np.int64(7), (7,)),
+        ([2, 3], (2, 3)),
+        ((np.int8(2), np.uint64(3)), (2, 3)),
+        (range(2, 4), (2, 3)),
+        ((), ()),
+        ([], ()),
+        ((1,) * 64, (1,) * 64),
+        ((0, 2**40), (0, 2**40)),
+        ((True, 3), (1, 3)),  # BUG: TypeError when it is asked for again
+    ],
     ids=str,
 )
 def test_shapes_may_be_written_in_many_ways(shape, want, debug):
@@ -142,11 +150,11 @@ def test_a_steady_state_allocates_nothing(growth, debug):
         with ws.scope():
             ws.take("d", (rows, rows), f4 if rows % 2 else np.int8)
 
-    one_pass(200)
+    one_pass(201)
     count = ws.allocation_count
     # A debug workspace compares all bytes with the poison: an array of flags, and it is gone.
     allowed = 2_500 + debug * 600_000
-    assert max(traced_peak(lambda rows=rows: one_pass(rows)) for rows in (200, 3, 199, 0, 200)) < allowed
+    assert max(traced_peak(lambda rows=rows: one_pass(rows)) for rows in (201, 3, 200, 0, 201)) < allowed
     assert ws.allocation_count == count == 4
 
 
@@ -227,8 +235,11 @@ def test_another_shape_in_the_same_generation_is_refused(debug):
 
 @pytest.mark.parametrize(
     ("options", "error", "match"),
-    [({"growth": "double"}, ValueError, "growth: 'double', needed one of 'exact', 'pow2', 'geometric'")]
-    + [({"growth": None}, ValueError, "growth"), ({"limit_bytes": -1}, ValueError, "limit_bytes: -1")],
+    [
+        ({"growth": "double"}, ValueError, "growth: 'double', needed one of 'exact', 'pow2', 'geometric'"),
+        ({"growth": None}, ValueError, "growth: None"),
+        ({"limit_bytes": -1}, ValueError, "limit_bytes: -1"),
+    ],
 )
 def test_a_workspace_that_cannot_be(options, error, match):
     with pytest.raises(error, match=match):
@@ -338,7 +349,8 @@ steps = st.one_of(
 @example([("take", "a", 100, "u1"), ("next_generation",), ("take", "a", 110, "u1")], "geometric", 150, True)
 @example([("take", "a", 8, "u1"), ("take", "b", 9, "u1")], "pow2", 16, False)
 def test_a_workspace_is_its_model(program, growth, limit, debug):
-    ws, model, scopes, views = Workspace(growth=growth, limit_bytes=limit, debug=debug), Model(growth, limit), [], {}
+    ws, model = Workspace(growth=growth, limit_bytes=limit, debug=debug), Model(growth, limit)
+    scopes, views = [], {}
 
     def checked(shape, dtype):  # at the moment of an allocation
         assert ws.nbytes + math.prod(shape) <= model.limit
@@ -380,7 +392,9 @@ def test_a_workspace_is_its_model(program, growth, limit, debug):
             views = {name: view for name, view in views.items() if name in model.live}
             assert figures(ws) == model.figures
             assert ws.nbytes <= model.limit
-            assert all(np.all(np.asarray(view) == number) for view, number in views.values())  # nobody wrote there
+            assert all(
+                np.all(np.asarray(view) == number) for view, number in views.values()
+            )  # nobody wrote there
 
 
 def test_growth_beyond_the_limit_is_trimmed_to_the_need():
@@ -389,7 +403,10 @@ def test_growth_beyond_the_limit_is_trimmed_to_the_need():
     kept.fill(1)
     ws.take("tight", 5_600, u1)  # 8192 would be too much
     assert ws.nbytes == 4096 + 5600
-    for growing in (lambda: ws.take("more", 305, u1), lambda: ws.ensure_capacity({"a": (4, u1), "b": (301, u1)})):
+    for growing in (
+        lambda: ws.take("more", 305, u1),
+        lambda: ws.ensure_capacity({"a": (4, u1), "b": (301, u1)}),
+    ):
         with refused(ws, MemoryError, "^workspace: .* would need .* bytes in all, limit_bytes is 10000$"):
             growing()
     assert ws.take("rest", 304, u1).nbytes == 304
@@ -423,7 +440,7 @@ def test_memory_that_the_system_does_not_have():
     ws = Workspace()
     kept = ws.take("kept", (10,))
     kept.fill(1)
-    with pytest.raises(MemoryError, match="no memory for the .* bytes of 'x'"):
+    with pytest.raises(MemoryError, match=r"no memory for the .* bytes of 'x'"):
         ws.take("x", (2**60,), u1)
     assert np.all(kept == 1)
     assert ws.used_bytes == 40
@@ -442,12 +459,14 @@ def test_scopes_nest_and_give_back_what_they_took(debug):
         first = ws.take("a", (5,))
         with ws.scope() as inner:
             assert inner is ws
-            assert memory(ws.take("a", (5,))) == memory(first)  # taken outside: stays until the end of its scope
+            assert memory(ws.take("a", (5,))) == memory(
+                first
+            )  # taken outside: stays until the end of its scope
             ws.take("b", (7,))
             assert ws.used_bytes == 88
         assert ws.used_bytes == 60
         assert ws.take("b", (2, 2), f8).shape == (2, 2)  # a sibling may have another shape
-        with pytest.raises(ValueError, match="^name: 'a'"):
+        with pytest.raises(ValueError, match=r"^name: 'a'"):
             ws.take("a", (6,))
     with ws.scope():
         ws.take("a", (3, 1), np.int8)
@@ -533,7 +552,7 @@ def test_ensure_capacity_is_all_or_nothing():
 
 def test_repr_and_summary():
     ws = Workspace(limit_bytes=10_000_000)
-    assert repr(Workspace()) == "Workspace(0 buffers, 0.00 MB held, 0.00 MB in use, generation 1, 0 allocations)"
+    assert repr(Workspace()) == "Workspace(0 buffers, 0 MB held, 0 MB in use, generation 1, 0 allocations)"
     ws.take("small", (3,), np.int16)
     ws.next_generation()
     ws.take("large", (1000, 250))
@@ -567,12 +586,12 @@ ENDS = {
     "clear": Workspace.clear,
     "release": Workspace.release,
 }
-other = np.add(watched()[1], 0)  # what a watched array gives to a ufunc is ordinary
 
 
 def test_results_of_ufuncs_are_ordinary_arrays():
-    assert type(other) is np.ndarray
-    assert type(np.add(P, P, out=watched()[1])) is not np.ndarray  # but `out` is returned as it came
+    _, view = watched()
+    assert type(view + 1) is np.ndarray
+    assert np.add(P, P, out=view) is view  # but `out` is returned as it came
 
 
 def fresh():
@@ -606,7 +625,7 @@ ROUTES = {  # what is done with a view `v` of shape (4, 4)
     "reduceat": lambda v: np.add.reduceat(v, [0, 2]),
     "outer": lambda v: np.add.outer(P, v),
     "at": lambda v: np.add.at(v, 0, 1),
-    "values of at": lambda v: np.add.at(P.copy(), 0, v),
+    "values of at": lambda v: np.add.at(P.copy(), slice(None), v),
     "item": lambda v: v[0, 0],
     "slice": lambda v: v[1:],
     "ellipsis": lambda v: v[...],
@@ -698,7 +717,9 @@ def test_a_stale_view_is_found_by_every_route(route):
     ws, view = watched()
     use(view)  # while it is on loan, all is well
     ws.next_generation()
-    with pytest.raises(RuntimeError, match="^buffer 'x' of generation 3 is stale: .* generation 4; take it again$"):
+    with pytest.raises(
+        RuntimeError, match=r"^buffer 'x' of generation 3 is stale: .* generation 4; take it again$"
+    ):
         use(view)
 
 
@@ -706,9 +727,9 @@ def test_a_stale_view_is_found_by_every_route(route):
 def test_a_stale_view_is_found_after_every_end(end):
     ws, view = watched()
     ENDS[end](ws)
-    with pytest.raises(RuntimeError, match="^buffer 'x' of generation 3 is stale"):
+    with pytest.raises(RuntimeError, match=r"^buffer 'x' of generation 3 is stale"):
         view + 1
-    assert np.all(np.isnan(np.ndarray.view(np.asarray(view), np.ndarray)))  # poison
+    assert np.isnan(np.asarray(view)).all()  # poison
 
 
 def test_a_stale_view_is_found_after_its_scope():
@@ -719,13 +740,15 @@ def test_a_stale_view_is_found_after_its_scope():
         with ws.scope():
             assert np.all(ws.take("inner", (3,)) == 2)
         assert np.all(inner == 2)
-    with pytest.raises(RuntimeError, match="^buffer 'inner' of generation 3 is stale: its scope has ended"):
+    with pytest.raises(RuntimeError, match=r"^buffer 'inner' of generation 3 is stale: its scope has ended"):
         inner + outer
     with ws.scope():
         again = ws.take("inner", (3,))
         assert np.isnan(again).all()
         again.fill(0)
-        with pytest.raises(RuntimeError, match="'inner' of generation 3"):  # although the name is in use again
+        with pytest.raises(
+            RuntimeError, match="'inner' of generation 3"
+        ):  # although the name is in use again
             inner + again
     assert np.all(outer == 1)
 
@@ -762,8 +785,7 @@ VIEWS = {
     "result of out": lambda v: np.add(v, 1, out=v),
     "result of gemm": lambda v: gemm(P, P, v),
     "result of an operator": lambda v: operator.iadd(v, 1),
-    "view of a view of a view": lambda v: v.T[1:].reshape(-1)[::2][1:],
-    "copy of a view of a copy": lambda v: v[1:].view(),
+    "view of a view of a view": lambda v: v.T[1:][::2].view(np.int32)[..., None],
 }
 
 
@@ -771,10 +793,7 @@ VIEWS = {
 def test_a_view_of_a_view_inherits_the_lease(case):
     ws, v = watched()
     view = VIEWS[case](v)
-    assume_shared = np.may_share_memory(np.asarray(v), np.asarray(view)) or view.size == 0
-    assert assume_shared or case.startswith("view of a view")  # where reshape had to copy
-    if not assume_shared:
-        view = v.T[1:][::2][1:]
+    assert np.may_share_memory(np.asarray(v), np.asarray(view)) or view.size == 0
     ws.next_generation()
     for use in (lambda: view + 1, lambda: view[...], lambda: view.shape, lambda: np.stack([view])):
         with pytest.raises(RuntimeError, match="'x' of generation 3"):
@@ -854,7 +873,9 @@ def test_everything_given_back_is_poisoned():
 
 
 @pytest.mark.parametrize("write", [lambda a: a.fill(0), lambda a: operator.setitem(a.reshape(-1), -1, 0)])
-@pytest.mark.parametrize("escape", [np.asarray, lambda v: v.view(np.ndarray), memoryview, np.ascontiguousarray])
+@pytest.mark.parametrize(
+    "escape", [np.asarray, lambda v: v.view(np.ndarray), memoryview, np.ascontiguousarray]
+)
 def test_a_write_through_an_escaped_view_is_found(escape, write):
     ws, view = watched()
     escaped = escape(view)
@@ -864,7 +885,9 @@ def test_a_write_through_an_escaped_view_is_found(escape, write):
     ws.next_generation()
     ws.take("other", (3,))
     before = figures(ws)
-    with pytest.raises(RuntimeError, match="^buffer 'x' was written to after generation 3 had given it back"):
+    with pytest.raises(
+        RuntimeError, match=r"^buffer 'x' was written to after generation 3 had given it back"
+    ):
         ws.take("x", (2,))  # the whole storage is looked at, not what is asked for now
     assert figures(ws) == before
     assert np.isnan(ws.take("x", (2,))).all()  # said once
@@ -877,7 +900,14 @@ def test_what_stays_out_of_sight_reads_poison():
     ws.next_generation()
     target = np.zeros_like(P)
     target[...] = view
-    reads = [target, escaped, np.array(view), np.array([view, view]), np.asarray(memoryview(view)), np.add([view], 1)]
+    reads = [
+        target,
+        escaped,
+        np.array(view),
+        np.array([view, view]),
+        np.asarray(memoryview(view)),
+        np.add([view], 1),
+    ]
     assert all(np.isnan(read).all() for read in reads)
 
 
@@ -886,8 +916,11 @@ def pipeline(ws, seed):
     rng = np.random.default_rng(seed)
     x, w = make(rng, (6, 8)), make(rng, (3, 8, 8))
     out = []
-    note = lambda *arrays: out.extend(np.asarray(a).tobytes() for a in arrays)
     take = ws.take
+
+    def note(*arrays):
+        out.extend(np.asarray(a).tobytes() for a in arrays)
+
     for _ in range(2):  # the second time in storage that was used
         ws.next_generation()
         q, k, v = (np.matmul(x, w[i], out=take("qkv"[i], (6, 8))) for i in range(3))
@@ -906,21 +939,46 @@ def pipeline(ws, seed):
             np.add.at(h, index, q[:1])
             note(h, h[index], np.subtract.at(h, (index, 0), 1), h)
         np.multiply.accumulate(q, axis=0, out=h)
-        note(h, np.add.reduceat(q, [0, 3, 4], axis=0, out=take("three", (3, 8))), np.minimum.reduce(q, axis=None))
+        note(
+            h,
+            np.add.reduceat(q, [0, 3, 4], axis=0, out=take("three", (3, 8))),
+            np.minimum.reduce(q, axis=None),
+        )
         note(*np.divmod(q, k, out=(take("d", (6, 8)), take("m", (6, 8)))))
         note(*np.divmod(q, k, out=(None, take("m", (6, 8)))), *np.modf(q))
         note(*np.frexp(q, take("f", (6, 8)), take("e", (6, 8), np.int32)))
         positive = np.greater(q, 0, out=take("positive", (6, 8), bool))
         note(np.sqrt(q, out=h, where=positive), np.sum(q, axis=1, where=positive), np.where(positive, q, k))
-        note(q.std(axis=0, out=take("std", (8,))), np.linalg.norm(q), np.cumsum(k, axis=1, out=h), q.argmax(axis=0))
-        note(q[1:, ::2] @ k[:, ::2].T, np.concatenate([q, k], out=take("cat", (12, 8))), np.clip(q, -1, k, out=h))
+        note(
+            q.std(axis=0, out=take("std", (8,))),
+            np.linalg.norm(q),
+            np.cumsum(k, axis=1, out=h),
+            q.argmax(axis=0),
+        )
+        note(
+            q[1:, ::2] @ k[:, ::2].T,
+            np.concatenate([q, k], out=take("cat", (12, 8))),
+            np.clip(q, -1, k, out=h),
+        )
         blend(q, v, 0.25, 2.0)
         gemm(q, w[0], k, alpha=0.5, beta=-1.0)
         gemm(q.T, k, take("square", (8, 8)))
-        note(v, k, take("square", (8, 8)), *(a.copy() for a in (q, h)), q.tolist(), float(q[0, 0]), q.dot(w[1]))
+        note(
+            v, k, take("square", (8, 8)), *(a.copy() for a in (q, h)), q.tolist(), float(q[0, 0]), q.dot(w[1])
+        )
         note(reference.similarity(q, k), reference.apply_context(q, take("square", (8, 8)), 0.5))
-        note(reference.context_gradient(q, 0.5, k), reference.ema(None, q, 0.25), reference.similarity_step(q[0], k[0]))
-        note(reference.apply_context_vjp(q, take("square", (8, 8)), 0.5, k)[0], np.sort(q), q.T.copy(), -k, q == k)
+        note(
+            reference.context_gradient(q, 0.5, k),
+            reference.ema(None, q, 0.25),
+            reference.similarity_step(q[0], k[0]),
+        )
+        note(
+            reference.apply_context_vjp(q, take("square", (8, 8)), 0.5, k)[0],
+            np.sort(q),
+            q.T.copy(),
+            -k,
+            q == k,
+        )
     return out
 
 
@@ -943,7 +1001,7 @@ def test_every_ufunc_gives_the_same_bits_in_debug_mode():
             with np.errstate(all="ignore"):
                 try:
                     want = ufunc(*plain)
-                except TypeError:  # not for this dtype
+                except (TypeError, ValueError):  # not for this dtype, or not for these values
                     continue
                 ws = Workspace(debug=True)
                 inputs = [ws.take(f"in {i}", (3, 3), dtype) for i in range(ufunc.nin)]
@@ -953,7 +1011,9 @@ def test_every_ufunc_gives_the_same_bits_in_debug_mode():
                 wants, gots = (r if ufunc.nout > 1 else (r,) for r in (want, got))
                 outs = tuple(ws.take(f"out {i}", r.shape, r.dtype) for i, r in enumerate(wants))
                 returned = ufunc(*inputs, out=outs)
-                assert all(r is o for r, o in zip(returned if ufunc.nout > 1 else (returned,), outs, strict=True))
+                assert all(
+                    r is o for r, o in zip(returned if ufunc.nout > 1 else (returned,), outs, strict=True)
+                )
             for a, b, out in zip(wants, gots, outs, strict=True):
                 assert type(b) is type(a)
                 assert a.tobytes() == b.tobytes() == out.tobytes(), ufunc
@@ -982,6 +1042,16 @@ def in_threads(*functions):
         assert not thread.is_alive()
     if errors:
         raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+
+
+@contextmanager
+def unless_foreign():
+    """Another thread may have the workspace; nothing else may go wrong."""
+    try:
+        yield
+    except RuntimeError as e:
+        if FOREIGN not in str(e):
+            raise
 
 
 @contextmanager
@@ -1021,7 +1091,8 @@ def test_exactly_one_thread_wins(way, debug):
                     hold(me, i, ws.take("x", (1 + (me + i) % 5, 100)))
                     ws.next_generation()
             except RuntimeError as e:
-                assert FOREIGN in str(e)
+                if FOREIGN not in str(e):
+                    raise
                 refusals[me] += 1
                 for forbidden in (ws.next_generation, ws.clear, ws.release, lambda: ws.ensure_capacity({})):
                     with pytest.raises(RuntimeError, match=FOREIGN):
@@ -1054,7 +1125,7 @@ def test_no_two_threads_hold_the_same_memory(debug):
         rng = np.random.default_rng(me)
         start.wait()
         for shape, how in zip(rng.integers(0, 50, (150, 2)).tolist(), rng.integers(0, 4, 150), strict=True):
-            with suppress(RuntimeError) as _:
+            with unless_foreign():
                 if how == 0:
                     with ws.scope(), ws.scope():
                         critical(me, ws.take("x", shape))
@@ -1153,7 +1224,9 @@ def test_one_workspace_for_each_thread():
 letters = {"B": st.integers(0, 4), "S": st.integers(0, 4), "D": st.integers(1, 5), "d_k": st.integers(1, 3)}
 sizes_of_letters = st.fixed_dictionaries(letters)
 dims = st.integers(0, 5) | st.sampled_from([*letters, "2 D", "B S", "3 d_k D", "2 2", "B B B"])
-leaves = st.tuples(st.just("buffer"), st.lists(dims, max_size=3).map(tuple), st.sampled_from([f4, "f8", bool, "u2"]))
+leaves = st.tuples(
+    st.just("buffer"), st.lists(dims, max_size=3).map(tuple), st.sampled_from([f4, "f8", bool, "u2"])
+)
 trees = st.recursive(
     leaves,
     lambda t: st.tuples(st.sampled_from(["all", "any"]), st.lists(t, max_size=3).map(tuple)),
@@ -1181,8 +1254,8 @@ def follow(ws, todo, sizes):
     (kind, *rest), later = todo[0], todo[1:]
     if kind == "buffer":
         name, shape, dtype = rest
-        value = lambda f: int(f) if f.isdigit() else sizes[f]
-        ws.take(name, tuple(math.prod(map(value, str(n).split())) for n in shape), dtype)
+        factors = [[int(f) if f.isdigit() else sizes[f] for f in str(n).split()] for n in shape]
+        ws.take(name, tuple(map(math.prod, factors)), dtype)
         follow(ws, later, sizes)
     elif kind == "all":
         follow(ws, [*rest[0], *later], sizes)
@@ -1206,7 +1279,11 @@ def evaluated(formula, sizes):
 
 @settings(max_examples=150)
 @given(trees, sizes_of_letters, policies)
-@example(("all", (("any", (("buffer", ("B",), f4),)), ("any", (("buffer", ("B",), f4),)))), dict.fromkeys(letters, 3), "exact")
+@example(
+    ("all", (("any", (("buffer", ("B",), f4),)), ("any", (("buffer", ("B",), f4),)))),
+    dict.fromkeys(letters, 3),
+    "exact",
+)
 @example(("any", ()), dict.fromkeys(letters, 3), "exact")
 def test_a_requirement_is_what_running_takes(tree, sizes, growth):
     tree = named(tree, itertools.count())
@@ -1227,7 +1304,9 @@ def test_a_requirement_is_what_running_takes(tree, sizes, growth):
 def test_formulas_read_well():
     stream, qkv = Buffer("stream", ("B", "S", "D")), Buffer("qkv", ("3 B", "S", "D"))
     scores = Buffer("scores", ("B", "H", "S", "S"), "f2")
-    need = all_of(stream, any_of(all_of(qkv, scores), Buffer("hidden", ("B", "S", 7), bool)), Buffer("one", ()))
+    need = all_of(
+        stream, any_of(all_of(qkv, scores), Buffer("hidden", ("B", "S", 7), bool)), Buffer("one", ())
+    )
     assert str(need) == "4 B S D + max(12 B S D + 2 B H S^2, 7 B S) + 4"
     assert [b.name for b in need.buffers()] == ["stream", "qkv", "scores", "hidden", "one"]
     assert str(all_of(stream, qkv)) == "16 B S D"
@@ -1246,7 +1325,7 @@ def test_missing_sizes_are_named(sizes, match):
     for ask in (need.nbytes, need.requests):
         with pytest.raises(ValueError, match=match):
             ask(**sizes)
-    with pytest.raises(ValueError, match="^shape: .*'a' has a negative dimension"):
+    with pytest.raises(ValueError, match=r"^shape: .*'a' has a negative dimension"):
         need.nbytes(B=-1, S=1)
 
 
@@ -1338,7 +1417,9 @@ small_units = st.tuples(st.integers(1, 6), spans).map(lambda r: ((64 * r[0],), u
 
 
 @few
-@given(st.lists(small_units, min_size=5, max_size=EXACT).map(lambda rs: {f"r{i}": r for i, r in enumerate(rs)}))
+@given(
+    st.lists(small_units, min_size=5, max_size=EXACT).map(lambda rs: {f"r{i}": r for i, r in enumerate(rs)})
+)
 def test_small_plans_of_few_sizes_are_the_smallest(requests):
     p = plan(requests)
     assert_valid(p, requests)
@@ -1355,9 +1436,14 @@ def test_the_curve_says_what_is_alive(requests):
         assert alive == sum(n for n, first, last in numbers if first <= t <= last)
 
 
-def test_greedy_orders_alone_are_not_the_optimum():
-    requests = HARD
-    assert smallest(requests) == plan(requests).nbytes < min(plan(requests, order).nbytes for order in ORDERS)
+def test_the_search_finds_what_no_order_does(monkeypatch):
+    hard = [(4, 2, 4), (5, 3, 3), (2, 7, 8), (5, 6, 8), (2, 4, 9)]
+    requests = {f"r{i}": ((64 * n,), u1, first, last) for i, (n, first, last) in enumerate(hard)}
+    assert smallest(requests) == plan(requests).nbytes == live_maximum(requests) == 9 * 64
+    monkeypatch.setattr("ctxlab.workspace.EXACT", 0)
+    greedy = plan(requests)
+    assert greedy.nbytes == 11 * 64
+    assert_valid(greedy, requests)
 
 
 def test_plans_of_little():
@@ -1397,9 +1483,9 @@ def test_bad_requests_are_named_by_the_planner(request_, error, match):
 
 
 def test_bad_orders_and_names_are_refused():
-    with pytest.raises(ValueError, match="^order: 'alphabet', needed one of 'size', 'breadth', 'length'$"):
+    with pytest.raises(ValueError, match=r"^order: 'alphabet', needed one of 'size', 'breadth', 'length'$"):
         plan({}, "alphabet")
-    with pytest.raises(TypeError, match="^name: 3 "):
+    with pytest.raises(TypeError, match=r"^name: 3 "):
         plan({3: ((3,), f4, 0, 1)})
 
 
@@ -1412,7 +1498,9 @@ def transformer(layers, S, D, H, F):
 
     for i in range(layers):
         t, back = 12 * i, end - 12 * i  # the backward pass of this layer ends at `back`
-        for k, (name, columns) in enumerate([("x", D), ("norm", D), ("q", D), ("k", D), ("v", D), ("heads", D)]):
+        for k, (name, columns) in enumerate(
+            [("x", D), ("norm", D), ("q", D), ("k", D), ("v", D), ("heads", D)]
+        ):
             add(f"{name} {i}", (S, columns), t + k // 2, back - k // 2)
         add(f"weights {i}", (H, S, S), t + 3, back - 4)
         add(f"out {i}", (S, D), t + 5, t + 6)
@@ -1493,7 +1581,10 @@ def same_bits(a, b):
 
 @given(programs, st.booleans())
 def test_a_planned_workspace_computes_the_same_bits(program, retake):
-    run = lambda ws: interpret(ws, program, retake)
+
+    def run(ws):
+        return interpret(ws, program, retake)
+
     simple, planned, rehearsal = Workspace(growth="exact"), Workspace(), Workspace(debug=True)
     want = run(simple)
     lifetimes = record(run)
@@ -1509,9 +1600,16 @@ def test_a_planned_workspace_computes_the_same_bits(program, retake):
 
 
 @settings(max_examples=150)
-@given(programs, st.booleans(), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 6)), min_size=8, max_size=8))
+@given(
+    programs,
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 6)), min_size=8, max_size=8),
+)
 def test_a_rehearsal_is_right_or_raises(program, retake, wrong):
-    run = lambda ws: interpret(ws, program, retake)
+
+    def run(ws):
+        return interpret(ws, program, retake)
+
     lifetimes = {
         name: r._replace(first=first, last=first + more)
         for (name, r), (first, more) in zip(record(run).items(), wrong, strict=False)
@@ -1519,9 +1617,13 @@ def test_a_rehearsal_is_right_or_raises(program, retake, wrong):
     rehearsal = Workspace(debug=True)
     rehearsal.arrange(plan(lifetimes))
     try:
-        got = run(rehearsal)
+        got, error = run(rehearsal), ""
     except RuntimeError as e:
-        assert re.match(r"buffer '\w+' of generation 1 is stale: (by the plan '\w+' now owns|its scope)", str(e))
+        got, error = None, str(e)
+    if got is None:
+        assert re.match(
+            r"buffer '\w+' of generation 1 is stale: by the plan '\w+' now owns its memory", error
+        )
     else:
         assert same_bits(got, run(Workspace()))
 
@@ -1551,7 +1653,9 @@ def test_every_shortened_lifetime_of_a_chain_is_found():
         rehearsal = Workspace(debug=True)
         rehearsal.arrange(p)
         if p.offsets[name] == p.offsets[follower]:
-            with pytest.raises(RuntimeError, match=f"'{name}' of generation 1 is stale: by the plan '{follower}' now owns"):
+            with pytest.raises(
+                RuntimeError, match=f"'{name}' of generation 1 is stale: by the plan '{follower}' now owns"
+            ):
                 chain(rehearsal)
         else:
             chain(rehearsal)
@@ -1559,7 +1663,9 @@ def test_every_shortened_lifetime_of_a_chain_is_found():
     assert all_short.nbytes == 512
     rehearsal = Workspace(debug=True)
     rehearsal.arrange(all_short)
-    with pytest.raises(RuntimeError, match="'h0' of generation 1 is stale: by the plan 'h1' now owns its memory"):
+    with pytest.raises(
+        RuntimeError, match="'h0' of generation 1 is stale: by the plan 'h1' now owns its memory"
+    ):
         chain(rehearsal)
 
 
@@ -1597,13 +1703,14 @@ def test_a_copy_by_copyto_is_a_use():
 
 
 def test_growth_beyond_the_plan_falls_back_to_own_storage():
-    p = plan(record(chain))
-    ws = Workspace(growth="exact", limit_bytes=p.nbytes + 4 * 32 * 8 * 4)
+    p, ws = plan(record(chain)), Workspace(growth="exact")
     ws.arrange(p)
-    assert same_bits([chain(ws, rows=8)], [chain(Workspace(), rows=8)])
-    ws.next_generation()
-    assert (ws.allocation_count, ws.nbytes) == (1, p.nbytes)
-    assert same_bits([chain(ws, n=5, rows=32)[:0]], [b""[:0] and 0 or np.empty((0, 8), f4)]) or True
+    for rows, held, allocations in [(8, 0, 1), (32, 4 * 1024, 5), (16, 4 * 1024, 5)]:
+        assert same_bits([chain(ws, rows=rows)], [chain(Workspace(), rows=rows)])
+        assert (ws.nbytes, ws.allocation_count) == (p.nbytes + held, allocations)
+        ws.next_generation()
+    ws.take("unplanned", (3,))
+    assert (ws.nbytes, ws.allocation_count) == (p.nbytes + 4 * 1024 + 12, 6)
 
 
 def test_growth_beyond_the_plan_obeys_the_limit():
@@ -1615,7 +1722,7 @@ def test_growth_beyond_the_plan_obeys_the_limit():
             assert same_bits([chain(ws, rows=32)], [chain(Workspace(), rows=32)])
             assert (ws.nbytes, ws.allocation_count) == (ws.limit_bytes, 5)
         else:
-            with pytest.raises(MemoryError, match="^workspace: 'h3' would need"):
+            with pytest.raises(MemoryError, match=r"^workspace: 'h3' would need"):
                 chain(ws, rows=32)
             assert (ws.nbytes, ws.allocation_count) == (p.nbytes + 3 * 1024, 4)
 
@@ -1702,7 +1809,13 @@ def test_a_name_that_cannot_be_a_key_is_named():
 
 @pytest.mark.parametrize(
     "dtype",
-    ["f4,,", "(2,", [("a", "f4"), ("a", "f4")], ("f4", (-1,)), {"names": ["a"], "formats": ["f4"], "offsets": [-4]}],
+    [
+        "f4,,",
+        "(2,",
+        [("a", "f4"), ("a", "f4")],
+        ("f4", (-1,)),
+        {"names": ["a"], "formats": ["f4"], "offsets": [-4]},
+    ],
     ids=str,
 )
 def test_a_dtype_that_numpy_refuses_in_its_own_way_is_named(dtype):
@@ -1751,22 +1864,24 @@ def test_requests_of_the_wrong_length_are_named(request_):
         ws.ensure_capacity({"x": request_})
 
 
-@pytest.mark.parametrize("options", [{"limit_bytes": 1e6}, {"limit_bytes": "1 MB"}, {"growth": ["pow2"]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"limit_bytes": 1e6}, {"limit_bytes": "1 MB"}, {"growth": ["pow2"]}], ids=str
+)
 def test_options_of_the_wrong_type_are_named(options):
     (name,) = options
-    with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: "):
         Workspace(**options)
 
 
 def test_an_order_of_the_wrong_type_is_named():
-    with pytest.raises((TypeError, ValueError), match="^order: "):
+    with pytest.raises((TypeError, ValueError), match=r"^order: "):
         plan({}, ["size"])
 
 
 def test_a_refused_request_claims_nothing():
     # The claim comes before the check of the request, and is not given back.
     ws = Workspace()
-    with pytest.raises(ValueError, match="^shape: "):
+    with pytest.raises(ValueError, match=r"^shape: "):
         ws.take("x", (-1,))
     in_threads(lambda: ws.take("x", (3,)))
 
