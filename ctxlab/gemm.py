@@ -173,7 +173,7 @@ def blend(x: np.ndarray, # as `y`; scaled in place where BLAS cannot do it, so i
         y *= y.dtype.type(beta)
         y += x
 
-# %% ../nbs/03_gemm.ipynb #370aac5e
+# %% ../nbs/03_gemm.ipynb #f2b4ce53
 ALIGNMENT = 64 # bytes: a cache line, and the widest vector register
 
 def aligned_empty(shape: tuple[int, ...], dtype=np.float32, offset: int = 0) -> np.ndarray:
@@ -181,8 +181,7 @@ def aligned_empty(shape: tuple[int, ...], dtype=np.float32, offset: int = 0) -> 
     dtype = np.dtype(dtype)
     nbytes = int(np.prod(shape, dtype=np.intp)) * dtype.itemsize
     raw = np.empty(nbytes + ALIGNMENT + offset, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT + offset
-    return raw[start:start + nbytes].view(dtype).reshape(shape)
+    return np.ndarray(shape, dtype, raw, -raw.ctypes.data % ALIGNMENT + offset)
 
 # %% ../nbs/03_gemm.ipynb #56b98dcc
 Product = Callable[[str, np.ndarray, np.ndarray], np.ndarray] # (site, a, b) -> a @ b
