@@ -98,7 +98,7 @@ class _Stateful(_Parts):
             self.context.load_state_dict({n: old[n] for n in ('strength', 'update_rate', 'max_rows')} | learned)
         for name, p in self._parameters.items(): p[...] = state[name]
 
-# %% ../nbs/06b_block.ipynb #2a6550f7
+# %% ../nbs/06b_block.ipynb #2bb4c7ef
 class Block(_Stateful):
     "A layer with a shared context: forward, then backward, in buffers of one workspace."
     def forward(self,
@@ -139,6 +139,10 @@ class Block(_Stateful):
                     assert self.context is not None # it made h
                     self._gradients['context.strength'][0] = self.context.backward(x, grad_h, out=out)[1]
         return out
+
+    def forget(self) -> None:
+        "Let go of what backward would need."
+        self._saved = None
 
     def _check_input(self, x) -> np.ndarray:
         x = check_array('x', x, ndim=(3,), dtype=self.dtype)
@@ -195,9 +199,14 @@ class SizedBlock(Block):
         shared = dict(B=batch, S=seq_len, D=self.dim, N=batch * seq_len, n=rows, p=panel_shape(self.dim, self.dtype)[0])
         return self.requirement().nbytes(**shared | self._sizes(batch, seq_len))
 
-# %% ../nbs/06b_block.ipynb #606171ef
+# %% ../nbs/06b_block.ipynb #87b8b928
 class FreshWorkspace(Workspace):
     "A workspace that does not pool, to compare with: every `take` is a new array."
+    taken_bytes = taken_count = 0 # so far
+
     def take(self, name: str, shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
         "A new array, aligned as a pooled one."
-        return aligned_empty(shape, dtype)
+        new = aligned_empty(shape, dtype)
+        self.taken_bytes += new.nbytes
+        self.taken_count += 1
+        return new
