@@ -8,20 +8,21 @@ __all__ = ['cosine_schedule', 'check_levels', 'add_noise', 'combine_into', 'add_
            'gate_into', 'gate_backward_into', 'part_way_into', 'DiffusionBlock', 'Denoiser', 'Trainer', 'ddim_step',
            'ddim_step_into', 'sample']
 
-# %% ../nbs/08_diffusion.ipynb #e7586b2b
+# %% ../nbs/08_diffusion.ipynb #686bab94
 import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from .attention import attention, attention_requirement, block_rows
 from .block import _buffer, _views, initialise
 from .context import SharedAttentionContext
-from .gemm import aligned_empty, check_out, panels, unbuffered
+from .gemm import check_out, panels, unbuffered
 from .layers import (APPROXIMATE, _sigmoid_into, adam_into, embedding_into, gelu, layer_norm, linear,
                            linear_backward_into, linear_into, norm_backward_into, norm_into, norm_requirement, renorm_into)
 from .reference import apply_context, check_array, check_same_shape
@@ -261,7 +262,7 @@ class _Modulated(_Sublayers):
         for b, rows in _sequences(shape):
             gate_backward_into(branch[rows], kept.six[b, 3 * i + 2], G[rows], out[rows], dsix[b, 3 * i + 2], self.workspace)
 
-# %% ../nbs/08_diffusion.ipynb #b275180f
+# %% ../nbs/08_diffusion.ipynb #6f3ed9b6
 class DiffusionBlock(_Modulated):
     "Full attention and a feed-forward layer with GELU, steered by the noise level of each sequence (adaLN-Zero)."
     def __init__(self,
@@ -371,13 +372,13 @@ class DiffusionBlock(_Modulated):
 
     def _backward_scratch(self) -> Requirement:
         b = lambda name, *shape: Buffer(name, shape, self.dtype)
-        feed = all_of(b('transformer.dhidden', 'N', 'F'), any_of(b('transformer.activated', 'N', 'F'), b('gelu.slopes', 2, 'g', 'F')))
+        feed = all_of(b('transformer.dhidden', 'N', 'F'), b('gelu.slopes', 2, 'g', 'F'))
         attend = all_of(b('transformer.dheads', 'N', 'D'), b('transformer.dqkv', 'N', '3 D'), attention_requirement(self.dtype, backward=True))
         listen = all_of(b('diffusion.dheard', 'B', 'D'), b('diffusion.dtime', 'B', 'D'), b('silu.scratch', 2, 'B', 'D'))
         own = (b(f'diffusion.{name}', *shape) for name, shape in (('normed', ('N', 'D')), ('dmiddle', ('N', 'D')), ('dmodulation', ('B', '6 D'))))
         return all_of(*own, any_of(feed, attend, norm_requirement(self.dtype), b('gate.column', 'D'), listen))
 
-# %% ../nbs/08_diffusion.ipynb #a6261d0d
+# %% ../nbs/08_diffusion.ipynb #2ed0c092
 class Denoiser:
     "Linear in, blocks, linear out: says which noise is in `x`. All blocks share one workspace."
     def __init__(self,
@@ -400,6 +401,7 @@ class Denoiser:
         initialise(self._own, rng)
         self._own['out.weight'].fill(0)
         self._positions = _embeddings(max_len, dim, self.dtype)
+        self._saved: Any = None # rows, h and signal of a forward pass that backward may follow
 
     def parameters(self) -> dict[str, np.ndarray]:
         "Name -> array; the arrays themselves."
@@ -414,7 +416,10 @@ class Denoiser:
                 t: np.ndarray, # (B,) noise levels
                 ) -> np.ndarray: # (B, S, features), valid until the next forward pass
         "The noise in `x`."
-        if check_array('x', x, (3,), self.dtype).shape[2] != self.features: raise ValueError(f'x: shape {x.shape}, needed (B, S, {self.features})')
+        x, most = check_array('x', x, (3,), self.dtype), len(self._positions)
+        if x.shape[2] != self.features or not 0 < x.shape[1] <= most or not len(x):
+            raise ValueError(f'x: shape {x.shape}, needed (B, S, {self.features}) with S up to {most}, not empty')
+        if not x.flags.c_contiguous: raise ValueError('x: is not C-contiguous; pass np.ascontiguousarray(x)')
         t, p, ws, rows = check_levels(t, len(x), self.n_steps), self._own, self.workspace, x.reshape(-1, self.features)
         ws.next_generation()
         h = ws.take('denoiser.in', (*x.shape[:2], self.dim), self.dtype)
@@ -428,7 +433,11 @@ class Denoiser:
 
     def backward(self, grad_out: np.ndarray) -> None: # (B, S, features)
         "Gradients of all parameters, for `gradients()`. That of the input is not asked for."
+        if self._saved is None: raise RuntimeError('backward: there is no forward pass to follow; call forward() before each backward()')
         (rows, h, signal), p, g, ws = self._saved, self._own, self._grads, self.workspace
+        check_array('grad_out', grad_out, (3,), self.dtype)
+        if grad_out.size != rows.size or len(grad_out) != len(signal): raise ValueError(f'grad_out: shape {grad_out.shape} is not that of x')
+        self._saved = None
         with unbuffered():
             dv = ws.take('denoiser.dv', grad_out.shape, self.dtype)
             for G, dV, a in zip(grad_out, dv, signal): np.multiply(G, a, out=dV)
@@ -439,15 +448,21 @@ class Denoiser:
             for block in reversed(self.blocks): dh = block.backward(dh)
             linear_backward_into(rows, p['in.weight'], dh.reshape(h.shape), None, g['in.weight'], g['in.bias'])
 
-# %% ../nbs/08_diffusion.ipynb #c1107971
+# %% ../nbs/08_diffusion.ipynb #c7f40d56
 class Trainer:
-    "Adam on the mean squared error of the predicted noise."
-    def __init__(self, model: Denoiser, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)):
+    "Adam on the weighted mean squared error of the predicted noise."
+    def __init__(self,
+                 model: Denoiser,
+                 lr: float = 1e-3,
+                 betas: tuple[float, float] = (0.9, 0.99), # of Adam
+                 floor: float = 0.05): # a; 1: no weights
+        if not 0 < floor <= 1: raise ValueError(f'floor: {floor}, needed a share of the signal in (0, 1]')
         self.model, self.lr, self.betas, self.count, self.workspace = model, lr, betas, 0, Workspace(growth='exact')
+        self.weights = [1 / max(a, floor) for a in model.alpha_bar] # of the levels
         self.moments = {name: (np.zeros_like(p), np.zeros_like(p)) for name, p in model.parameters().items()}
 
-    def error(self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray) -> tuple[float, np.ndarray]: # loss, and predicted - noise
-        "Mean squared error of the prediction, without learning from it."
+    def error(self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray) -> tuple[float, np.ndarray]: # error, and predicted - noise
+        "Mean squared error of the prediction, without weights, and without learning from it."
         self.workspace.next_generation()
         x = add_noise_into(x0, noise, t, self.model.alpha_bar, self.workspace.take('trainer.noisy', x0.shape, x0.dtype), self.workspace)
         off = self.model.forward(x, t)
@@ -455,16 +470,21 @@ class Trainer:
         flat = off.reshape(-1)
         return float(np.dot(flat, flat)) / off.size, off
 
-    def step(self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray) -> float: # (B, S, features), same, (B,) -> loss before the step
-        "One step of gradient descent."
-        loss, off = self.error(x0, noise, t)
-        off *= 2 / off.size
+    def learn(self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray) -> float: # error, without the weights
+        "Gradients of the loss, in `model.gradients()`."
+        error, off = self.error(x0, noise, t)
+        for sequence, level in zip(off, t): sequence *= 2 / off.size * self.weights[level]
         self.model.backward(off)
+        return error
+
+    def step(self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray) -> float: # (B, S, features), same, (B,) -> error before the step
+        "One step of Adam."
+        error = self.learn(x0, noise, t)
         self.count += 1
         gradients = self.model.gradients()
         for name, p in self.model.parameters().items():
             adam_into(p, gradients[name], *self.moments[name], self.count, self.workspace, lr=self.lr, betas=self.betas)
-        return loss
+        return error
 
 # %% ../nbs/08_diffusion.ipynb #ecdd55f0
 def ddim_step(x: np.ndarray, noise: np.ndarray, now: float, then: float) -> np.ndarray: # any shape, same, alpha_bar in (0, 1] twice -> same

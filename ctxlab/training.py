@@ -83,11 +83,12 @@ def language_model(p: Mapping[str, np.ndarray], # parameters, as of `LanguageMod
         x = transformer(own, x, n_heads)
     return layer_norm(x, p['norm.weight'], p['norm.bias']) @ p['embedding'].T
 
-# %% ../nbs/07a_training.ipynb #c66fbdac
+# %% ../nbs/07a_training.ipynb #9256ca5a
 class _Weights:
     "Parameters of the model and of its blocks, under one set of names."
     def __init__(self, blocks: list[TransformerBlock], dim: int, vocab: int, max_len: int, rng: np.random.Generator, workspace: Workspace):
-        self.blocks, self.dim, self.vocab, self.max_len, self.workspace, self.dtype = blocks, dim, vocab, max_len, workspace, blocks[0].dtype
+        self.blocks, self.dim, self.vocab, self.max_len = blocks, dim, vocab, max_len
+        self.workspace, self.dtype = workspace, blocks[0].dtype
         own: Shapes = {'embedding': (vocab, dim), 'positions': (max_len, dim), 'norm.weight': (dim,), 'norm.bias': (dim,)}
         flats = [aligned_empty((sum(map(math.prod, own.values())),), self.dtype) for _ in range(2)]
         self._own, gradients = (_views(flat, own) for flat in flats)
@@ -112,24 +113,28 @@ class _Weights:
 
     def state_shapes(self) -> tuple[Shapes, Shapes]: # of what must be in a state, and of what may be
         "Shapes of parameters, and of contexts."
-        contexts = {f'{b.name}.context.{n}': (self.dim, self.dim) for b in self.blocks if b.context is not None for n in ('incoming', 'outgoing')}
+        with_context = [b.name for b in self.blocks if b.context is not None]
+        contexts: Shapes = {f'{name}.context.{n}': (self.dim, self.dim) for name in with_context for n in ('incoming', 'outgoing')}
         return {n: p.shape for n, p in self._parameters.items()}, contexts
 
     def state_dict(self) -> dict[str, np.ndarray]:
         "Copies of the parameters, and of the contexts if there are any."
-        return {n: p.copy() for n, p in self._own.items()} | {f'{b.name}.{n}': a for b in self.blocks for n, a in b.state_dict().items()}
+        own = {n: p.copy() for n, p in self._own.items()}
+        return own | {f'{b.name}.{n}': a for b in self.blocks for n, a in b.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: # as from `state_dict`, or an opened .npz
         "Restore parameters and contexts; a ValueError names all that does not fit, and nothing is loaded."
         state = {n: np.asarray(state[n]) for n in state}
         check_state(state, *self.state_shapes())
         for n, a in state.items():
-            if n.endswith('.context.strength') and not np.isfinite(a[0]): raise ValueError(f'state: {n} is {a[0]}, needed a finite number')
-        for b in self.blocks: b.load_state_dict({n.removeprefix(f'{b.name}.'): a for n, a in state.items() if n.startswith(f'{b.name}.')})
+            if n.endswith('.context.strength') and not np.isfinite(a[0]):
+                raise ValueError(f'state: {n} is {a[0]}, needed a finite number')
+        for b in self.blocks:
+            b.load_state_dict({n.removeprefix(f'{b.name}.'): a for n, a in state.items() if n.startswith(f'{b.name}.')})
         for n, p in self._own.items(): p[...] = state[n]
         self._saved = None
 
-# %% ../nbs/07a_training.ipynb #42871882
+# %% ../nbs/07a_training.ipynb #404e9ee8
 class _Passes(_Weights):
     "Forward and back, in buffers of one workspace."
     update_rate: float
@@ -162,7 +167,7 @@ class _Passes(_Weights):
         return SimpleNamespace(tokens=tokens, last=x.reshape(N, D), stats=stats, outputs=outputs, generation=self.workspace.generation)
 
     def _backward(self, kept: SimpleNamespace) -> None:
-        p, g, ws, (B, S), D = self._parameters, self._gradients, self.workspace, kept.tokens.shape, self.dim
+        p, g, ws, (B, S), D = self._parameters, self._gradients, self.workspace, kept.targets.shape, self.dim
         G, other = self._take('gradient0', B * S, D), self._take('gradient1', B * S, D)
         linear_backward_into(kept.outputs['norm'], p['embedding'], kept.outputs['logits'], G, g['embedding'], None)
         norm_backward_into(kept.last, kept.stats, p['norm.weight'], G, G, g['norm.weight'], g['norm.bias'], ws)
@@ -176,7 +181,7 @@ class _Passes(_Weights):
         np.add.reduce(G.reshape(B, S, D), axis=0, out=g['positions'][:S])
         g['positions'][S:].fill(0)
 
-# %% ../nbs/07a_training.ipynb #1c95f955
+# %% ../nbs/07a_training.ipynb #8a357013
 class LanguageModel(_Passes):
     "A byte-level Transformer: blocks on one workspace, with or without a context from each to the next."
     def __init__(self,
@@ -198,12 +203,14 @@ class LanguageModel(_Passes):
         rng, ws = np.random.default_rng() if rng is None else rng, Workspace(growth='exact') if workspace is None else workspace
         def context():
             return None if strength is None else SharedAttentionContext(strength, update_rate, max_rows=max_rows, dtype=dtype, workspace=ws)
-        blocks = [TransformerBlock(dim, n_heads, ffn_dim, rng=rng, dtype=dtype, context=context(), workspace=ws, max_len=max_len) for _ in range(n_layers)]
+        blocks = [TransformerBlock(dim, n_heads, ffn_dim, rng=rng, dtype=dtype, context=context(), workspace=ws, max_len=max_len)
+                  for _ in range(n_layers)]
         for i, block in enumerate(blocks): block.name = f'blocks.{i}'
         super().__init__(blocks, dim, vocab, max_len, rng, ws)
         self.update_rate = update_rate
-        self.config = dict(dim=dim, n_heads=n_heads, ffn_dim=ffn_dim, n_layers=n_layers, max_len=max_len, vocab=vocab, with_contexts=int(strength is not None),
-                           update_rate=float(update_rate), max_rows=max_rows or 0, itemsize=self.dtype.itemsize) # numbers that a checkpoint must agree with
+        self.config: dict[str, Any] = dict( # numbers that a checkpoint must agree with
+            dim=dim, n_heads=n_heads, ffn_dim=ffn_dim, n_layers=n_layers, max_len=max_len, vocab=vocab, itemsize=self.dtype.itemsize,
+            with_contexts=int(strength is not None), update_rate=float(update_rate), max_rows=max_rows or 0)
 
     def outputs(self, ids: np.ndarray) -> dict[str, np.ndarray]: # (B, S) integers -> embedding, blocks.0, ..., norm, logits
         "The output of every layer in order, of a pass from which nothing is learned; valid until the next pass."
@@ -227,7 +234,7 @@ class LanguageModel(_Passes):
             wanted = self._take('targets', *ids.shape, dtype=np.intp)
             wanted[...] = targets
             loss = cross_entropy_into(kept.outputs['logits'], wanted.reshape(-1), self.workspace)
-        self._saved = kept
+        kept.targets, self._saved = wanted, kept # asked for their shape in backward: so a recorder sees that they lived until now
         return loss
 
     def backward(self) -> None:
@@ -247,9 +254,9 @@ class LanguageModel(_Passes):
     @property
     def nbytes(self) -> int:
         "Bytes of parameters, gradients, contexts and workspace."
-        contexts = sum(a.nbytes for b in self.blocks if b.context is not None for n, a in b.context.state_dict().items() if n in ('incoming', 'outgoing'))
-        folded = sum(b.context.incoming.nbytes for b in self.blocks if b.context is not None and b.context.incoming is not None)
-        return 2 * sum(p.nbytes for p in self._parameters.values()) + contexts + folded + self.workspace.nbytes
+        contexts = [a for b in self.blocks if b.context is not None for a in (b.context.incoming, b.context.incoming, b.context.outgoing)]
+        held = sum(a.nbytes for a in contexts if a is not None) # what comes in is also held folded
+        return 2 * sum(p.nbytes for p in self._parameters.values()) + held + self.workspace.nbytes
 
     def requirement(self) -> Requirement: # in the letters of the blocks, and V
         "What a loss and its backward pass take from the workspace, once the contexts have learned."
@@ -308,7 +315,7 @@ def learning_rate(step: int, # from 1
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
     return s.lr * (s.final + (1 - s.final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
-# %% ../nbs/07a_training.ipynb #8f4c0083
+# %% ../nbs/07a_training.ipynb #5716992f
 def judge(model: LanguageModel,
           data: np.ndarray, # (n,) uint8
           batch: int, # windows at a time
@@ -316,7 +323,7 @@ def judge(model: LanguageModel,
           windows: int = 64, # rounded down to whole batches, but at least one
           ) -> float: # mean cross-entropy, nats a byte
     "Loss on evenly spaced windows; nothing is learned."
-    if len(data) <= seq_len: raise ValueError(f'data: {len(data)} bytes, needed more than {seq_len}')
+    if data.ndim != 1 or len(data) <= seq_len: raise ValueError(f'data: shape {data.shape}, needed more than {seq_len} bytes in one row')
     rounds = max(windows // batch, 1)
     starts = np.linspace(0, len(data) - seq_len - 1, rounds * batch).astype(int).reshape(rounds, batch)
     losses = []
@@ -334,15 +341,17 @@ def first_nonfinite(arrays: Mapping[str, np.ndarray]) -> str | None: # its name;
     "The first array with an entry that is NaN or infinite."
     return next((name for name, a in arrays.items() if not all_finite(a)), None)
 
-# %% ../nbs/07a_training.ipynb #6ce2c7af
+# %% ../nbs/07a_training.ipynb #d476a89f
 class _Progress:
     "What a run remembers: the step, the curve, the moments."
     def __init__(self, model: LanguageModel, text: Text, settings: Settings = Settings()):
         self.model, self.text, self.settings, self.step = model, Text(*text), settings, 0
         if settings.seq_len > model.max_len: raise ValueError(f'seq_len: {settings.seq_len}, max_len of the model is {model.max_len}')
         for name, data in self.text._asdict().items():
-            if not isinstance(data, np.ndarray) or data.ndim != 1 or data.dtype.kind not in 'iu': raise TypeError(f'text: {name} must be a row of integers')
-            if len(data) <= settings.seq_len: raise ValueError(f'text: {len(data)} bytes in {name}, needed more than seq_len = {settings.seq_len}')
+            if not isinstance(data, np.ndarray) or data.ndim != 1 or data.dtype.kind not in 'iu':
+                raise TypeError(f'text: {name} is no row of integers')
+            if len(data) <= settings.seq_len:
+                raise ValueError(f'text: {len(data)} bytes in {name}, needed more than seq_len = {settings.seq_len}')
         self.losses: list[float] = [] # of each step
         self.norms: list[float] = [] # of the gradient, before clipping
         self.judged: list[tuple[int, float]] = [] # (step, validation loss)
@@ -367,7 +376,8 @@ class _Stepping(_Progress):
         self.step = step
         self.losses.append(loss)
         self.norms.append(norm)
-        if step % s.judge_every == 0 or step == s.steps: self.judged.append((step, judge(self.model, self.text.valid, s.batch, s.seq_len, s.windows)))
+        if step % s.judge_every == 0 or step == s.steps:
+            self.judged.append((step, judge(self.model, self.text.valid, s.batch, s.seq_len, s.windows)))
         return loss
 
     def optimise(self, step: int, norm: float) -> None: # from the gradients that lie there
@@ -379,7 +389,7 @@ class _Stepping(_Progress):
                 adam_into(p, gradients[name], self.m[name], self.v[name], step, self.model.workspace, lr=lr, betas=(s.beta1, s.beta2),
                           weight_decay=s.weight_decay if p.ndim == 2 else 0.0, scale=scale)
 
-# %% ../nbs/07a_training.ipynb #38d08734
+# %% ../nbs/07a_training.ipynb #5d67775d
 def fingerprint(text: Text) -> int: # 63 bits
     "A number that differs when the text does."
     digests = (hashlib.sha256(np.ascontiguousarray(a).tobytes()).digest() for a in text)
@@ -393,10 +403,11 @@ class Run(_Stepping):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         "Arrays and numbers, fit for `np.savez`; copies."
-        parts = {'model': self.model.state_dict(), 'm': self.m, 'v': self.v, 'facts': self.facts()}
+        parts: dict[str, Mapping[str, Any]] = {'model': self.model.state_dict(), 'm': self.m, 'v': self.v, 'facts': self.facts()}
         curve = {'step': self.step, 'losses': np.array(self.losses, np.float64), 'norms': np.array(self.norms, np.float64),
                  'judged': np.array(self.judged, np.float64).reshape(-1, 2)}
-        return {n: np.array(a) for n, a in ({f'{part}.{n}': a for part, d in parts.items() for n, a in d.items()} | curve).items()}
+        named = {f'{part}.{n}': a for part, d in parts.items() for n, a in d.items()} | curve
+        return {n: np.array(a) for n, a in named.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: # as from `state_dict`
         "Restore a run; a ValueError says what does not fit, and nothing is loaded."

@@ -34,6 +34,7 @@ from ctxlab.measure import Interval
 from ctxlab.original import backward, forward, sites, update, update_step
 from ctxlab.reference import apply_context, apply_context_vjp, ema, similarity, similarity_step
 from ctxlab.report import as_json
+from ctxlab.stack import KINDS
 from ctxlab.testing import assert_equiv
 
 # Every claim of the report, as the project set out to audit them. None may drop out unnoticed.
@@ -55,6 +56,10 @@ CHANGES = {  # claim -> a figure, its value before, its value after; the verdict
     "numeric": ("difference", 0.0, 2e-5),
     "lazy": ("outgoing", 0, 4 * 768**2),
     "pow2": ("held", 0, 10**9),
+    "pool-mem": ("fresh", 0, 10**9),
+    "pool-speed": ("shipped", LOSS, GAIN),
+    "total": ("shipped", LOSS, GAIN),
+    "all-archs": ("SSM", LOSS, Interval(0, -1e6, 1e6)),
 }
 
 by_claim = pytest.mark.parametrize("claim", LEDGER, ids=lambda c: c.id)
@@ -66,7 +71,7 @@ def small_bench(name="mine", x=None, y=None):
     if x is None:
         x, y = rng.standard_normal((2, 80, 32))
     mine, other = pair(name, x, y), pair("other", *rng.standard_normal((2, 64, 48)))
-    return Bench([workload(name, mine, rng), workload("other", other, rng)], [mine], budget=0.0)
+    return Bench([workload(name, mine, rng), workload("other", other, rng)], [mine], 0.0, blocks=(1, 32, 64))
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +125,14 @@ def test_judge_and_tell_are_pure(claim, findings):
 
 quiet = Interval(0, -0.5, 0.5)
 GROWN = {name: 9 for name in POLICIES} | dict(reallocations=3, needed=100)
+
+
+def kinds(*spans):
+    """Gains of the three kinds of block, each with a quiet control."""
+    gains = {kind: Interval(sum(span) / 2, *span) for kind, span in zip(KINDS, spans, strict=True)}
+    return gains | {f"{kind} control": quiet for kind in KINDS}
+
+
 EDGES = [  # claim, figures, verdict: at the bound, and one step beyond
     ("site-cov", dict(dot=100, shipped=50, result=100), CONFIRMED),
     ("site-cov", dict(dot=100, shipped=51, result=100), REFUTED),
@@ -132,6 +145,19 @@ EDGES = [  # claim, figures, verdict: at the bound, and one step beyond
     ("pow2", dict(GROWN, exact=3, held=200), PARTLY),
     ("pow2", dict(GROWN, exact=2, held=199), PARTLY),
     ("pow2", dict(GROWN, exact=2, held=200), REFUTED),
+    ("pool-mem", dict(fresh=1.5e6 + 5, planned=5, traffic=0), CONFIRMED),
+    ("pool-mem", dict(fresh=1.5e6 + 4, planned=5, traffic=1.5e6), PARTLY),
+    ("pool-mem", dict(fresh=1.5e6 + 4, planned=5, traffic=1.5e6 - 1), REFUTED),
+    ("pool-speed", dict(shipped=Interval(4, 3, 5), control=quiet), CONFIRMED),
+    ("pool-speed", dict(shipped=Interval(2, 1, 2.9), control=quiet), REFUTED),
+    ("total", dict(shipped=Interval(12, 10, 13), control=quiet, fresh=15e6, planned=0), CONFIRMED),
+    ("total", dict(shipped=Interval(12, 10, 13), control=quiet, fresh=15e6 - 1, planned=0), PARTLY),
+    ("total", dict(shipped=Interval(9, 8, 9.9), control=quiet, fresh=15e6 - 1, planned=0), REFUTED),
+    ("total", dict(shipped=Interval(9, 8, 10.1), control=quiet, fresh=15e6, planned=0), UNDECIDED),
+    ("all-archs", kinds((4, 5), (4.5, 6), (5, 7)), CONFIRMED),
+    ("all-archs", kinds((-1, 5), (4.5, 6), (5, 7)), PARTLY),
+    ("all-archs", kinds((4, 4.9), (4.5, 6), (5, 7)), REFUTED),
+    ("all-archs", kinds((-6, 5), (4.5, 6), (5, 7)), UNDECIDED),
     ("mem-forward", dict(dot=2e7 + 5, shipped=5, traffic=0), CONFIRMED),
     ("mem-forward", dict(dot=2e7 + 4, shipped=5, traffic=2e7), PARTLY),
     ("mem-forward", dict(dot=2e7 + 4, shipped=5, traffic=2e7 - 1), REFUTED),

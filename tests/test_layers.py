@@ -1,4 +1,4 @@
-"""Every layer against its reference: shapes, layouts, extreme values, aliases, gradients, PyTorch and memory."""
+"""Every layer against its reference: shapes, layouts, extreme values, aliases, gradients, memory."""
 
 import math
 import sys
@@ -104,11 +104,15 @@ def norm_scale(x, w, b, eps):
     """Size of the terms behind an entry of a normalised row."""
     with np.errstate(all="ignore"):
         X, W = wide(x, w)
-        centred = x.astype(np.float64) - (0 if b is None else x.astype(np.float64).mean(axis=1, keepdims=True))
+        centred = x.astype(np.float64) - (
+            0 if b is None else x.astype(np.float64).mean(axis=1, keepdims=True)
+        )
         var = np.mean(centred**2, axis=1, keepdims=True)
         largest = X.max(axis=1, keepdims=True, initial=0)
-        # Rounding the mean moves each entry by eps |x|, and the variance by twice that; the size is at most sqrt(D).
-        return largest / np.sqrt(var + eps) * (1 + largest / np.sqrt(var + eps)) * W + (0 if b is None else wide(b)[0])
+        # Rounding the mean moves each entry by eps |x|, and the variance by twice that.
+        return largest / np.sqrt(var + eps) * (1 + largest / np.sqrt(var + eps)) * W + (
+            0 if b is None else wide(b)[0]
+        )
 
 
 def normed(x, w, b, eps):
@@ -122,7 +126,9 @@ def assert_gradients(f, G, arguments, gradients, c=3e7):
         def of(a, i=i):
             return float(np.sum(G * f(*arguments[:i], a, *arguments[i + 1 :])))
 
-        assert_equiv(gradient, numeric_gradient(of, arguments[i]), c=c, scale=max(1.0, np.abs(gradient).max(initial=0)))
+        assert_equiv(
+            gradient, numeric_gradient(of, arguments[i]), c=c, scale=max(1.0, np.abs(gradient).max(initial=0))
+        )
 
 
 # --- norms ---
@@ -148,7 +154,8 @@ def test_norms_of_extreme_rows(seed, N, D, dtype, kind, eps, shifted):
     rng = np.random.default_rng(seed)
     x, w, b = make(rng, (N, D), dtype, kind), make(rng, D, dtype), make(rng, D, dtype) if shifted else None
     got, want = quieter(
-        lambda: norm_into(x, w, b, full((N, D), dtype), full((2, N), dtype), eps), lambda: normed(x, w, b, eps)
+        lambda: norm_into(x, w, b, full((N, D), dtype), full((2, N), dtype), eps),
+        lambda: normed(x, w, b, eps),
     )
     agree(got, want, norm_scale(x, w, b, eps), depth=D)
     assert np.array_equal(np.isnan(got), np.isnan(want))
@@ -170,7 +177,19 @@ def test_norms_of_constant_rows(value, shifted, dtype):
     assert np.isfinite(dx).all()
     assert np.isfinite(dw).all()
     if shifted:
-        assert_equiv(dx, np.zeros_like(dx), scale=math.sqrt(1e5), depth=5)  # what has no spread has no direction
+        assert_equiv(
+            dx, np.zeros_like(dx), scale=math.sqrt(1e5), depth=5
+        )  # what has no spread has no direction
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-12])
+@pytest.mark.parametrize("D", [3, 41, 47, 384, 1000])
+def test_rows_without_spread_give_the_bias_where_sums_are_exact(D, eps):
+    # The mean of D ones is 1: one that is off in its last digit counts as spread where eps is small.
+    x = np.arange(1, 9, dtype=np.float32)[:, None] * np.ones(D, np.float32)
+    w, b = np.ones(D, np.float32), np.full(D, 2, np.float32)
+    assert (layer_norm(x, w, b, eps) == 2).all()
+    assert (norm_into(x, w, b, np.empty_like(x), np.empty((2, 8), np.float32), eps) == 2).all()
 
 
 def test_rows_do_not_meet():
@@ -197,7 +216,9 @@ def test_norms_over_several_panels(shape, shifted, dtype):
     norm_backward_into(x, stats, w, G, dx, dw, db, ws)
     X, S, g = x.astype(np.float64), stats.astype(np.float64), G.astype(np.float64) * w
     hat = (X - S[0, :, None]) * S[1, :, None]
-    inner = g - hat * np.mean(g * hat, axis=1, keepdims=True) - (g.mean(axis=1, keepdims=True) if shifted else 0)
+    inner = (
+        g - hat * np.mean(g * hat, axis=1, keepdims=True) - (g.mean(axis=1, keepdims=True) if shifted else 0)
+    )
     size = np.abs(hat).max() ** 2 * np.abs(g).max()
     agree(dx, (inner * S[1, :, None]).astype(dtype), S[1, :, None] * size, depth=D)
     agree(dw, np.sum(G * hat, axis=0).astype(dtype), np.sum(np.abs(G * hat), axis=0), depth=N)
@@ -236,7 +257,15 @@ def test_the_scratch_of_a_norm_is_known(N, D, dtype):
     if N * D > 1e6:
         N = 4
     ws, x = Workspace(growth="exact"), np.ones((N, D), dtype)
-    norm_backward_into(x, np.ones((2, N), dtype), x[0] if N else np.ones(D, dtype), x, np.empty_like(x), *full((2, D), dtype), ws)
+    norm_backward_into(
+        x,
+        np.ones((2, N), dtype),
+        x[0] if N else np.ones(D, dtype),
+        x,
+        np.empty_like(x),
+        *full((2, D), dtype),
+        ws,
+    )
     m = next((rows.stop for rows in panels(N, D * x.itemsize)), 0)
     assert ws.peak_bytes == norm_requirement(dtype).nbytes(D=D, m=m)
     assert ws.used_bytes == 0
@@ -342,7 +371,7 @@ def test_gradients_of_gelu(seed, N, F, layout, form):
 
 
 def slope_scale(x, form):
-    """Size of the terms of the derivative: Phi, and x times a slope that the tanh form gets by cancellation."""
+    """Size of the terms of the derivative: Phi, and x times a slope that tanh gets by cancellation."""
     X = np.abs(x.astype(np.float64))
     return 1 + (X if form == "none" else np.where(X < 10, 2 * X * (1 + 3 * CUBIC * X * X), 0))
 
@@ -374,7 +403,11 @@ def test_gelu_over_several_panels(shape, form, dtype):
 def test_gelu_far_out_has_the_slope_of_its_asymptote():
     # Squares of such numbers overflow in float32. The slope is 1 on the right and 0 on the left all the same.
     # (PyTorch's tanh form and ours give NaN beyond 1.8e19.)
-    for dtype, form, largest in ((np.float32, "none", 1e30), (np.float32, "tanh", 1e18), (np.float64, "tanh", 1e30)):
+    for dtype, form, largest in (
+        (np.float32, "none", 1e30),
+        (np.float32, "tanh", 1e18),
+        (np.float64, "tanh", 1e30),
+    ):
         far = np.geomspace(1e3, largest, 30)
         x = np.concatenate([far, -far]).astype(dtype)[None]
         z, cdf, out = gelu_pair(x, None, Workspace(), form)
@@ -469,7 +502,11 @@ def test_embedding_is_the_reference(seed, N, V, D, dtype, id_type):
 @given(seeds, heights, widths, widths, layouts)
 def test_gradients_of_an_embedding(seed, N, V, D, layout):
     rng = np.random.default_rng(seed)
-    table, ids, G = make(rng, (V, D), np.float64), rng.integers(0, V, N), lay(make(rng, (N, D), np.float64), layout)
+    table, ids, G = (
+        make(rng, (V, D), np.float64),
+        rng.integers(0, V, N),
+        lay(make(rng, (N, D), np.float64), layout),
+    )
     grad = full((V, D), np.float64)
     assert embedding_backward_into(ids, G, grad) is grad
     assert_gradients(lambda table: table[ids], G, (table,), (grad,))
@@ -518,7 +555,9 @@ def test_cross_entropy_is_the_reference(seed, N, V, dtype, layout, size):
     loss = cross_entropy_into(logits, targets, ws)
     assert type(loss) is float
     scale = 1 + float(np.abs(z).max())
-    assert_equiv(np.asarray(loss, dtype), np.asarray(cross_entropy(z, targets), dtype), depth=V, scale=scale, c=8)
+    assert_equiv(
+        np.asarray(loss, dtype), np.asarray(cross_entropy(z, targets), dtype), depth=V, scale=scale, c=8
+    )
     assert_equiv(logits.sum(axis=1), np.zeros(N, dtype), depth=V, scale=1.0)
     if dtype == np.float64 and size < 100:
         assert_gradients(lambda z: cross_entropy(z, targets), 1.0, (z,), (logits,))
@@ -535,7 +574,11 @@ def test_cross_entropy_of_large_logits(shape, dtype):
     P /= P.sum(axis=1, keepdims=True)
     want = -np.mean(np.log(P[rows, targets]))
     P[rows, targets] -= 1
-    assert_equiv(np.asarray(cross_entropy_into(z, targets, ws)), np.asarray(want), c=4 * (2**29 if dtype == np.float32 else 64))
+    assert_equiv(
+        np.asarray(cross_entropy_into(z, targets, ws)),
+        np.asarray(want),
+        c=4 * (2**29 if dtype == np.float32 else 64),
+    )
     agree(z, (P / len(z)).astype(dtype), 1 / len(z), depth=shape[1])
     assert ws.peak_bytes == len(z) * z.itemsize
 
@@ -691,9 +734,22 @@ def test_norms_are_those_of_pytorch(torch, shape, eps, dtype):
         norm_into(x, w, bias, out, stats, eps)
         norm_backward_into(x, stats, w, G, dx, dw, None if bias is None else db, ws)
         tensors = with_gradients(x, w) if bias is None else with_gradients(x, w, bias)
-        # A row of one entry has no direction: all that is left of its gradient is rounding of terms of this size.
-        scale = None if D > 1 else np.abs(G).max() * stats[1].max() ** (2 if bias is None else 1) * (1 + np.abs(w).max())
-        compare(dtype, tensors, norm(tensors[0], (D,), *tensors[1:], eps=eps), out, (dx, dw, db)[: len(tensors)], G, max(shape), scale)
+        # A row of one entry has no direction: what is left of its gradient is rounding of such terms.
+        scale = (
+            None
+            if D > 1
+            else np.abs(G).max() * stats[1].max() ** (2 if bias is None else 1) * (1 + np.abs(w).max())
+        )
+        compare(
+            dtype,
+            tensors,
+            norm(tensors[0], (D,), *tensors[1:], eps=eps),
+            out,
+            (dx, dw, db)[: len(tensors)],
+            G,
+            max(shape),
+            scale,
+        )
 
 
 @both
@@ -706,7 +762,9 @@ def test_a_linear_map_is_that_of_pytorch(torch, shape, shifted, dtype):
     linear_into(x, w, b if shifted else None, out)
     linear_backward_into(x, w, G, dx, dw, db if shifted else None)
     tensors = with_gradients(x, w, b) if shifted else with_gradients(x, w)
-    compare(dtype, tensors, torch.nn.functional.linear(*tensors), out, (dx, dw, db)[: len(tensors)], G, max(shape))
+    compare(
+        dtype, tensors, torch.nn.functional.linear(*tensors), out, (dx, dw, db)[: len(tensors)], G, max(shape)
+    )
 
 
 @both
@@ -737,9 +795,14 @@ def test_swiglu_is_that_of_pytorch(torch, shape, dtype):
 def test_an_embedding_is_that_of_pytorch(torch, shape, dtype):
     rng = np.random.default_rng(0)
     table, ids, G = make(rng, (11, shape[1]), dtype), rng.integers(0, 11, shape[0]), make(rng, shape, dtype)
-    out, grad = embedding_into(table, ids, full(shape, dtype)), embedding_backward_into(ids, G, np.empty_like(table))
+    out, grad = (
+        embedding_into(table, ids, full(shape, dtype)),
+        embedding_backward_into(ids, G, np.empty_like(table)),
+    )
     (tensor,) = with_gradients(table)
-    compare(dtype, [tensor], torch.nn.functional.embedding(torch.tensor(ids), tensor), out, [grad], G, shape[0])
+    compare(
+        dtype, [tensor], torch.nn.functional.embedding(torch.tensor(ids), tensor), out, [grad], G, shape[0]
+    )
 
 
 @both

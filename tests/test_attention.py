@@ -1,0 +1,401 @@
+"""Attention against its reference, central differences and PyTorch: masks, blocks, strides, memory."""
+
+import warnings
+
+import numpy as np
+import pytest
+from conftest import DTYPES, dtypes, make, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctxlab.attention import (
+    attention,
+    attention_backward_into,
+    attention_into,
+    attention_requirement,
+    attention_vjp,
+    block_rows,
+    visible,
+)
+from ctxlab.gemm import PANEL_BYTES, unbuffered
+from ctxlab.measure import traced_peak
+from ctxlab.testing import assert_equiv, numeric_gradient
+from ctxlab.workspace import Workspace
+
+LONG = 371  # 176 or 88 rows a block: several blocks, the last one short
+PLACES = ("apart", "in one layer", "with gaps")  # where heads lie in memory
+
+
+@pytest.fixture(scope="module")
+def torch():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = pytest.importorskip("torch")
+    module.set_num_threads(1)
+    return module
+
+
+def place(arrays, where):
+    """Copies of (B, H, S, E) arrays: each by itself, side by side as in a layer, or with gaps."""
+    n, (B, H, S, E) = len(arrays), arrays[0].shape
+    if where == "in one layer":
+        rows = np.full((B, S, n, H, E), np.nan, arrays[0].dtype)
+        views = [rows[:, :, i].swapaxes(1, 2) for i in range(n)]
+    elif where == "with gaps":
+        views = [
+            np.full((H, B, S, E + 3), np.nan, arrays[0].dtype).swapaxes(0, 1)[..., 1 : E + 1]
+            for _ in range(n)
+        ]
+    else:
+        views = [np.full((B, H, S, E), np.nan, arrays[0].dtype) for _ in range(n)]
+    for view, a in zip(views, arrays, strict=True):
+        view[...] = a
+    return views
+
+
+def padding(rng, B, S, kind):
+    """A mask of the kind: lengths, holes, one sequence without a visible token, or none at all."""
+    if kind == "lengths":
+        return np.arange(S) < rng.integers(1, S + 1, (B, 1))
+    if kind == "holes":
+        return rng.random((B, S)) < 0.6
+    if kind == "nothing":
+        return np.arange(B)[:, None] + np.zeros(S, int) > 0
+    return None
+
+
+MASKS = ("none", "lengths", "holes", "nothing")
+masks, places = st.sampled_from(MASKS), st.sampled_from(PLACES)
+
+
+def forward(q, k, v, ws, *, keep_weights=False, where="apart", **case):
+    """What `attention_into` writes: out, lse, weights. All that it is given holds NaN before."""
+    (out,) = place([np.full_like(q, np.nan)], where)
+    lse = np.full(q.shape[:3], np.nan, q.dtype)
+    weights = np.full((*q.shape[:3], q.shape[2]), np.nan, q.dtype) if keep_weights else None
+    assert attention_into(q, k, v, out, lse, ws, weights=weights, **case) is out
+    return out, lse, weights
+
+
+def backward(q, k, v, G, ws, *, keep_weights=False, where="apart", **case):
+    """The three gradients, and the result they belong to."""
+    out, lse, weights = forward(q, k, v, ws, keep_weights=keep_weights, where=where, **case)
+    grads = place([np.full_like(q, np.nan)] * 3, where)
+    attention_backward_into(q, k, v, out, lse, G, *grads, ws, weights=weights, **case)
+    return grads, out
+
+
+def sizes(q, k, v, G=None, **case):
+    """Size of the terms: a result is an average of values, and gradients are sums over keys and queries."""
+    S, E = q.shape[2:]
+    V = max(1.0, float(np.abs(v).max(initial=0)))
+    if G is None:
+        return V
+    norm = lambda a: float(np.sqrt(np.max(np.sum(np.square(a, dtype=np.float64), axis=-1), initial=0)))  # noqa: E731
+    score = norm(q) * norm(k) / np.sqrt(E)  # an error of a score is one of its exponential
+    ds = 2 * norm(G) * norm(v) * (1 + score) / np.sqrt(E)
+    return max(ds * norm(k), ds * norm(q) * min(S, 50), norm(G) * min(S, 50) * (1 + score), 1.0)
+
+
+# --- against the reference ---
+
+
+@given(
+    seeds,
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 9),
+    st.integers(1, 5),
+    dtypes,
+    st.booleans(),
+    masks,
+    places,
+)
+def test_attention_is_the_reference(seed, B, H, S, E, dtype, causal, mask, where):
+    rng, ws = np.random.default_rng(seed), Workspace(debug=True)
+    q, k, v, G = place([make(rng, (B, H, S, E), dtype) for _ in range(4)], where)
+    kept = [a.copy() for a in (q, k, v, G)]
+    case = dict(causal=causal, keep=padding(rng, B, S, mask) if S else None)
+    want = attention(q, k, v, **case) if S else np.zeros_like(q)
+    wants = attention_vjp(q, k, v, G, **case) if S else [want] * 3
+    for keep_weights in (False, True):
+        grads, out = backward(q, k, v, G, ws, keep_weights=keep_weights, where=where, **case)
+        assert_equiv(out, want, depth=S + E, scale=sizes(q, k, v))
+        for grad, expected in zip(grads, wants, strict=True):
+            assert_equiv(grad, expected, depth=S + E, scale=sizes(q, k, v, G))
+    assert all(map(np.array_equal, (q, k, v, G), kept))
+    assert ws.used_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("where", PLACES)
+def test_many_blocks_are_the_reference(where, causal, mask, dtype):
+    rng, ws, shape = np.random.default_rng(0), Workspace(), (2, 2, LONG, 8)
+    assert LONG / 6 < block_rows(LONG, dtype) < LONG / 2
+    q, k, v, G = place([make(rng, shape, dtype) for _ in range(4)], where)
+    case = dict(causal=causal, keep=padding(rng, 2, LONG, mask))
+    want, wants = attention(q, k, v, **case), attention_vjp(q, k, v, G, **case)
+    results = {
+        kept: backward(q, k, v, G, ws, keep_weights=kept, where=where, **case) for kept in (False, True)
+    }
+    for grads, out in results.values():
+        assert_equiv(out, want, depth=8, scale=sizes(q, k, v))
+        for grad, expected in zip(grads, wants, strict=True):
+            assert_equiv(grad, expected, depth=8, scale=sizes(q, k, v, G))
+
+
+@pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 362, 363, 513])
+def test_lengths_around_the_edges_of_a_block(length):
+    # 256 rows of 256 float32 are a panel to the byte; 362 and 363 leave a last block of 0 and of 1 row more.
+    rng, ws = np.random.default_rng(length), Workspace()
+    q, k, v, G = make(rng, (4, 1, 1, length, 4))
+    for causal in (False, True):
+        grads, out = backward(q, k, v, G, ws, causal=causal)
+        assert_equiv(out, attention(q, k, v, causal=causal), depth=8, scale=sizes(q, k, v))
+        for grad, expected in zip(grads, attention_vjp(q, k, v, G, causal=causal), strict=True):
+            assert_equiv(grad, expected, depth=8, scale=sizes(q, k, v, G))
+
+
+def test_one_row_may_be_more_than_a_panel():
+    S = PANEL_BYTES // 4 + 5
+    assert block_rows(S) == 1
+    assert block_rows(S // 2 + 1) == 1
+    assert block_rows(S // 2 - 5) == 2
+    assert block_rows(0) == 0
+    assert block_rows(1) == 1
+    assert block_rows(100) == 100
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_agree_with_each_other(dtype, monkeypatch):
+    # The same sequence in one block and in blocks of any size: 1 row, 7 rows, ...
+    rng = np.random.default_rng(0)
+    q, k, v, G = make(rng, (4, 2, 2, 23, 5), dtype)
+    keep = padding(rng, 2, 23, "lengths")
+    want = {causal: backward(q, k, v, G, Workspace(), causal=causal, keep=keep) for causal in (False, True)}
+    for rows in (1, 2, 7, 22):
+        monkeypatch.setattr("ctxlab.attention.PANEL_BYTES", rows * 23 * q.itemsize)
+        assert block_rows(23, dtype) == rows
+        for causal in (False, True):
+            for kept in (False, True):
+                grads, out = backward(
+                    q, k, v, G, Workspace(debug=True), keep_weights=kept, causal=causal, keep=keep
+                )
+                for a, b in zip((*grads, out), (*want[causal][0], want[causal][1]), strict=True):
+                    assert_equiv(a, b, depth=10, scale=sizes(q, k, v, G))
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), dtypes, st.booleans(), masks)
+def test_kept_weights_and_sums_are_what_they_claim(seed, B, S, E, dtype, causal, mask):
+    rng = np.random.default_rng(seed)
+    q, k, v = make(rng, (3, B, 2, S, E), dtype)
+    keep = padding(rng, B, S, mask)
+    out, lse, weights = forward(q, k, v, Workspace(), keep_weights=True, causal=causal, keep=keep)
+    seen = np.broadcast_to(visible(S, causal, keep), weights.shape)
+    assert not weights[~seen].any()  # also above the diagonal, which is never computed
+    some = seen.any(axis=-1)
+    assert_equiv(weights.sum(axis=-1), some.astype(dtype), depth=S)
+    scores = np.where(
+        seen, q.astype(np.float64) @ k.swapaxes(-1, -2).astype(np.float64) / np.sqrt(E), -np.inf
+    )
+    with np.errstate(divide="ignore"):
+        want = np.log(np.exp(scores).sum(axis=-1))
+    assert_equiv(
+        lse[some], want[some].astype(dtype), depth=E + S, scale=1 + np.abs(scores[seen]).max(initial=0)
+    )
+    assert np.isfinite(lse).all()
+    assert_equiv(out, weights @ v, depth=S, scale=sizes(q, k, v))
+
+
+# --- gradients ---
+
+
+@given(seeds, st.integers(1, 2), st.integers(1, 4), st.integers(1, 3), st.booleans(), masks, st.booleans())
+def test_gradients(seed, B, S, E, causal, mask, kept):
+    rng = np.random.default_rng(seed)
+    q, k, v, G = make(rng, (4, B, 1, S, E), np.float64)
+    case = dict(causal=causal, keep=padding(rng, B, S, mask))
+    grads, _ = backward(q, k, v, G, Workspace(), keep_weights=kept, **case)
+    for i, grad in enumerate(grads):
+        inputs = [q, k, v]
+
+        def of(a, inputs=inputs, i=i):
+            return float(np.sum(G * attention(*inputs[:i], a, *inputs[i + 1 :], **case)))
+
+        assert_equiv(grad, numeric_gradient(of, inputs[i]), c=3e7, scale=max(1.0, np.abs(grad).max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("S", [5, LONG])
+def test_who_sees_nothing_gets_nothing(S, causal, kept, dtype):
+    rng, ws = np.random.default_rng(0), Workspace(debug=True)
+    q, k, v, G = make(rng, (4, 2, 2, S, 4), dtype)
+    keep = np.ones((2, S), bool)
+    keep[0] = False
+    keep[1, : S // 2] = False  # with the causal mask these see nothing either
+    grads, out = backward(q, k, v, G, ws, keep_weights=kept, causal=causal, keep=keep)
+    assert not out[0].any()
+    assert not any(grad[0].any() for grad in grads)
+    assert all(np.isfinite(grad).all() for grad in grads)
+    assert not any(grad[1, :, : S // 2].any() for grad in grads[1:])  # hidden keys and values
+    if causal:
+        assert not out[1, :, : S // 2].any()
+        assert not grads[0][1, :, : S // 2].any()
+        alone, _ = backward(
+            *(a[1:, :, S // 2 :].copy() for a in (q, k, v, G)), ws, keep_weights=kept, causal=True
+        )
+        for grad, want in zip(grads, alone, strict=True):  # as if the padding had not been there
+            assert_equiv(grad[1:, :, S // 2 :], want, depth=8, scale=sizes(q, k, v, G))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_hidden_has_no_influence(kept, dtype):
+    rng, ws = np.random.default_rng(0), Workspace()
+    q, k, v, G = make(rng, (4, 1, 2, 300, 4), dtype)
+    keep = np.arange(300)[None] < 200
+    (dq, dk, dv), out = backward(q, k, v, G, ws, keep_weights=kept, keep=keep)
+    k[:, :, 200:], v[:, :, 200:] = 1e6, -1e6
+    again, out2 = backward(q, k, v, G, ws, keep_weights=kept, keep=keep)
+    assert np.array_equal(out, out2)
+    assert all(map(np.array_equal, (dq, dk, dv), again))
+    later = [a.copy() for a in (q, k, v)]
+    first = forward(q, k, v, ws, causal=True)[0]
+    for a in later:
+        a[:, :, 150:] = 7
+    assert_equiv(
+        forward(*later, ws, causal=True)[0][:, :, :150], first[:, :, :150], depth=8, scale=sizes(q, k, v)
+    )
+    k[:, :, 200:] = np.nan
+    assert np.array_equal(forward(q, k, v, ws, keep_weights=kept, keep=keep)[0], out)  # and no warning
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_large_scores_do_no_harm(causal, kept, dtype):
+    rng, ws = np.random.default_rng(0), Workspace()
+    q, k, v, G = make(rng, (4, 1, 2, 40, 4), dtype)
+    big = float(np.finfo(dtype).max) ** 0.45
+    for a in backward(big * q, big * k, v, G, ws, keep_weights=kept, causal=causal)[0][2:]:
+        assert np.isfinite(a).all()  # one key takes it all
+    q, k = 100 * q, 100 * k  # scores of 10^4
+    (dq, dk, dv), out = backward(q, k, v, G, ws, keep_weights=kept, causal=causal)
+    assert_equiv(out, attention(q, k, v, causal=causal), depth=8, scale=1e4 * sizes(q, k, v))
+    for grad, want in zip((dq, dk, dv), attention_vjp(q, k, v, G, causal=causal), strict=True):
+        assert_equiv(grad, want, depth=8, scale=sizes(q, k, v, G))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("kept", [False, True])
+def test_values_that_are_not_finite_stay_in_their_head(bad, kept):
+    q, k, v, G = make(np.random.default_rng(0), (4, 2, 2, 6, 3))
+    want = backward(q, k, v, G, Workspace(), keep_weights=kept, causal=True)
+    q[0, 1, 2, 0] = bad
+    with np.errstate(invalid="ignore"):
+        grads, out = backward(q, k, v, G, Workspace(), keep_weights=kept, causal=True)
+        reference = attention(q, k, v, causal=True)
+    assert np.array_equal(np.isnan(out), np.isnan(reference))
+    assert np.isnan(out[0, 1, 2]).all()
+    for got, clean in zip((*grads, out), (*want[0], want[1]), strict=True):
+        others = np.ones((2, 2), bool)
+        others[0, 1] = False
+        assert np.array_equal(got[others], clean[others])
+
+
+# --- PyTorch ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["full", "causal", "padding", "causal and padding"])
+@pytest.mark.parametrize("S", [1, 7, LONG])
+@pytest.mark.parametrize("where", PLACES[:2])
+def test_attention_is_that_of_pytorch(torch, where, S, mask, dtype):
+    rng, ws, shape = np.random.default_rng(0), Workspace(), (2, 3, S, 8)
+    q, k, v, G = place([make(rng, shape, dtype) for _ in range(4)], where)
+    keep = padding(rng, 2, S, "lengths") if "padding" in mask else None
+    case = dict(causal="causal" in mask, keep=keep)
+    seen = torch.tensor(np.broadcast_to(visible(S, **case), (2, 1, S, S)).copy())
+    tensors = [torch.tensor(a.copy(), requires_grad=True) for a in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *tensors, attn_mask=None if mask == "full" else seen
+    )
+    (want * torch.tensor(G.copy())).sum().backward()
+    for kept in (False, True):
+        grads, out = backward(q, k, v, G, ws, keep_weights=kept, where=where, **case)
+        assert_equiv(out, want.detach().numpy(), depth=8)
+        for grad, tensor in zip(grads, tensors, strict=True):
+            assert_equiv(grad, tensor.grad.numpy(), depth=32)
+
+
+# --- memory ---
+
+
+@given(
+    seeds,
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.sampled_from([1, 2, 37, 255, 256, 257, 300, 513]),
+    dtypes,
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_what_a_call_takes_is_known_before_it_runs(seed, B, H, S, dtype, causal, masked, kept):
+    rng = np.random.default_rng(seed)
+    arrays = np.zeros((8, B, H, S, 2), dtype)
+    lse, keep = np.empty((B, H, S), dtype), rng.random((B, S)) < 0.5 if masked else None
+    weights = np.empty((B, H, S, S), dtype) if kept else None
+    for back in (False, True):
+        need, ws = attention_requirement(dtype, back, causal, masked), Workspace(growth="exact")
+        sizes_ = dict(B=B, S=S, r=block_rows(S, dtype))
+        ws.ensure_capacity(need.requests(**sizes_))
+        count = ws.allocation_count
+        if back:
+            attention_backward_into(
+                *arrays[:4], lse, *arrays[4:], ws, weights=weights, causal=causal, keep=keep
+            )
+        else:
+            attention_into(*arrays[:4], lse, ws, weights=weights, causal=causal, keep=keep)
+        assert ws.peak_bytes == need.nbytes(**sizes_)
+        assert ws.used_bytes == 0
+        assert ws.allocation_count - count <= (not causal)  # the empty triangle has a name, too
+        lse.fill(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("S", [64, 300])
+@pytest.mark.parametrize("where", PLACES)
+def test_the_steady_state_allocates_no_array(where, S, dtype):
+    arrays = place(list(make(np.random.default_rng(0), (8, 2, 2, S, 16), dtype)), where)
+    lse, ws = np.zeros((2, 2, S), dtype), Workspace()
+    weights, keep = np.zeros((2, 2, S, S), dtype), np.arange(S) < np.array([[S], [S // 2]])
+    peaks = {}
+    with unbuffered():
+        for causal in (False, True):
+            for mask in (None, keep):
+                for P in (None, weights):
+                    case = dict(causal=causal, keep=mask, weights=P)
+                    name = f"causal={causal}, keep={mask is not None}, kept={P is not None}"
+                    peaks[name] = traced_peak(lambda case=case: attention_into(*arrays[:4], lse, ws, **case))
+                    peaks[f"{name}, backward"] = traced_peak(
+                        lambda case=case: attention_backward_into(*arrays[:4], lse, *arrays[4:], ws, **case)
+                    )
+    assert {name: peak for name, peak in peaks.items() if peak >= 8_000} == {}
+
+
+def test_no_array_of_the_size_of_the_weights_is_ever_made():
+    S = 3000
+    arrays, lse = np.zeros((8, 1, 1, S, 4), np.float32), np.zeros((1, 1, S), np.float32)
+
+    def both():
+        ws = Workspace(growth="exact")
+        attention_into(*arrays[:4], lse, ws, causal=True)
+        attention_backward_into(*arrays[:4], lse, *arrays[4:], ws, causal=True)
+
+    with unbuffered():
+        assert traced_peak(both, warmup=0) < 3 * PANEL_BYTES < S * S * 4 / 40
