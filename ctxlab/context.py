@@ -190,13 +190,13 @@ def update_step_into(x: np.ndarray, # (D,) one token
     _learn_panels(C, rate, take('context.panel', panel_shape(len(x), C.dtype), C.dtype),
            lambda rows, P: np.multiply(u[rows, None], v, out=P))
 
-# %% ../nbs/05_context.ipynb #7f0d2003
-def update_requirement(dtype=np.float32) -> Requirement: # in D, n (sampled rows) and p (`panel_shape`)
-    "What `update` or `update_step` takes from a workspace."
+# %% ../nbs/05_context.ipynb #dbd66653
+def update_requirement(dtype=np.float32, steps: bool = True) -> Requirement: # in D, n (sampled rows) and p (`panel_shape`)
+    "What `update`, or with `steps` also `update_step`, takes from a workspace."
     wide, panel = Buffer('context.wide', ('n', '2 D'), np.float64), Buffer('context.panel', ('p', 'D'), dtype)
     narrow = [Buffer('context.narrow', ('n', '2 D'), dtype)] if np.dtype(dtype) != np.float64 else []
     step = Buffer('context.step64', ('D', '2'), np.float64), Buffer('context.step', ('2', 'D'), dtype)
-    return any_of(all_of(wide, *narrow, panel), all_of(*step, panel))
+    return any_of(all_of(wide, *narrow, panel), *[all_of(*step, panel)] * steps)
 
 # %% ../nbs/05_context.ipynb #a323c325
 def _learnable(x, y, dim: int | None, dtype, ndim: int, outgoing: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

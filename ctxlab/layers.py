@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CUBIC', 'SLOPE', 'APPROXIMATE', 'TANH', 'ERF', 'layer_norm', 'rms_norm', 'norm_into', 'renorm_into', 'layer_norm_vjp',
            'norm_backward_into', 'norm_requirement', 'linear', 'add_rows', 'linear_into', 'linear_backward_into',
-           'gelu', 'gelu_vjp', 'gelu_into', 'gelu_backward_into', 'swiglu', 'swiglu_into', 'swiglu_backward_into',
-           'check_ids', 'embedding_into', 'embedding_backward_into', 'cross_entropy', 'cross_entropy_into', 'adam_into',
-           'gradient_norm']
+           'check_form', 'gelu', 'gelu_vjp', 'gelu_into', 'gelu_backward_into', 'swiglu', 'swiglu_into',
+           'swiglu_backward_into', 'check_ids', 'embedding_into', 'embedding_backward_into', 'cross_entropy',
+           'cross_entropy_into', 'adam_into', 'gradient_norm']
 
 # %% ../nbs/06_layers.ipynb #93cf8170
 import math
@@ -28,7 +28,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float = 1e-5) -> np.ndarray
     "`x / sqrt(mean(x^2) + eps) * weight` over the last axis."
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
 
-# %% ../nbs/06_layers.ipynb #25d09e16
+# %% ../nbs/06_layers.ipynb #dada0f6f
 def _normalise(X: np.ndarray, stats: np.ndarray, out: np.ndarray) -> None:
     "`out = (X - mean) / sd` from the statistics (2, n) of the rows."
     np.subtract(X, stats[0, :, None], out=out)
@@ -48,7 +48,7 @@ def norm_into(x: np.ndarray, # (N, D)
         if bias is None: mean.fill(0)
         else:
             np.add.reduce(X, axis=1, out=mean)
-            mean *= 1 / D
+            mean /= D # a product with 1 / D is off by a digit, and a constant row would have a spread
         np.subtract(X, mean[:, None], out=Y)
         np.vecdot(Y, Y, out=scale)
         scale *= 1 / D
@@ -157,20 +157,25 @@ def linear_backward_into(x: np.ndarray, # (N, D)
     if grad_bias is not None: np.add.reduce(grad_out, axis=0, out=grad_bias)
     return out if out is None else np.matmul(grad_out, weight, out=out)
 
-# %% ../nbs/06_layers.ipynb #7c2d396f
+# %% ../nbs/06_layers.ipynb #00ecbc5d
 CUBIC, SLOPE = 0.044715, math.sqrt(2 / math.pi) # of the tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415)
 APPROXIMATE = ('none', 'tanh')
 
+def check_form(approximate: str) -> None:
+    "A ValueError unless it is one of the two forms."
+    if approximate not in APPROXIMATE: raise ValueError(f'approximate: {approximate!r}, needed one of {APPROXIMATE}')
+
 def gelu(x: np.ndarray, approximate: str = 'none') -> np.ndarray: # same shape and dtype
     "`x Phi(x)`, exactly ('none') or by the 'tanh' form."
-    if approximate not in APPROXIMATE: raise ValueError(f'approximate: {approximate!r}, needed one of {APPROXIMATE}')
+    check_form(approximate)
     if approximate == 'tanh': return x * (1 + np.tanh(SLOPE * (x + CUBIC * x * x * x))) / 2
     from scipy.special import ndtr
     return x * ndtr(x)
 
-# %% ../nbs/06_layers.ipynb #5e9f8591
+# %% ../nbs/06_layers.ipynb #9cf13350
 def gelu_vjp(x: np.ndarray, grad_out: np.ndarray, approximate: str = 'none') -> np.ndarray: # same shape
     "Gradient of `gelu`: `Phi(x) + x phi(x)`, or the derivative of the tanh form, times `grad_out`."
+    check_form(approximate)
     if approximate == 'tanh':
         c = (1 + np.tanh(SLOPE * (x + CUBIC * x * x * x))) / 2
         return grad_out * (c + x * 2 * c * (1 - c) * SLOPE * (1 + 3 * CUBIC * x * x))
@@ -194,7 +199,7 @@ def _cdf_panel(X: np.ndarray, out: np.ndarray, t: np.ndarray, coefficients: tupl
     out += 1
     out *= 0.5
 
-# %% ../nbs/06_layers.ipynb #6f686efe
+# %% ../nbs/06_layers.ipynb #d8fd082b
 def gelu_into(x: np.ndarray, # (N, F)
               bias: np.ndarray | None, # (F,), added to `x` in place on the way, since it is in cache
               cdf: np.ndarray, # (N, F), receives Phi(x), which the backward pass needs
@@ -203,7 +208,7 @@ def gelu_into(x: np.ndarray, # (N, F)
               approximate: str = 'none', # or 'tanh'
               ) -> np.ndarray: # out
     "`gelu` of `x + bias`."
-    if approximate not in APPROXIMATE: raise ValueError(f'approximate: {approximate!r}, needed one of {APPROXIMATE}')
+    check_form(approximate)
     steps = list(panels(len(x), x.shape[1] * x.itemsize))
     with ws.scope(), np.errstate(over='ignore'): # powers of a large x may be inf, whose tanh is right
         t = ws.take('gelu.scratch', (steps[0].stop if steps else 0, x.shape[1]), x.dtype)
@@ -218,7 +223,7 @@ def gelu_into(x: np.ndarray, # (N, F)
             np.multiply(X, C, out=out[rows])
     return out
 
-# %% ../nbs/06_layers.ipynb #75623896
+# %% ../nbs/06_layers.ipynb #fdfd9243
 def gelu_backward_into(x: np.ndarray, # (N, F) as after the forward pass, bias included
                        cdf: np.ndarray, # (N, F) from the forward pass
                        grad_out: np.ndarray, # (N, F)
@@ -228,6 +233,7 @@ def gelu_backward_into(x: np.ndarray, # (N, F) as after the forward pass, bias i
                        activated: np.ndarray | None = None, # (N, F), receives what `gelu_into` gave; may be `cdf`, which it replaces
                        ) -> np.ndarray: # out
     "Gradient of `gelu_into`; on the way its result again, which the next gradient needs."
+    check_form(approximate)
     steps = list(panels(len(x), x.shape[1] * x.itemsize))
     with ws.scope():
         t, p = ws.take('gelu.slopes', (2, steps[0].stop if steps else 0, x.shape[1]), x.dtype)
@@ -274,12 +280,12 @@ def swiglu_into(a: np.ndarray, # (N, F)
         out[rows] *= b[rows]
     return out
 
-# %% ../nbs/06_layers.ipynb #946e8be7
+# %% ../nbs/06_layers.ipynb #24d2f74f
 def swiglu_backward_into(a: np.ndarray, # (N, F)
                          b: np.ndarray, # (N, F)
                          grad_out: np.ndarray, # (N, F)
-                         grad_a: np.ndarray, # (N, F)
-                         grad_b: np.ndarray, # (N, F), must not be `grad_out`
+                         grad_a: np.ndarray, # (N, F), neither this
+                         grad_b: np.ndarray, # (N, F), nor this may be `grad_out`
                          ws: Workspace, # for a panel
                          ) -> None:
     "Gradients of `swiglu_into`: `b sigma (1 + a (1 - sigma))` for a, `a sigma` for b."
@@ -297,10 +303,10 @@ def swiglu_backward_into(a: np.ndarray, # (N, F)
             dA *= grad_out[rows]
             grad_b[rows] *= grad_out[rows]
 
-# %% ../nbs/06_layers.ipynb #e370ae07
+# %% ../nbs/06_layers.ipynb #c5a849c0
 def check_ids(name: str, ids, limit: int) -> np.ndarray: # integers in [0, limit)
     "Return token numbers, or raise an error that names them."
-    ids = np.asarray(ids)
+    ids = np.asanyarray(ids)
     if ids.dtype.kind not in 'iu': raise TypeError(f'{name}: {ids.dtype} are no token numbers; use integers')
     if ids.size and not 0 <= ids.min() <= ids.max() < limit:
         raise ValueError(f'{name}: {ids.min()}..{ids.max()}, needed 0..{limit - 1}')
@@ -318,11 +324,12 @@ def embedding_backward_into(ids: np.ndarray, # (N,)
                             grad_table: np.ndarray, # (V, D), receives dL/dtable
                             ) -> np.ndarray: # grad_table
     "Gradient of `embedding_into`; tokens are added in their order."
+    ids = check_ids('ids', ids, len(grad_table))
     grad_table.fill(0)
     for i, token in enumerate(ids): grad_table[token] += grad_out[i]
     return grad_table
 
-# %% ../nbs/06_layers.ipynb #19f5009b
+# %% ../nbs/06_layers.ipynb #60f82033
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float: # (N, V), (N,) -> mean loss in nats
     "Mean of `log sum exp(z) - z[target]`."
     shifted = logits - logits.max(axis=1, keepdims=True)
@@ -334,7 +341,7 @@ def cross_entropy_into(logits: np.ndarray, # (N, V), receives dL/dlogits
                        ) -> float: # mean loss in nats
     "`cross_entropy`, with the gradient in place of the logits."
     targets, (N, V) = check_ids('targets', targets, logits.shape[1]), logits.shape
-    if len(targets) != N or not N: raise ValueError(f'targets: {len(targets)} for {N} rows of logits; needed as many, and at least one')
+    if targets.shape != (N,) or not N: raise ValueError(f'targets: shape {targets.shape} for {N} rows of logits; needed as many, and at least one')
     total = 0.0
     with ws.scope():
         row = ws.take('loss.row', (N,), logits.dtype)
@@ -351,7 +358,7 @@ def cross_entropy_into(logits: np.ndarray, # (N, V), receives dL/dlogits
     logits *= 1 / N
     return total / N
 
-# %% ../nbs/06_layers.ipynb #5e1ff103
+# %% ../nbs/06_layers.ipynb #f70b74e2
 def adam_into(param: np.ndarray, # any shape, C order, changed in place
               grad: np.ndarray, # same shape
               m: np.ndarray, # same shape, running mean of the gradient, changed in place
@@ -364,17 +371,20 @@ def adam_into(param: np.ndarray, # any shape, C order, changed in place
               scale: float = 1.0, # factor of the gradient, for clipping
               ) -> None:
     "One step of AdamW (Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101)."
+    for name, a in dict(param=param, grad=grad, m=m, v=v).items():
+        if not a.flags.c_contiguous: raise ValueError(f'{name}: is not C-contiguous, so it cannot be changed in place panel by panel')
     (b1, b2), flat = betas, [a.reshape(-1) for a in (param, grad, m, v)]
     first, second = lr / (1 - b1**step), 1 / math.sqrt(1 - b2**step)
     with ws.scope():
         t = ws.take('adam.scratch', (min(param.size, PANEL_BYTES // 4 // param.itemsize),), param.dtype)
         for part in panels(param.size, param.itemsize, PANEL_BYTES // 4): # four arrays share the cache
             (P, G, M, V), T = (a[part] for a in flat), t[:part.stop - part.start]
-            np.multiply(G, (1 - b1) * scale, out=T)
+            np.multiply(G, (1 - b1) * scale, out=T) # scaled first: the square of what clipping tames may overflow
             M *= b1
             M += T
-            np.multiply(G, G, out=T)
-            T *= (1 - b2) * scale * scale
+            T *= 1 / (1 - b1)
+            T *= T
+            T *= 1 - b2
             V *= b2
             V += T
             np.sqrt(V, out=T)
@@ -385,8 +395,10 @@ def adam_into(param: np.ndarray, # any shape, C order, changed in place
             if weight_decay: P *= 1 - lr * weight_decay
             P -= T
 
-# %% ../nbs/06_layers.ipynb #9a0ad3ca
+# %% ../nbs/06_layers.ipynb #0b98d298
 def gradient_norm(gradients: dict[str, np.ndarray]) -> float: # NaN or inf if an entry is
     "Root of the sum of squares of all entries of all arrays, summed in float64 across arrays."
     with np.errstate(over='ignore', invalid='ignore'):
-        return math.sqrt(sum(float(np.vecdot(g.reshape(-1), g.reshape(-1))) for g in gradients.values()))
+        total = sum(float(np.vecdot(g.reshape(-1), g.reshape(-1))) for g in gradients.values())
+        if math.isinf(total): total = sum(float(np.sum(np.square(g, dtype=np.float64))) for g in gradients.values()) # beyond float32
+        return math.sqrt(total)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['transformer_shapes', 'transformer', 'transformer_vjp', 'TransformerBlock']
 
-# %% ../nbs/07_transformer.ipynb #30312781
+# %% ../nbs/07_transformer.ipynb #c70a0111
 from types import SimpleNamespace
 
 import numpy as np
 
 from .attention import (attention, attention_backward_into, attention_into, attention_requirement, attention_vjp, block_rows)
-from .block import SizedBlock, _buffer
+from .block import SizedBlock, _buffer, check_size
 from .context import SharedAttentionContext
 from .gemm import panels
-from .layers import (APPROXIMATE, gelu, gelu_backward_into, gelu_into, gelu_vjp, layer_norm, layer_norm_vjp, linear,
+from .layers import (check_form, gelu, gelu_backward_into, gelu_into, gelu_vjp, layer_norm, layer_norm_vjp, linear,
                            linear_backward_into, linear_into, norm_backward_into, norm_into, norm_requirement, renorm_into)
 from .workspace import Buffer, Requirement, Workspace, all_of, any_of
 
@@ -165,7 +165,7 @@ class _Sublayers(SizedBlock):
             linear_backward_into(activated, p['linear2.weight'], G, None, g['linear2.weight'], g['linear2.bias'])
             linear_backward_into(x, p['linear1.weight'], dhidden, out, g['linear1.weight'], g['linear1.bias'])
 
-# %% ../nbs/07_transformer.ipynb #91c4c756
+# %% ../nbs/07_transformer.ipynb #b229b417
 class TransformerBlock(_Sublayers):
     "Multi-head attention and a feed-forward layer with GELU, each with a residual and a LayerNorm."
     def __init__(self,
@@ -183,8 +183,9 @@ class TransformerBlock(_Sublayers):
                  keep_weights: bool = False, # of attention, for backward: (B, H, S, S); default: in blocks, made again
                  max_len: int | None = None, # longest sequence that is allowed
                  eps: float = 1e-5): # of the norms
-        if n_heads < 1 or dim % n_heads: raise ValueError(f'n_heads: {n_heads} do not divide dim = {dim}')
-        if approximate not in APPROXIMATE: raise ValueError(f'approximate: {approximate!r}, needed one of {APPROXIMATE}')
+        dim, n_heads, ffn_dim = (check_size(n, v) for n, v in dict(dim=dim, n_heads=n_heads, ffn_dim=ffn_dim).items())
+        if dim % n_heads: raise ValueError(f'n_heads: {n_heads} do not divide dim = {dim}')
+        check_form(approximate)
         self.n_heads, self.ffn_dim, self.causal, self.norm_first = n_heads, ffn_dim, bool(causal), bool(norm_first)
         self.approximate, self.keep_weights, self.eps = approximate, bool(keep_weights), eps
         super().__init__(dim, transformer_shapes(dim, ffn_dim), rng=rng, dtype=dtype, context=context, workspace=workspace, max_len=max_len)
@@ -199,9 +200,11 @@ class TransformerBlock(_Sublayers):
         norm_backward_into(x, kept.stats[i - 1], self._parameters[f'norm{i}.weight'], G, out, self._gradients[f'norm{i}.weight'],
                            self._gradients[f'norm{i}.bias'], self.workspace)
 
+    def _check_options(self, shape, keep: np.ndarray | None = None) -> None: _check_keep(keep, shape)
+
     def _forward(self, h: np.ndarray, y: np.ndarray, shape, keep: np.ndarray | None = None) -> SimpleNamespace: # what backward reads
         sizes = dict(B=shape[0], S=shape[1], D=self.dim, N=len(h)) | self._sizes(*shape[:2])
-        kept = SimpleNamespace(weights=None, keep=_check_keep(keep, shape))
+        kept = SimpleNamespace(weights=None, keep=keep)
         for b in self._kept(): setattr(kept, b.name.removeprefix(f'{self.name}.'), b.take(self.workspace, sizes))
         kept.stats = kept.stats1, kept.stats2
         with self.workspace.scope():
@@ -244,13 +247,13 @@ class TransformerBlock(_Sublayers):
         g = lambda width: next((s.stop for s in panels(batch * seq_len, width * self.dtype.itemsize)), 0)
         return dict(H=self.n_heads, F=self.ffn_dim, r=block_rows(seq_len, self.dtype), g=g(self.ffn_dim), m=g(self.dim))
 
-    def _forward_scratch(self) -> Requirement:
+    def _forward_scratch(self, keep: bool = False) -> Requirement:
         b = lambda name, *shape: Buffer(f'transformer.{name}', shape, self.dtype)
         feed = all_of(b('activated', 'N', 'F'), Buffer('gelu.scratch', ('g', 'F'), self.dtype))
-        return all_of(b('normed', 'N', 'D'), any_of(attention_requirement(self.dtype, causal=self.causal), feed))
+        return all_of(b('normed', 'N', 'D'), any_of(attention_requirement(self.dtype, causal=self.causal, keep=keep), feed))
 
-    def _backward_scratch(self) -> Requirement:
+    def _backward_scratch(self, keep: bool = False) -> Requirement:
         b = lambda name, *shape: Buffer(f'transformer.{name}', shape, self.dtype)
         feed = all_of(b('dhidden', 'N', 'F'), Buffer('gelu.slopes', (2, 'g', 'F'), self.dtype))
-        attend = all_of(b('dheads', 'N', 'D'), b('dqkv', 'N', '3 D'), attention_requirement(self.dtype, backward=True, causal=self.causal))
+        attend = all_of(b('dheads', 'N', 'D'), b('dqkv', 'N', '3 D'), attention_requirement(self.dtype, backward=True, causal=self.causal, keep=keep))
         return all_of(b('normed', 'N', 'D'), b('dmiddle', 'N', 'D'), any_of(feed, attend, norm_requirement(self.dtype)))

@@ -55,7 +55,7 @@ GROWTH: dict[str, Callable[[int, int], int]] = { # policy -> (bytes needed, byte
     'geometric': lambda needed, held: max(needed, held + held // 2),
 }
 
-# %% ../nbs/04_workspace.ipynb #30a056d4
+# %% ../nbs/04_workspace.ipynb #c3c79e1b
 class _Lease:
     "The right to use a buffer, until the workspace takes it back."
     def __init__(self, name: str, generation: int, flat: np.ndarray, clock: Iterator[int] | None = None): # clock: notes uses
@@ -65,7 +65,7 @@ class _Lease:
 
     def use(self) -> None:
         "A RuntimeError when the right has ended."
-        if self.over: raise RuntimeError(f'buffer {self.name!r} of generation {self.generation} is stale: {self.over}; take it again')
+        if self.over: raise RuntimeError(f'buffer {self.name!r} of generation {self.generation} is stale: {self.over}')
         if self.clock is not None: self.last = next(self.clock)
 
 def _lease(a) -> _Lease | None: return object.__getattribute__(a, '__dict__').get('lease') if isinstance(a, Watched) else None
@@ -83,7 +83,7 @@ def _ask(a) -> None:
     elif isinstance(a, list | tuple | dict):
         for item in a.values() if isinstance(a, dict) else a: _ask(item)
 
-# %% ../nbs/04_workspace.ipynb #de818266
+# %% ../nbs/04_workspace.ipynb #c2377469
 def _plain(a):
     "The same memory as an ordinary array, after a look at the lease."
     _ask(a)
@@ -98,7 +98,7 @@ def _asking(name: str) -> Callable:
     return asking
 
 class Watched(np.ndarray):
-    "What a debug workspace hands out: any use through Python or NumPy first checks that the buffer is still on loan."
+    "What a debug workspace hands out: its methods, operators and NumPy's functions check first that the buffer is still on loan."
     def __array_finalize__(self, source): # views inherit the lease, copies do not
         _ask(source)
         _inherit(self, source)
@@ -107,7 +107,8 @@ class Watched(np.ndarray):
         if name != '__class__': _ask(self)
         return np.ndarray.__getattribute__(self, name)
 
-    def view(self, *args, **options): # a plain view would be out of sight
+    def view(self, *args, **options):
+        "As `np.ndarray.view`, but never a plain array, which would be out of sight."
         return self[...] if args == (np.ndarray,) and not options else np.ndarray.view(self, *args, **options)
 
     __getitem__, __setitem__, __setattr__ = map(_asking, ('__getitem__', '__setitem__', '__setattr__'))
@@ -177,7 +178,7 @@ class _Owned:
             yield
         finally: self._disown()
 
-# %% ../nbs/04_workspace.ipynb #3c2ac3ef
+# %% ../nbs/04_workspace.ipynb #30737f9f
 class _Storage(_Owned):
     "What a workspace holds, and how to read it."
     def __init__(self, growth, limit_bytes, debug):
@@ -189,14 +190,14 @@ class _Storage(_Owned):
         self.growth, self.debug = growth, bool(debug)
         self.limit_bytes = None if limit_bytes is None else int(limit_bytes)
         self._buffers: dict[str, _Buffer] = {}
-        self._arena, self._allocations, self._peak = NOTHING, 0, 0
+        self._arena, self._allocations, self._used, self._peak = NOTHING, 0, 0, 0
 
     @property
     def generation(self) -> int: return self._generation # counted from 1
     @property
     def nbytes(self) -> int: return len(self._arena) + sum(b.held for b in list(self._buffers.values())) # without the slack that aligns
     @property
-    def used_bytes(self) -> int: return sum(b.used for b in list(self._taken)) # of views in this generation
+    def used_bytes(self) -> int: return self._used # of views in this generation; in an arena they may overlap
     @property
     def peak_bytes(self) -> int: return max(self._peak, self.used_bytes) # largest used_bytes so far
     @property
@@ -209,13 +210,13 @@ class _Storage(_Owned):
 
     def summary(self) -> str: # a table, the largest first
         "One line a buffer: capacity, and what it was last asked for."
-        lines = [f"{'name':24}{'capacity':>12}{'last used':>12}  shape and dtype"]
+        lines = [f"{'name':24}{'capacity, B':>12}{'view, B':>12}  shape and dtype"]
         for b in sorted(list(self._buffers.values()), key=lambda b: -len(b.flat)):
             state = 'in use' if b.generation == self._generation else 'idle'
             lines.append(f"{b.name:24}{len(b.flat):12,}{b.used:12,}  {b.shape} {b.dtype}, {state}")
-        return '\n'.join([*lines, f"{'held':24}{self.nbytes:12,}{self.used_bytes:12,}  in use now"])
+        return '\n'.join([*lines, f"{'held':24}{self.nbytes:12,}{self.used_bytes:12,}  taken now"])
 
-# %% ../nbs/04_workspace.ipynb #56336127
+# %% ../nbs/04_workspace.ipynb #06112046
 class Workspace(_Storage):
     "Named buffers that are reused: exact shapes, 64-byte aligned, uninitialised, valid for one generation."
     def __init__(self, *,
@@ -239,6 +240,7 @@ class Workspace(_Storage):
         if b.generation != self._generation:
             b.generation = self._generation
             self._taken.append(b)
+            self._used += b.used
         return view
 
     def _take_new(self, name, shape, dtype) -> np.ndarray: # whatever is not a repetition
@@ -251,6 +253,7 @@ class Workspace(_Storage):
                 if self.debug: _lend(self, b)
                 b.shape, b.dtype, b.used, b.generation = shape, found, needed, self._generation
                 self._taken.append(b)
+                self._used += needed
             elif (b.shape, b.dtype) != (shape, found):
                 raise ValueError(f'name: {name!r} is {b.shape} {b.dtype} in this generation, asked for as {shape} {found}; '
                                  'use another name, or a scope')
@@ -281,7 +284,7 @@ class Workspace(_Storage):
         try: yield self
         finally:
             self._scopes -= 1
-            _give_back(self, mark, 'its scope has ended')
+            _give_back(self, mark, 'its scope has ended; take it again')
             self._disown()
 
     def next_generation(self) -> None:
@@ -306,7 +309,7 @@ class Workspace(_Storage):
             if self._taken: raise RuntimeError('arrange: buffers are handed out; call next_generation() first')
             _arrange(self, plan)
 
-# %% ../nbs/04_workspace.ipynb #cd06d77b
+# %% ../nbs/04_workspace.ipynb #d6f2dc74
 def _grow(ws: Workspace, needed: Mapping[str, int]) -> dict[str, _Buffer]: # name -> bytes, more than it has
     "New storage for names, by the policy; by the bare need where the policy would break the limit."
     old = {name: ws._buffers.get(name) or _Buffer(name, NOTHING, 0) for name in needed}
@@ -315,8 +318,9 @@ def _grow(ws: Workspace, needed: Mapping[str, int]) -> dict[str, _Buffer]: # nam
     limit = sys.maxsize if ws.limit_bytes is None else ws.limit_bytes
     if others + sum(sizes.values()) > limit: sizes = dict(needed)
     if others + sum(sizes.values()) > limit:
+        bound = 'the end of all addresses' if ws.limit_bytes is None else 'limit_bytes'
         raise MemoryError(f"workspace: {', '.join(map(repr, needed))} would need {others + sum(sizes.values())} bytes in all, "
-                          f'limit_bytes is {limit}')
+                          f'{bound} is {limit}')
     new = {}
     for name, size in sizes.items():
         try: new[name] = aligned_empty((size,), np.uint8)
@@ -332,14 +336,15 @@ def _give_back(ws: Workspace, mark: int, why: str) -> None:
     ws._peak = ws.peak_bytes
     for b in ws._taken[mark:]:
         b.generation = 0
+        ws._used -= b.used
         if ws.debug: _end(b, why)
     del ws._taken[mark:]
 
 def _start_again(ws: Workspace) -> None:
-    _give_back(ws, 0, f'the workspace is in generation {ws.generation + 1}')
+    _give_back(ws, 0, f'the workspace is in generation {ws.generation + 1}; take it again')
     ws._generation += 1
 
-# %% ../nbs/04_workspace.ipynb #239c609b
+# %% ../nbs/04_workspace.ipynb #1265d448
 def _end(b: _Buffer, why: str) -> None:
     "End a lease. Storage inside an arena is not poisoned here: a neighbour in time may own it by now."
     if b.lease is not None: b.lease.over = why
@@ -353,7 +358,7 @@ def _lend(ws: Workspace, b: _Buffer) -> None:
                            'through a view that escaped (np.asarray, a C pointer, or an ordinary array made from it)')
     if not b.held:
         for other in ws._taken:
-            if other is not b and np.may_share_memory(other.flat, b.flat): _end(other, f'by the plan {b.name!r} now owns its memory')
+            if other is not b and np.may_share_memory(other.flat, b.flat): _end(other, f'the plan gave its memory to {b.name!r}; record the lifetimes anew')
         b.flat.fill(POISON)
     b.lease = _Lease(b.name, ws.generation, b.flat, getattr(ws, 'clock', None))
 

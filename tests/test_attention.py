@@ -7,6 +7,7 @@ import pytest
 from conftest import DTYPES, dtypes, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from ctxlab.attention import (
     attention,
@@ -24,6 +25,13 @@ from ctxlab.workspace import Workspace
 
 LONG = 371  # 176 or 88 rows a block: several blocks, the last one short
 PLACES = ("apart", "in one layer", "with gaps")  # where heads lie in memory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """These matrices are small: a second thread of BLAS would mostly wait, for others on a busy machine."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +215,13 @@ def test_kept_weights_and_sums_are_what_they_claim(seed, B, S, E, dtype, causal,
     )
     assert np.isfinite(lse).all()
     assert_equiv(out, weights @ v, depth=S, scale=sizes(q, k, v))
+
+
+def test_kept_weights_are_zero_where_no_block_reaches():
+    q, k, v = make(np.random.default_rng(0), (3, 1, 1, LONG, 4))
+    _, _, weights = forward(q, k, v, Workspace(), keep_weights=True, causal=True)
+    assert np.array_equal(weights, np.tril(weights))
+    assert_equiv(weights.sum(axis=-1), np.ones((1, 1, LONG), np.float32), depth=LONG)
 
 
 # --- gradients ---

@@ -21,6 +21,7 @@ from ctxlab.claims import LEDGER, NOT_YET, SHIPPED, run_ledger
 from ctxlab.data import InputError
 from ctxlab.measure import AGAIN, Interval, Timings
 from ctxlab.report import PLOTS, as_html, as_json, png, scoreboard, staging, table, write_report
+from ctxlab.stack import KINDS
 
 HOSTILE = "</td><script>alert('1')</script> & \"quoted\" &amp; <b onclick=x>"
 FILES = sorted(["index.html", "claims.json", *(f"{name}.png" for name in PLOTS)])
@@ -101,10 +102,12 @@ def test_verdicts_follow_from_the_figures_in_the_file(data):
 
 def test_figures_follow_from_the_raw_timings_in_the_file(made, data):
     raw = {(t["workload"], t["what"]): t for t in data["timings"]}
-    assert set(raw) == set(itertools.product(("mine", "other"), (*SHIPPED, "forward", "backward")))
+    stacks = {("16 x 32", what) for what in ("Transformer forward", *(f"{kind} step" for kind in KINDS))}
+    assert set(raw) == stacks | set(itertools.product(("mine", "other"), (*SHIPPED, "forward", "backward")))
     for key, t in raw.items():
         seconds = {name: np.array(s) for name, s in t["seconds"].items()}
-        assert set(seconds) == {"dot", "dot" + AGAIN, "zeros + gemm", "reused out"}
+        names = {"not pooled", "pooled"} if key in stacks else {"dot", "zeros + gemm", "reused out"}
+        assert set(seconds) == names | {("not pooled" if key in stacks else "dot") + AGAIN}
         assert {len(s) for s in seconds.values()} == {len(next(iter(seconds.values())))}  # paired by round
         assert all((s > 0).all() for s in seconds.values())
         for name, s in made[0].timings[key].seconds.items():
