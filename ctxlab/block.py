@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Shapes', 'initialise', 'check_size', 'check_state', 'converted', 'Block', 'SizedBlock', 'FreshWorkspace']
 
-# %% ../nbs/06b_block.ipynb #317d2a49
+# %% ../nbs/06b_block.ipynb #e3ffd81c
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np

@@ -21,10 +21,10 @@ from .ssm import SSMBlock
 from .transformer import TransformerBlock
 from .workspace import Workspace, plan, record
 
-# %% ../nbs/09a_stack.ipynb #578c389c
-def _heads(D: int) -> int: return next(h for h in range(max(1, D // 64), 0, -1) if D % h == 0) # of width 64 or more
-def _transformer(D: int, **options) -> SizedBlock: return TransformerBlock(D, _heads(D), 4 * D, **options)
-def _diffusion(D: int, **options) -> SizedBlock: return DiffusionBlock(D, _heads(D), 4 * D, **options)
+# %% ../nbs/09a_stack.ipynb #0f89a7fd
+def _head_count(D: int) -> int: return next(h for h in range(max(1, D // 64), 0, -1) if D % h == 0) # of width 64 or more
+def _transformer(D: int, **options) -> SizedBlock: return TransformerBlock(D, _head_count(D), 4 * D, **options)
+def _diffusion(D: int, **options) -> SizedBlock: return DiffusionBlock(D, _head_count(D), 4 * D, **options)
 def _ssm(D: int, **options) -> SizedBlock: return SSMBlock(D, **options)
 
 KINDS: dict[str, Callable[..., SizedBlock]] = {'Transformer': _transformer, 'Diffusion': _diffusion, 'SSM': _ssm}
@@ -33,7 +33,7 @@ class Stack:
     "Blocks of one kind on one workspace, with chained contexts."
     def __init__(self,
                  kind: str, # of KINDS
-                 layers: int,
+                 layers: int, # number of blocks
                  dim: int, # D; heads of 64, hidden layers of 4 D (SSM: its own rule)
                  *,
                  pooled: bool = True, # False: a new array for every request
@@ -107,8 +107,9 @@ def memory(kind: str, layers: int, shape: tuple[int, int, int], *, backward: boo
     alive = most(fresh)
     return Memory((fresh.workspace.taken_bytes - before) // 3, alive, pooled, planned)
 
-# %% ../nbs/09a_stack.ipynb #6af8cd13
-def versions(kind: str, layers: int, shape: tuple[int, int, int], *, backward: bool = True) -> Callable[[np.random.Generator], dict]:
+# %% ../nbs/09a_stack.ipynb #80808add
+def versions(kind: str, layers: int, shape: tuple[int, int, int], *, # (B, S, D)
+             backward: bool = True) -> Callable[[np.random.Generator], dict]:
     "For `time_placed`: a pass through a stack, pooled and not, on newly placed blocks."
     def place(rng: np.random.Generator) -> dict[str, Callable[[], Any]]:
         x, G = rng.standard_normal((2, *shape), np.float32)

@@ -18,6 +18,7 @@ from ctxlab.layers import (
     CUBIC,
     adam_into,
     add_rows,
+    check_form,
     check_ids,
     cross_entropy,
     cross_entropy_into,
@@ -610,7 +611,7 @@ def test_huge_logits_cost_what_they_should(dtype):
 
 @pytest.mark.parametrize(
     ("shape", "targets", "why"),
-    [((3, 2), [0, 1], "2 for 3 rows"), ((2, 2), [0, 1, 1], "3 for 2 rows"), ((0, 2), [], "0 for 0 rows")],
+    [((3, 2), [0, 1], r"shape \(2,\) for 3 rows"), ((2, 2), [0, 1, 1], r"shape \(3,\) for 2 rows"), ((0, 2), [], r"shape \(0,\) for 0 rows")],
     ids=str,
 )
 def test_targets_must_fit_their_logits(shape, targets, why):
@@ -618,6 +619,12 @@ def test_targets_must_fit_their_logits(shape, targets, why):
     with pytest.raises(ValueError, match=f"^targets: {why} of logits; needed as many, and at least one"):
         cross_entropy_into(z, np.array(targets, int), Workspace())
     assert (z == 7).all()
+
+
+@pytest.mark.parametrize("form", ["fast", "", None, "TANH"])
+def test_a_form_of_gelu_that_does_not_exist_is_named(form):
+    with pytest.raises(ValueError, match=r"^approximate: "):
+        check_form(form)
 
 
 def test_targets_must_be_a_vector():

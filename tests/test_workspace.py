@@ -561,7 +561,7 @@ def test_repr_and_summary():
         "Workspace(2 buffers, 1.05 MB held of at most 10.00 MB, 1.00 MB in use, generation 2, 2 allocations)"
     )
     head, large, small, total = ws.summary().splitlines()
-    assert head.split() == ["name", "capacity", "last", "used", "shape", "and", "dtype"]
+    assert head.split() == ["name", "capacity,", "B", "view,", "B", "shape", "and", "dtype"]
     assert large.split() == ["large", "1,048,576", "1,000,000", "(1000,", "250)", "float32,", "in", "use"]
     assert small.split() == ["small", "8", "6", "(3,)", "int16,", "idle"]
     assert total.split()[:3] == ["held", "1,048,584", "1,000,000"]
@@ -1660,7 +1660,7 @@ def test_a_rehearsal_is_right_or_raises(program, retake, wrong):
         got, error = None, str(e)
     if got is None:
         assert re.match(
-            r"buffer '\w+' of generation 1 is stale: by the plan '\w+' now owns its memory", error
+            r"buffer '\w+' of generation 1 is stale: the plan gave its memory to '\w+'", error
         )
     else:
         assert same_bits(got, run(Workspace()))
@@ -1692,7 +1692,7 @@ def test_every_shortened_lifetime_of_a_chain_is_found():
         rehearsal.arrange(p)
         if p.offsets[name] == p.offsets[follower]:
             with pytest.raises(
-                RuntimeError, match=f"'{name}' of generation 1 is stale: by the plan '{follower}' now owns"
+                RuntimeError, match=f"'{name}' of generation 1 is stale: the plan gave its memory to '{follower}'"
             ):
                 chain(rehearsal)
         else:
@@ -1702,7 +1702,7 @@ def test_every_shortened_lifetime_of_a_chain_is_found():
     rehearsal = Workspace(debug=True)
     rehearsal.arrange(all_short)
     with pytest.raises(
-        RuntimeError, match="'h0' of generation 1 is stale: by the plan 'h1' now owns its memory"
+        RuntimeError, match="'h0' of generation 1 is stale: the plan gave its memory to 'h1'"
     ):
         chain(rehearsal)
 
@@ -1734,7 +1734,7 @@ def test_a_buffer_that_lost_its_memory_to_the_plan_is_not_handed_out_again():
         b.fill(1)
         for use in (lambda: ws.take("a", (3,)), lambda a=a: a.fill(2)):
             with pytest.raises(
-                RuntimeError, match=r"'a' of generation .* by the plan 'b' now owns its memory"
+                RuntimeError, match=r"'a' of generation .* the plan gave its memory to 'b'"
             ):
                 use()
         assert np.all(b == 1)
