@@ -33,7 +33,7 @@ def initialise(parameters: Mapping[str, np.ndarray], rng: np.random.Generator) -
         if p.ndim == 2: p[...] = rng.standard_normal(p.shape) / math.sqrt(p.shape[1])
         else: p.fill(1.0 if name.endswith('weight') else 0.0)
 
-# %% ../nbs/06b_block.ipynb #ea3e0865
+# %% ../nbs/06b_block.ipynb #d02845ef
 def check_size(name: str, n) -> int: # at least 1
     "Return a dimension as an integer, or raise an error that names it."
     try: size = operator.index(n)
@@ -41,10 +41,9 @@ def check_size(name: str, n) -> int: # at least 1
     if size < 1: raise ValueError(f'{name}: {size}, needed at least 1')
     return size
 
-def _as_array(value) -> np.ndarray | None: # None: no array of numbers
-    try: a = np.asarray(value)
-    except (TypeError, ValueError): return None
-    return a if a.dtype.kind in 'fiu' else None
+def _as_array(value) -> np.ndarray: # of objects, where the value is no array
+    try: return np.asarray(value)
+    except (TypeError, ValueError): return np.empty((), object)
 
 def check_state(state: Mapping[str, Any], shapes: Shapes, optional: Shapes | None = None) -> None:
     "A ValueError that names all missing, extra and misshapen entries, and those that are no numbers."
@@ -53,8 +52,8 @@ def check_state(state: Mapping[str, Any], shapes: Shapes, optional: Shapes | Non
     wrong = [f'missing {name}' for name in shapes if name not in state]
     wrong += [f'extra {name}' for name in state if name not in known]
     found = {name: _as_array(state[name]) for name in known if name in state}
-    wrong += [f'{name} is no array of numbers' for name, a in found.items() if a is None]
-    wrong += [f'{name} has shape {a.shape}, needed {known[name]}' for name, a in found.items() if a is not None and a.shape != known[name]]
+    wrong += [f'{name} is {a.dtype}, needed numbers' for name, a in found.items() if a.dtype.kind not in 'fiu']
+    wrong += [f'{name} has shape {a.shape}, needed {known[name]}' for name, a in found.items() if a.dtype.kind in 'fiu' and a.shape != known[name]]
     if wrong: raise ValueError(f"state: {'; '.join(wrong)}")
 
 def converted(state: Mapping[str, Any], names, dtype: np.dtype) -> dict[str, np.ndarray]: # all of them, or a ValueError

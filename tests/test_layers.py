@@ -611,7 +611,11 @@ def test_huge_logits_cost_what_they_should(dtype):
 
 @pytest.mark.parametrize(
     ("shape", "targets", "why"),
-    [((3, 2), [0, 1], r"shape \(2,\) for 3 rows"), ((2, 2), [0, 1, 1], r"shape \(3,\) for 2 rows"), ((0, 2), [], r"shape \(0,\) for 0 rows")],
+    [
+        ((3, 2), [0, 1], r"shape \(2,\) for 3 rows"),
+        ((2, 2), [0, 1, 1], r"shape \(3,\) for 2 rows"),
+        ((0, 2), [], r"shape \(0,\) for 0 rows"),
+    ],
     ids=str,
 )
 def test_targets_must_fit_their_logits(shape, targets, why):

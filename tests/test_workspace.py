@@ -1659,9 +1659,7 @@ def test_a_rehearsal_is_right_or_raises(program, retake, wrong):
     except RuntimeError as e:
         got, error = None, str(e)
     if got is None:
-        assert re.match(
-            r"buffer '\w+' of generation 1 is stale: the plan gave its memory to '\w+'", error
-        )
+        assert re.match(r"buffer '\w+' of generation 1 is stale: the plan gave its memory to '\w+'", error)
     else:
         assert same_bits(got, run(Workspace()))
 
@@ -1692,7 +1690,8 @@ def test_every_shortened_lifetime_of_a_chain_is_found():
         rehearsal.arrange(p)
         if p.offsets[name] == p.offsets[follower]:
             with pytest.raises(
-                RuntimeError, match=f"'{name}' of generation 1 is stale: the plan gave its memory to '{follower}'"
+                RuntimeError,
+                match=f"'{name}' of generation 1 is stale: the plan gave its memory to '{follower}'",
             ):
                 chain(rehearsal)
         else:
@@ -1701,9 +1700,7 @@ def test_every_shortened_lifetime_of_a_chain_is_found():
     assert all_short.nbytes == 512
     rehearsal = Workspace(debug=True)
     rehearsal.arrange(all_short)
-    with pytest.raises(
-        RuntimeError, match="'h0' of generation 1 is stale: the plan gave its memory to 'h1'"
-    ):
+    with pytest.raises(RuntimeError, match="'h0' of generation 1 is stale: the plan gave its memory to 'h1'"):
         chain(rehearsal)
 
 
@@ -1733,9 +1730,7 @@ def test_a_buffer_that_lost_its_memory_to_the_plan_is_not_handed_out_again():
         a, b = ws.take("a", (3,)), ws.take("b", (3,))
         b.fill(1)
         for use in (lambda: ws.take("a", (3,)), lambda a=a: a.fill(2)):
-            with pytest.raises(
-                RuntimeError, match=r"'a' of generation .* the plan gave its memory to 'b'"
-            ):
+            with pytest.raises(RuntimeError, match=r"'a' of generation .* the plan gave its memory to 'b'"):
                 use()
         assert np.all(b == 1)
         ws.next_generation()
