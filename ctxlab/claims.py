@@ -256,7 +256,7 @@ ARITHMETIC = [
                 S_512_D_768=(2 * MB, 512 * 768 * 4)),
 ]
 
-# %% ../nbs/12_claims.ipynb #1b314a8e
+# %% ../nbs/12_claims.ipynb #d6870ca5
 def _pass_figures(b: Bench, calls: int) -> Figures:
     w = b.workloads[-1]
     def run(form: str) -> int:
@@ -266,9 +266,9 @@ def _pass_figures(b: Bench, calls: int) -> Figures:
         return traced_peak(repeat)
     peaks = {form: run(form) for form in ('dot', 'zeros + gemm', 'reused out')}
     m, batch = b.memory(backward=False), calls // 20
-    model = {name: 6 // LAYERS * batch * bytes for name, bytes in (('traffic', m.traffic), ('dot', m.fresh), ('shipped', m.planned))}
+    model = {name: batch * bytes for name, bytes in (('traffic', m.traffic), ('dot', m.fresh), ('shipped', m.planned))}
     return {w.name: {'calls': calls, 'traffic': calls * w.X.nbytes, 'shipped': peaks['zeros + gemm'], **peaks},
-            'six layers, pooled': {'calls': 6 * batch} | model}
+            f'{LAYERS} layers, pooled': {'calls': LAYERS * batch} | model}
 
 def _pass(id: str, says: str, calls: int, least: float) -> Claim:
     def judge(f: Mapping[str, Any]) -> str:
@@ -389,12 +389,12 @@ POW2 = Claim('pow2', 'power-of-two sizing minimises reallocation when dimensions
                                     f"{f['exact shape (original)']}; holds {f['held'] / f['needed']:.1f} x the need"),
              'rounds a number up and keeps exact shapes: alternating shapes reallocate on every call')
 
-# %% ../nbs/12_claims.ipynb #c6fd3b70
+# %% ../nbs/12_claims.ipynb #dd82b82f
 def _pool_figures(b: Bench) -> Figures:
     m = b.memory(backward=False)
-    return {'{1} x {2}'.format(*b.blocks): {name: bytes // LAYERS for name, bytes in vars(m).items()}}
+    return {'{1} x {2}'.format(*b.blocks): vars(m)}
 
-def _pool_memory(f: Mapping[str, Any], least: float = 1.5 * MB) -> str:
+def _pool_memory(f: Mapping[str, Any], least: float = 1.5 * MB * LAYERS) -> str:
     if f['fresh'] - f['planned'] >= least: return CONFIRMED
     return PARTLY if f['traffic'] >= least else REFUTED
 
@@ -405,7 +405,7 @@ POOL = [
     Claim('pool-mem', 'pooling the buffers of a Transformer block saves 1.5-2 MB per layer and forward pass',
           'confirmed if the most that is needed at a time falls by 1.5 MB a layer, partly if only the traffic does', '09a_stack',
           _pool_figures, each(_pool_memory),
-          per_workload(lambda f: f"a layer: traffic {megabytes(f['traffic'])}, peak without a pool {megabytes(f['fresh'])}, pooled {megabytes(f['planned'])}")),
+          per_workload(lambda f: f"{LAYERS} layers: traffic {megabytes(f['traffic'])}, peak without a pool {megabytes(f['fresh'])}, pooled {megabytes(f['planned'])}")),
     Claim('pool-speed', 'and brings 3-5 % of throughput', 'confirmed if the interval of the gain lies above 3 % and above the control, refuted if below',
           '09a_stack', lambda b: {b.timed_blocks: _gain(b.stacked('Transformer', backward=False))},
           each(_at_least(3)), per_workload(lambda f: percent(f['shipped'])))]
