@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return p
 
-# %% ../nbs/14_cli.ipynb #3d9468b7
+# %% ../nbs/14_cli.ipynb #d50b09ba
 def report(args: argparse.Namespace) -> int: # exit code
     "The main job: check everything, measure, then write all of it."
     from tqdm import tqdm
@@ -82,7 +82,7 @@ def report(args: argparse.Namespace) -> int: # exit code
     settings = dict(seed=args.seed, quick=args.quick, seconds_per_comparison=budget, activations=args.activations or PACKAGED)
     name = Path(args.activations).name if args.activations else 'activations'
     with staging(args.out, FILES) as place:
-        b = bench(pairs, name, budget=budget, seed=args.seed, blocks=(1, 256, 384) if args.quick else (1, 512, 768))
+        b = bench(pairs, name, budget=budget, seed=args.seed, blocks=(1, 256, 256) if args.quick else (1, 512, 768))
         with tqdm(total=comparisons(b), desc='measuring', unit='comparison', disable=args.no_progress or None, leave=False) as bar:
             b.tick = lambda what: bar.update()
             findings = run_ledger(b)
