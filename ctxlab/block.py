@@ -33,7 +33,7 @@ def initialise(parameters: Mapping[str, np.ndarray], rng: np.random.Generator) -
         if p.ndim == 2: p[...] = rng.standard_normal(p.shape) / math.sqrt(p.shape[1])
         else: p.fill(1.0 if name.endswith('weight') else 0.0)
 
-# %% ../nbs/06b_block.ipynb #d02845ef
+# %% ../nbs/06b_block.ipynb #a47b358b
 def check_size(name: str, n) -> int: # at least 1
     "Return a dimension as an integer, or raise an error that names it."
     try: size = operator.index(n)
@@ -60,8 +60,9 @@ def converted(state: Mapping[str, Any], names, dtype: np.dtype) -> dict[str, np.
     "Entries of a checked state in another precision."
     arrays = {}
     for name in names:
-        with np.errstate(over='ignore'): arrays[name] = np.asarray(state[name]).astype(dtype)
-        if np.isinf(arrays[name]).sum() > np.isinf(state[name]).sum(): raise ValueError(f'state: {name} holds numbers too large for {dtype}')
+        given = np.asarray(state[name])
+        with np.errstate(over='ignore'): arrays[name] = given.astype(dtype)
+        if np.isinf(arrays[name]).sum() > np.isinf(given).sum(): raise ValueError(f'state: {name} holds numbers too large for {dtype}')
     return arrays
 
 # %% ../nbs/06b_block.ipynb #733a773b
