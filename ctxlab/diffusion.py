@@ -8,7 +8,7 @@ __all__ = ['cosine_schedule', 'check_levels', 'add_noise', 'combine_into', 'add_
            'gate_into', 'gate_backward_into', 'part_way_into', 'DiffusionBlock', 'Denoiser', 'Trainer', 'ddim_step',
            'ddim_step_into', 'sample']
 
-# %% ../nbs/08_diffusion.ipynb #686bab94
+# %% ../nbs/08_diffusion.ipynb #498e72ae
 import itertools
 import math
 import operator
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .attention import attention, attention_requirement, block_rows
-from .block import _buffer, _views, initialise
+from .block import _buffer, _views, check_size, initialise
 from .context import SharedAttentionContext
 from .gemm import check_out, panels, unbuffered
 from .layers import (APPROXIMATE, _sigmoid_into, adam_into, embedding_into, gelu, layer_norm, linear,
@@ -262,7 +262,7 @@ class _Modulated(_Sublayers):
         for b, rows in _sequences(shape):
             gate_backward_into(branch[rows], kept.six[b, 3 * i + 2], G[rows], out[rows], dsix[b, 3 * i + 2], self.workspace)
 
-# %% ../nbs/08_diffusion.ipynb #6f3ed9b6
+# %% ../nbs/08_diffusion.ipynb #f3cde2a2
 class DiffusionBlock(_Modulated):
     "Full attention and a feed-forward layer with GELU, steered by the noise level of each sequence (adaLN-Zero)."
     def __init__(self,
@@ -279,7 +279,8 @@ class DiffusionBlock(_Modulated):
                  keep_weights: bool = False, # of attention, for backward: (B, H, S, S); default: in blocks, made again
                  max_len: int | None = None, # longest sequence that is allowed
                  eps: float = 1e-5): # of the norms
-        if n_heads < 1 or dim % n_heads: raise ValueError(f'n_heads: {n_heads} do not divide dim = {dim}')
+        dim, n_heads, ffn_dim = (check_size(n, v) for n, v in dict(dim=dim, n_heads=n_heads, ffn_dim=ffn_dim).items())
+        if dim % n_heads: raise ValueError(f'n_heads: {n_heads} do not divide dim = {dim}')
         if approximate not in APPROXIMATE: raise ValueError(f'approximate: {approximate!r}, needed one of {APPROXIMATE}')
         self.alpha_bar = cosine_schedule(n_steps)
         self.n_heads, self.ffn_dim, self.causal, self.n_steps = n_heads, ffn_dim, False, len(self.alpha_bar)

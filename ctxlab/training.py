@@ -7,7 +7,7 @@ __all__ = ['DIGEST', 'held_out', 'Text', 'corpus', 'draw', 'language_model', 'La
            'judge', 'all_finite', 'first_nonfinite', 'fingerprint', 'Run', 'previous', 'save_checkpoint',
            'read_checkpoint', 'load_checkpoint', 'proceed', 'train']
 
-# %% ../nbs/07a_training.ipynb #91543527
+# %% ../nbs/07a_training.ipynb #6c75d6b6
 import hashlib
 import io
 import itertools
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .block import Shapes, _views, check_state, initialise
+from .block import Parametric, Shapes, _views, check_state, initialise
 from .context import SharedAttentionContext, frobenius, panel_shape, update_requirement
 from .gemm import aligned_empty, unbuffered
 from .layers import (adam_into, check_ids, cross_entropy_into, embedding_backward_into, embedding_into, gradient_norm,
@@ -83,8 +83,8 @@ def language_model(p: Mapping[str, np.ndarray], # parameters, as of `LanguageMod
         x = transformer(own, x, n_heads)
     return layer_norm(x, p['norm.weight'], p['norm.bias']) @ p['embedding'].T
 
-# %% ../nbs/07a_training.ipynb #9256ca5a
-class _Weights:
+# %% ../nbs/07a_training.ipynb #56e66de2
+class _Weights(Parametric):
     "Parameters of the model and of its blocks, under one set of names."
     def __init__(self, blocks: list[TransformerBlock], dim: int, vocab: int, max_len: int, rng: np.random.Generator, workspace: Workspace):
         self.blocks, self.dim, self.vocab, self.max_len = blocks, dim, vocab, max_len
@@ -99,17 +99,6 @@ class _Weights:
             self._parameters |= {f'{block.name}.{n}': p for n, p in block.parameters().items()}
             self._gradients |= {f'{block.name}.{n}': g for n, g in block.gradients().items()}
         self._saved: Any = None # what backward needs; None: no loss to follow
-
-    def parameters(self) -> dict[str, np.ndarray]:
-        "Name -> array; the arrays themselves, to be changed in place."
-        return dict(self._parameters)
-
-    def gradients(self) -> dict[str, np.ndarray]:
-        "Name -> gradient of the last backward pass; the same arrays each time."
-        return dict(self._gradients)
-
-    @property
-    def parameter_count(self) -> int: return sum(p.size for p in self._parameters.values())
 
     def state_shapes(self) -> tuple[Shapes, Shapes]: # of what must be in a state, and of what may be
         "Shapes of parameters, and of contexts."

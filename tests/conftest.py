@@ -1,8 +1,13 @@
-"""What the tests share: one hypothesis profile, and arrays of every kind, made from a seed."""
+"""What the tests share: one hypothesis profile, and arrays of every kind, made from a seed,
+and what a comparison with PyTorch needs."""
+
+import warnings
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from ctxlab.testing import sprinkle
 
@@ -55,3 +60,20 @@ def lay(a, layout, fill=np.nan):
 
 LAYOUTS = ("C", "F", "rows", "columns", "F columns")
 layouts = st.sampled_from(LAYOUTS)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """These matrices are small: a second thread of BLAS would mostly wait, for others on a busy machine."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def torch():
+    """PyTorch with one thread; tests that compare with it are skipped where it is missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = pytest.importorskip("torch")
+    module.set_num_threads(1)
+    return module

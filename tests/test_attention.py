@@ -1,13 +1,11 @@
 """Attention against its reference, central differences and PyTorch: masks, blocks, strides, memory."""
 
-import warnings
 
 import numpy as np
 import pytest
 from conftest import DTYPES, dtypes, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from ctxlab.attention import (
     attention,
@@ -27,20 +25,7 @@ LONG = 371  # 176 or 88 rows a block: several blocks, the last one short
 PLACES = ("apart", "in one layer", "with gaps")  # where heads lie in memory
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """These matrices are small: a second thread of BLAS would mostly wait, for others on a busy machine."""
-    with threadpool_limits(1, user_api="blas"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def torch():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = pytest.importorskip("torch")
-    module.set_num_threads(1)
-    return module
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def place(arrays, where):

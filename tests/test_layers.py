@@ -9,7 +9,6 @@ import pytest
 from conftest import DTYPES, LAYOUTS, dtypes, kinds, lay, layouts, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from ctxlab import layers
 from ctxlab.gemm import PANEL_BYTES, panels, unbuffered
@@ -53,20 +52,7 @@ epsilons = st.sampled_from([1e-5, 1e-12, 0.1])
 SEVERAL = [(700, 300), (3, 70_000), (70_000, 3), (1, 9), (9, 1)]  # panels: 4, 3 of one row each, 4, 1, 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """These matrices are small: a second thread of BLAS would mostly wait, for others on a busy machine."""
-    with threadpool_limits(1, user_api="blas"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def torch():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = pytest.importorskip("torch")
-    module.set_num_threads(1)
-    return module
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- what "equals the reference" means ---

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import warnings
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from conftest import DTYPES, dtypes, make, seeds
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from ctxlab.block import FreshWorkspace
 from ctxlab.context import SharedAttentionContext, panel_shape
@@ -32,20 +30,7 @@ forms = pytest.mark.parametrize(
 both = pytest.mark.parametrize("dtype", DTYPES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """These matrices are small: a second thread of BLAS would mostly wait, for others on a busy machine."""
-    with threadpool_limits(1, user_api="blas"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def torch():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = pytest.importorskip("torch")
-    module.set_num_threads(1)
-    return module
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def block_of(dim=12, n_heads=3, ffn_dim=20, *, seed=0, noise=0.3, **options):
