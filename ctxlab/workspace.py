@@ -216,7 +216,7 @@ class _Storage(_Owned):
             lines.append(f"{b.name:24}{len(b.flat):12,}{b.used:12,}  {b.shape} {b.dtype}, {state}")
         return '\n'.join([*lines, f"{'held':24}{self.nbytes:12,}{self.used_bytes:12,}  taken now"])
 
-# %% ../nbs/04_workspace.ipynb #06112046
+# %% ../nbs/04_workspace.ipynb #aa5c7abb
 class Workspace(_Storage):
     "Named buffers that are reused: exact shapes, 64-byte aligned, uninitialised, valid for one generation."
     def __init__(self, *,
@@ -234,9 +234,10 @@ class Workspace(_Storage):
         if self._owner is not current_thread(): return self._take_new(name, shape, dtype)
         try:
             b = self._buffers[name]
-            if b.asked is not dtype or type(shape) is not tuple or b.shape != shape: return self._take_new(name, shape, dtype)
-            view = np.ndarray(shape, b.dtype, b.flat)
-        except (KeyError, TypeError): return self._take_new(name, shape, dtype)
+            known = b.asked is dtype and type(shape) is tuple and b.shape == shape
+            view = np.ndarray(shape, b.dtype, b.flat) if known else None
+        except (KeyError, TypeError): view = None
+        if view is None: return self._take_new(name, shape, dtype) # outside of `except`, so that an error stands alone
         if b.generation != self._generation:
             b.generation = self._generation
             self._taken.append(b)

@@ -2080,3 +2080,13 @@ def test_a_buffer_named_twice_is_one_however_it_is_written():
     # By equality of what was written: np.float32 and 'f4' differ, and a list has no hash at all.
     assert all_of(Buffer("x", ("B",), f4), Buffer("x", ("B",), "f4")).nbytes(B=10) == 40
     assert all_of(Buffer("x", [3]), Buffer("x", (3,))).nbytes() == 12
+
+
+@pytest.mark.parametrize("shape", [(2.5, 3), (-1,), "ab"], ids=str)
+@pytest.mark.parametrize("name", ["x", "new"])
+def test_an_error_stands_alone(name, shape):
+    ws = Workspace()
+    ws.take("x", (2, 3))
+    with pytest.raises((TypeError, ValueError), match=r"^shape: ") as caught:
+        ws.take(name, shape)
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
