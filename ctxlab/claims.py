@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PRODUCT_FLOP', 'LAYERS', 'Figures', 'CONFIRMED', 'REFUTED', 'PARTLY', 'UNDECIDED', 'SHIPPED', 'SITE_CLAIMS', 'COUNT',
            'MB', 'ARITHMETIC', 'PASSES', 'SPEED', 'SMALL', 'WHY', 'NUMERIC', 'LAZY', 'POW2', 'POOL', 'WIDE',
-           'ALL_ARCHS', 'TOTAL', 'LEDGER', 'NOT_YET', 'Workload', 'workload', 'report_size', 'batch_sites', 'Bench',
-           'bench', 'Claim', 'Finding', 'audit', 'together', 'each', 'per_workload', 'percent', 'comparisons',
-           'run_ledger']
+           'ALL_ARCHS', 'TOTAL', 'NORM_COST', 'NORM_LOCK', 'NORM_GAIN', 'LEDGER', 'Workload', 'workload', 'report_size',
+           'batch_sites', 'Bench', 'bench', 'Claim', 'Finding', 'audit', 'together', 'each', 'per_workload', 'percent',
+           'comparisons', 'run_ledger']
 
-# %% ../nbs/12_claims.ipynb #60ba7fe5
+# %% ../nbs/12_claims.ipynb #2f0d0142
 import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -23,7 +23,8 @@ from .context import SharedAttentionContext
 from .data import Pair, load_pairs
 from .gemm import aligned_empty, forms
 from .growth import POLICIES, sentence_lengths, study
-from .measure import Interval, Timings, megabytes, time_placed, traced_peak
+from .measure import Interval, Timings, median_interval, megabytes, time_paired, time_placed, traced_peak
+from .norm_cache import DerivedValue, LockedFlag, norms
 from .original import backward, forward, sites
 from .reference import similarity
 from .stack import KINDS, Memory, memory, versions
@@ -67,7 +68,7 @@ def batch_sites(w: Workload) -> dict[str, tuple[np.ndarray, np.ndarray]]: # site
     "The matrix products of one forward, backward and update."
     return {site: operands for site, operands in sites(w.X, w.Y, w.G, w.C, w.s).items() if site != 'step'}
 
-# %% ../nbs/12_claims.ipynb #5f51b6cf
+# %% ../nbs/12_claims.ipynb #04f85165
 LAYERS = 2 # of the stacks of blocks that are measured; figures are given for one, or for a model of six
 
 @dataclass
@@ -112,6 +113,17 @@ class Bench:
                                                    budget=self.budget, seed=self.seed, least=self.least)
             self.tick(f'{what}, {name}')
         return self.timings[name, what]
+
+    def norms(self) -> Timings:
+        "The norm of a context's parameters at two sizes, that of a vector, and a hit of a cache behind a lock, timed in turn."
+        if ('norms', '') not in self.timings:
+            contexts = {'|s|': SharedAttentionContext(0.5), '|s| at a quarter': SharedAttentionContext(0.5)}
+            for context, D in zip(contexts.values(), (1024, 256)): context.set_incoming(np.zeros((D, D), np.float32))
+            locked = LockedFlag(lambda: 1.5)
+            fns = {name: context.weight_norm for name, context in contexts.items()} | {'vector of 768': norms(768, np.random.default_rng(self.seed))['vector of 768']}
+            self.timings['norms', ''] = time_paired(fns | {'locked hit': locked.get}, budget=self.budget, seed=self.seed, least=self.least / 5)
+            self.tick('norms')
+        return self.timings['norms', '']
 
     def memory(self, backward: bool) -> Memory:
         "Bytes of two Transformer layers."
@@ -444,15 +456,62 @@ TOTAL = Claim('total', 'in all 15-25 MB per model and 10-20 % of speed',
               '09a_stack', _total_figures, each(_total),
               per_workload(lambda f: f"{megabytes(f['fresh'] - f['planned'])} less at a time of {megabytes(f['fresh'])}; {percent(f['shipped'])}"))
 
-# %% ../nbs/12_claims.ipynb #017c2672
-LEDGER: list[Claim] = [*SITE_CLAIMS, COUNT, *ARITHMETIC, *PASSES, *SPEED, WHY, NUMERIC, *POOL, POW2, LAZY, TOTAL, ALL_ARCHS]
+# %% ../nbs/12_claims.ipynb #e1297a09
+def _cost_figures(b: Bench) -> Figures:
+    t, step = b.norms(), b.stacked('Transformer', backward=True)
+    norm, whole = median_interval(t.seconds['|s|']), median_interval(step.seconds['pooled'])
+    return {b.timed_blocks: {'growth': t.ratio('|s|', '|s| at a quarter'),
+                             'share': Interval(norm.median / whole.median, norm.low / whole.high, norm.high / whole.low).scaled(100 * LAYERS)}}
 
-NOT_YET = { # claims of the report whose subject this package does not hold yet
-    'norm-cost': 'a weight norm is O(D)', 'norm-lock': 'a mutex costs more than it saves', 'norm-gain': 'caching gains 5-10 %'}
+def _cost(f: Mapping[str, Interval]) -> str:
+    if f['growth'].low < 2 <= f['growth'].high or f['share'].low < 1 <= f['share'].high: return UNDECIDED
+    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[(f['growth'].low >= 2) + (f['share'].high < 1)]
+
+NORM_COST = Claim('norm-cost', 'a weight norm is O(D), 256-1024 operations, and off the critical path',
+                  'one part: it takes twice as long, or more, for four times the D; the other: it is below 1 % of a training step', '10_norm_cache',
+                  _cost_figures, each(_cost),
+                  per_workload(lambda f: f"{f['growth'].median:.2f} x the time at 4 x the D; {f['share'].median:.4f}% of a step"))
+
+# %% ../nbs/12_claims.ipynb #a1965da2
+def _lock_figures(b: Bench) -> Figures:
+    t = b.norms()
+    return {name: {'ratio': t.ratio('locked hit', name), 'control': t.compare(t.control).control} for name in ('|s|', 'vector of 768')}
+
+def _dearer(f: Mapping[str, Interval]) -> str:
+    if f['ratio'].low > max(1, f['control'].high): return CONFIRMED
+    return REFUTED if f['ratio'].high < min(1, f['control'].low) else UNDECIDED
+
+NORM_LOCK = Claim('norm-lock', 'a mutex around a cached norm costs more than the computation that it saves',
+                  'confirmed if a hit behind a lock takes longer than computing, interval and control apart; refuted if less long', '10_norm_cache',
+                  _lock_figures, each(_dearer), per_workload(lambda f: f"a locked hit takes {f['ratio'].median:.2g} x the norm"))
+
+# %% ../nbs/12_claims.ipynb #7ae9a2d1
+def _cache_bytes() -> int:
+    def one() -> Any:
+        cache = DerivedValue(lambda: 1.5)
+        cache.get()
+        return cache
+    return traced_peak(one)
+
+def _caching_figures(b: Bench) -> Figures:
+    t, step = b.norms(), b.stacked('Transformer', backward=True)
+    norm, whole = median_interval(t.seconds['vector of 768']), median_interval(step.seconds['pooled'])
+    return {b.timed_blocks: {'most': LAYERS * 100 * norm.high / whole.low, 'bytes': _cache_bytes()}}
+
+def _caching(f: Mapping[str, float]) -> str:
+    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[(f['most'] >= 5) + (f['bytes'] >= MB / 2)]
+
+NORM_GAIN = Claim('norm-gain', 'caching the norm gains 5-10 % and costs 0.5-1 MB',
+                  'one part: an O(D) norm for each layer takes 5 % of a training step, so that much could be gained; the other: a cache holds 0.5 MB', '10_norm_cache',
+                  _caching_figures, each(_caching),
+                  per_workload(lambda f: f"at most {f['most']:.2f}% to gain; a cache holds {f['bytes']} bytes"))
+
+# %% ../nbs/12_claims.ipynb #fb8a34bd
+LEDGER: list[Claim] = [*SITE_CLAIMS, COUNT, *ARITHMETIC, *PASSES, *SPEED, WHY, NUMERIC, *POOL, POW2, LAZY, NORM_COST, NORM_LOCK, NORM_GAIN, TOTAL, ALL_ARCHS]
 
 def comparisons(b: Bench) -> int:
-    "How many timed comparisons the ledger makes: every site and both paths on every workload, and stacks of blocks."
-    return len(b.workloads) * (len(SHIPPED) + 2) + len(KINDS) + 1
+    "How many timed comparisons the ledger makes: every site and both paths on every workload, stacks of blocks, and norms."
+    return len(b.workloads) * (len(SHIPPED) + 2) + len(KINDS) + 2
 
 def run_ledger(b: Bench) -> list[Finding]:
     "Every claim, audited."

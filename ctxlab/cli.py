@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/14_cli.ipynb #d023c113
+# %% ../nbs/14_cli.ipynb #22bb0f16
 EPILOG = '''\
 examples:
   ctxlab report                              about a minute; writes ctxlab-report/index.html
@@ -27,7 +27,7 @@ examples:
 exit codes: 0 done, 1 a defect of ctxlab, 2 something about the input or the output is wrong,
             130 interrupted, 141 the reader of the output has left
 '''
-BUDGETS = {'default': 2.9, 'quick': 0.5} # seconds for one of the 18 comparisons
+BUDGETS = {'default': 2.9, 'quick': 0.5} # seconds for one of the 19 comparisons
 
 def _seed(text: str) -> int:
     if not text.isdecimal(): raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 0 or more')

@@ -6,7 +6,7 @@
 __all__ = ['WIDTHS', 'FORMS', 'PLOTS', 'SCHEMA', 'SCHEMA_VERSION', 'CSS', 'FILES', 'scoreboard', 'table', 'plot_bytes',
            'plot_times', 'plot_gain', 'plot_memory', 'png', 'as_json', 'as_html', 'staging', 'write_report']
 
-# %% ../nbs/13_report.ipynb #c450b70b
+# %% ../nbs/13_report.ipynb #5bed43c6
 import base64
 import html
 import json
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .claims import (CONFIRMED, NOT_YET, PARTLY, REFUTED, SHIPPED, UNDECIDED, Bench, Finding, Figures)
+from .claims import (CONFIRMED, PARTLY, REFUTED, SHIPPED, UNDECIDED, Bench, Finding, Figures)
 from .data import InputError
 from .measure import AGAIN, Interval, machine, machine_line
 
@@ -159,7 +159,7 @@ def png(figure) -> bytes:
     with _styled(): figure.savefig(buffer, format='png', dpi=144, metadata={'Software': None})
     return buffer.getvalue()
 
-# %% ../nbs/13_report.ipynb #301c4318
+# %% ../nbs/13_report.ipynb #dfeaca9f
 SCHEMA, SCHEMA_VERSION = 'ctxlab.claims', 1
 
 def _plain(figures: Figures) -> dict[str, dict[str, Any]]:
@@ -178,7 +178,7 @@ def as_json(findings: Sequence[Finding], b: Bench, settings: Mapping[str, Any]) 
     return dict(schema=SCHEMA, schema_version=SCHEMA_VERSION, ctxlab=__version__,
                 created=datetime.now(timezone.utc).isoformat(timespec='seconds'), settings=dict(settings), machine=machine(),
                 workloads=[dict(name=w.name, rows=w.X.shape[0], features=w.X.shape[1]) for w in b.workloads],
-                claims=[_claim(f) for f in findings], not_measured=NOT_YET, timings=timings)
+                claims=[_claim(f) for f in findings], timings=timings)
 
 # %% ../nbs/13_report.ipynb #581013ed
 CSS = '''
@@ -217,13 +217,12 @@ def _html_details(f: Finding) -> str:
     return (f'<details id="{c.id}"><summary><strong>{c.id}</strong>: <span class="verdict {f.verdict}">{f.verdict}</span></summary>'
             f'<p>{esc(c.says)}.</p><p>Rule: {esc(c.rule)}.</p>{original}<pre>{figures}</pre></details>')
 
-# %% ../nbs/13_report.ipynb #7b2c994d
+# %% ../nbs/13_report.ipynb #d87a4fe8
 def as_html(findings: Sequence[Finding], data: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
     "The report as one page with everything in it."
     esc = html.escape
     images = ''.join(f'<figure><img alt="{esc(PLOTS[name][0])}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
                      f'<figcaption>{esc(PLOTS[name][0])}</figcaption></figure>' for name, image in plots.items())
-    pending = ''.join(f'<li><code>{id}</code>: {esc(says)}</li>' for id, says in data['not_measured'].items())
     head = ''.join(f'<th scope="col">{h}</th>' for h in ('Claim', 'The report says', 'Measured here', 'Verdict', 'Explained in'))
     sizes = ', '.join(f"{w['name']} ({w['rows']} x {w['features']})" for w in data['workloads'])
     return f'''<!DOCTYPE html>
@@ -235,7 +234,6 @@ def as_html(findings: Sequence[Finding], data: Mapping[str, Any], plots: Mapping
 <div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{''.join(map(_html_row, findings))}</tbody></table></div>
 <h2>Pictures</h2>{images}
 <h2>How each verdict came about</h2>{''.join(map(_html_details, findings))}
-<h2>Claims that this version does not measure</h2><ul>{pending}</ul>
 <p>Every figure and raw timing is in <code>claims.json</code>. To repeat: <code>ctxlab report --seed {data['settings'].get('seed', 0)}{' --quick' if data['settings'].get('quick') else ''}</code>, with the same <code>--activations</code>.</p>
 </body></html>
 '''

@@ -17,7 +17,7 @@ import pytest
 from test_claims import small_bench
 
 from ctxlab import __version__
-from ctxlab.claims import LEDGER, NOT_YET, SHIPPED, run_ledger
+from ctxlab.claims import LEDGER, SHIPPED, run_ledger
 from ctxlab.data import InputError
 from ctxlab.measure import AGAIN, Interval, Timings
 from ctxlab.report import PLOTS, as_html, as_json, png, scoreboard, staging, table, write_report
@@ -73,11 +73,10 @@ def test_the_scoreboard_counts_every_finding(made):
 def test_json_has_its_schema(data):
     types = {k: type(v) for k, v in data.items()}
     text = dict.fromkeys(("schema", "ctxlab", "created"), str)
-    tables = dict.fromkeys(("settings", "machine", "not_measured"), dict)
+    tables = dict.fromkeys(("settings", "machine"), dict)
     rows = dict.fromkeys(("workloads", "claims", "timings"), list)
     assert types == text | tables | rows | {"schema_version": int}
     assert (data["schema"], data["schema_version"], data["ctxlab"]) == ("ctxlab.claims", 1, __version__)
-    assert data["not_measured"] == NOT_YET
     assert data["workloads"] == [
         dict(name="mine", rows=80, features=32),
         dict(name="other", rows=64, features=48),
@@ -187,7 +186,6 @@ def test_the_page_names_every_claim(page):
     for claim in LEDGER:
         assert claim.says in page.text
         assert claim.rule in page.text
-    assert all(id in page.text for id in NOT_YET)
 
 
 def test_hostile_texts_are_only_text(made, data):
