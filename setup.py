@@ -36,6 +36,6 @@ setup(
     packages=["ctxlab"],
     package_data={"ctxlab": ["py.typed", "*.mplstyle", "assets/*"]},
     install_requires=facts["requirements"].split(),
-    extras_require={"dev": facts["dev_requirements"].split()},
+    extras_require={extra: facts[f"{extra}_requirements"].split() for extra in ("dev", "distributed", "docs")},
     entry_points={"console_scripts": facts["console_scripts"].split()},
 )
