@@ -9,6 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 facts = config["DEFAULT"]
 
+SUFFIX = "_requirements"  # of the extras
 STATUS = {"3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 CLASSIFIERS = [
     f"Development Status :: {STATUS[facts['status']]}",
@@ -36,6 +37,6 @@ setup(
     packages=["ctxlab"],
     package_data={"ctxlab": ["py.typed", "*.mplstyle", "assets/*"]},
     install_requires=facts["requirements"].split(),
-    extras_require={extra: facts[f"{extra}_requirements"].split() for extra in ("dev", "distributed", "docs")},
+    extras_require={key.removesuffix(SUFFIX): facts[key].split() for key in facts if key.endswith(SUFFIX)},
     entry_points={"console_scripts": facts["console_scripts"].split()},
 )

@@ -148,7 +148,7 @@ def test_public_things_are_documented(module):
             missing += [
                 f"{name}.{n}"
                 for n, member in vars(thing).items()
-                if inspect.isfunction(member) and not n.startswith("_") and not member.__doc__
+                if inspect.isfunction(member) and not n.startswith("_") and not inspect.getdoc(member)
             ]
     assert not missing
 
