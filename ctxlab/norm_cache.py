@@ -67,9 +67,9 @@ class _Guarded(Generic[T]):
         try: return self._compute()
         finally: self._inside.discard(me)
 
-# %% ../nbs/10_norm_cache.ipynb #9c711f5d
+# %% ../nbs/10_norm_cache.ipynb #028ee86b
 class PlainFlag(Cached[T]):
-    "A dirty flag, cleared after computing. Invariant, for one thread: not dirty means that the value is of now."
+    "A dirty flag, cleared after computing. Invariant, for one thread and a compute that changes nothing: not dirty means that the value is of now."
     def __init__(self, compute: Callable[[], T]):
         self._compute, self._dirty = _Guarded(compute), True
         self._value: Any = None
@@ -92,9 +92,9 @@ class EarlyFlag(PlainFlag[T]):
                 raise
         return self._value
 
-# %% ../nbs/10_norm_cache.ipynb #4bccb432
+# %% ../nbs/10_norm_cache.ipynb #4dcf983c
 class LockedFlag(Cached[T]):
-    "A dirty flag under a lock. Invariant: whoever holds the lock finds value and flag in agreement."
+    "A dirty flag under a lock. Invariant: whoever holds the lock finds value and flag in agreement. Two that ask each other may wait for ever."
     def __init__(self, compute: Callable[[], T]):
         self._compute, self._dirty = _Guarded(compute), True
         self._value: Any = None
@@ -140,7 +140,7 @@ class PerThread(Cached[T]):
         return mine.value
     def invalidate(self) -> None: self._version = object()
 
-# %% ../nbs/10_norm_cache.ipynb #174150fb
+# %% ../nbs/10_norm_cache.ipynb #a021bd4d
 class DerivedValue(Cached[T]):
     """A value computed from others, kept until they change; safe to share between threads.
 
@@ -156,7 +156,9 @@ class DerivedValue(Cached[T]):
     def get(self) -> T:
         "The value, computed if something has changed since it was computed last."
         cell = self._cell
-        if not cell: cell.append(self._compute())
+        if not cell:
+            cell.append(self._compute())
+            del cell[1:] # of readers that were later: one value is kept
         return cell[0]
 
     def invalidate(self) -> None:
@@ -169,7 +171,7 @@ VARIANTS: dict[str, Callable[[Callable[[], Any]], Cached]] = {
     'version counter': VersionCounter, 'per thread': PerThread, 'snapshot swap': DerivedValue}
 SAFE = ('recompute', 'locked flag', 'version counter', 'per thread', 'snapshot swap') # to share between threads
 
-# %% ../nbs/10_norm_cache.ipynb #9bb8d882
+# %% ../nbs/10_norm_cache.ipynb #9fc9f903
 class Stale(AssertionError):
     "A value without a change that had been announced before it was asked for."
 
@@ -177,6 +179,7 @@ def asking(variant: Callable[[Callable[[], Any]], Any], # of VARIANTS
            words: Sequence[str], # for each thread, a word of 'R' (read) and 'W' (write, invalidate, announce)
            ) -> Scenario:
     "Threads that read and write through a cache; a stale read fails."
+    if bad := [word for word in words if not isinstance(word, str) or set(word) - set('RW')]: raise ValueError(f"words: {bad[0]!r}, needed a text of 'R' and 'W'")
     def scenario(schedule: Sharing) -> list[Callable[[], None]]:
         writes, announced = schedule.share(list, name='writes'), schedule.share(list, name='announced')
         cache = schedule.share(variant, lambda: tuple(writes[:]))
@@ -207,7 +210,10 @@ def search(variant: Callable[[Callable[[], Any]], Any], # of VARIANTS
     "Every order of every pair of words."
     return {words: explore(asking(variant, words)) for words in pairs}
 
-# %% ../nbs/10_norm_cache.ipynb #fc5e1c98
+# %% ../nbs/10_norm_cache.ipynb #9b15389c
+def _check_number(name: str, n: int, least: int) -> None:
+    if not isinstance(n, int) or n < least: raise ValueError(f'{name}: {n!r}, needed a whole number of at least {least}')
+
 class Stress(NamedTuple):
     "What came of many operations by free-running threads."
     operations: int # reads and writes in all
@@ -224,6 +230,8 @@ def stress(variant: Callable[[Callable[[], Any]], Any], # of VARIANTS
            interval: float = 1e-5, # seconds after which the interpreter asks a thread to let another one run
            ) -> Stress:
     "Read and write through one cache from several threads, and count stale reads."
+    for what, n in (('operations', operations), ('readers', readers), ('writers', writers)): _check_number(what, n, 0)
+    if not readers + writers: raise ValueError('readers: 0 beside 0 writers, needed at least one thread')
     counts, announced = [0] * writers, [0] * writers
     def compute() -> tuple[int, ...]:
         state = tuple(counts)
@@ -272,7 +280,7 @@ def interpreter_line() -> str:
         return f'{version} with a global lock{build}: threads switch between instructions, and races are rarer than they could be'
     return f'{version} without a global lock: threads run at the same time, and races show at their full rate'
 
-# %% ../nbs/10_norm_cache.ipynb #1e879083
+# %% ../nbs/10_norm_cache.ipynb #cb1adf74
 def nothing() -> None:
     "The cheapest thing to compute."
 
@@ -283,6 +291,7 @@ def costs(names: Iterable[str] = tuple(VARIANTS), # of VARIANTS
           ) -> Timings: # of 'compute', and for each name of 'NAME hit', 'NAME invalidate' and 'NAME cycle'
     "Time the operations of each variant in turn, with `nothing` to compute."
     fns: dict[str, Callable[[], Any]] = {'compute': nothing}
+    if unknown := [name for name in names if name not in VARIANTS]: raise ValueError(f"names: {unknown[0]!r}, needed some of {', '.join(VARIANTS)}")
     for name in names:
         kept, changing = VARIANTS[name](nothing), VARIANTS[name](nothing)
         kept.get()
@@ -304,12 +313,14 @@ def norms(D: int, rng: np.random.Generator) -> dict[str, Callable[[], float]]:
     def matrix() -> float: return math.sqrt(np.dot(m, m))
     return {f'vector of {D}': vector, f'{D} x {D} matrix': matrix}
 
-# %% ../nbs/10_norm_cache.ipynb #4fb9b937
+# %% ../nbs/10_norm_cache.ipynb #951fcdb9
 def contended(variant: Callable[[Callable[[], Any]], Any], # of VARIANTS
               threads: int, # that ask at the same time
               gets: int = 20_000, # by each
               ) -> float: # seconds for one request, all threads together
     "Time of a hit while other threads ask as well."
+    _check_number('threads', threads, 1)
+    _check_number('gets', gets, 1)
     cache = variant(nothing)
     cache.get()
     def ask() -> None:

@@ -1,0 +1,953 @@
+"""Every order of the steps: what is found is what a model without threads finds, with memory and without."""
+
+import _thread
+import itertools
+import os
+import threading
+import time
+import zlib
+from contextlib import ExitStack
+from math import comb, factorial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctxlab.interleave import Deadlock, Explored, Sharing, Step, explore, replay
+
+TOO_MANY = 250  # orders; a program with more is not run in each of them
+
+
+class Seen(Exception):
+    """What a thread has observed."""
+
+
+class Spot:
+    def __init__(self, x=0, y=None):
+        self.x, self.y = x, y
+
+
+class Locks(Spot):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.r = threading.Lock(), threading.Lock(), threading.RLock()
+
+
+def errors(found):
+    return {f"{type(race.error).__name__}: {race.error}" for race in found.races}
+
+
+def both_ways(scenario):
+    """Explore with memory, and hold the result against every order."""
+    pruned, every = explore(scenario), explore(scenario, prune=False)
+    assert errors(pruned) == errors(every)
+    assert pruned.interleavings == every.interleavings == every.runs
+    assert pruned.runs <= every.runs
+    return pruned
+
+
+def repeated(scenario, found, most=3):
+    """The races of an exploration happen again, step by step."""
+    for race in found.races[:most]:
+        again = replay(scenario, race.path)
+        assert (type(again.failure), str(again.failure)) == (type(race.error), str(race.error))
+        assert (tuple(again.path), again.steps) == (race.path, race.steps)
+
+
+def threads_left(before):
+    """Threads that have not ended, once those that are about to have had the time."""
+    deadline = time.monotonic() + 20
+    while _thread._count() > before and time.monotonic() < deadline:
+        time.sleep(0)
+    return _thread._count() - before
+
+
+def sharing(cls, *bodies):
+    """A scenario in which every body gets the same object."""
+
+    def scenario(schedule):
+        shared = schedule.share(cls)
+        return [lambda body=body: body(shared) for body in bodies]
+
+    return scenario
+
+
+def stepping(n):
+    """A body of n steps."""
+
+    def body(spot):
+        for _ in range(n):
+            _ = spot.x
+
+    return body
+
+
+# How many orders there are
+
+
+@pytest.mark.parametrize(
+    "lengths", [(1,), (2, 2), (4, 1), (1, 1, 1), (2, 2, 1), (2, 1, 1, 1), (0, 2, 2), (2, 0), (0, 0), ()]
+)
+def test_the_orders_are_counted_as_a_multinomial(lengths):
+    found = both_ways(sharing(Spot, *map(stepping, lengths)))
+    orders = factorial(sum(lengths))
+    for n in lengths:
+        orders //= factorial(n)
+    assert found.interleavings == orders
+    assert found.races == []
+
+
+def test_memory_needs_one_situation_for_each_pair_of_positions():
+    found = explore(sharing(Spot, stepping(12), stepping(12)))
+    assert found.interleavings == comb(24, 12)
+    assert found.situations == 13 * 13 - 1
+
+
+def test_situations_are_steps_of_the_scenario_and_no_others():
+    def scenario(schedule):
+        spot = schedule.share(Spot)
+        spot.x += 5  # before the threads: no steps
+
+        def body():
+            assert hasattr(spot, "x")
+
+        return [body]
+
+    assert len(replay(scenario, ()).steps) == 1
+    assert explore(scenario).interleavings == 1
+
+
+# Lock and count, against a model that has no threads
+
+NESTS = st.lists(st.sampled_from("abr"), max_size=3).map(tuple)
+LOCKING = st.lists(st.lists(st.tuples(NESTS, st.booleans()), min_size=1, max_size=2), min_size=2, max_size=3)
+
+
+def locking(program):
+    """Threads that add one under nested locks; the last of them tells the sum."""
+
+    def scenario(schedule):
+        spot, ended = schedule.share(Locks), []
+
+        def body(parts):
+            for nest, add in parts:
+                with ExitStack() as stack:
+                    for name in nest:
+                        stack.enter_context(getattr(spot, name))
+                    if add:
+                        spot.x += 1
+            ended.append(1)
+            if len(ended) == len(program):
+                raise Seen(spot.__dict__["x"])
+
+        return [lambda parts=parts: body(parts) for parts in program]
+
+    return scenario
+
+
+def model(program):
+    """The orders of `locking(program)` and what comes of them, by recursion over what a thread does next."""
+    todo = []
+    for parts in program:
+        steps = []
+        for nest, add in parts:
+            steps += [("take", name) for name in nest] + [("load",), ("store",)] * add
+            steps += [("give", name) for name in reversed(nest)]
+        todo.append(steps)
+    outcomes = set()
+
+    def go(at, x, local, held):
+        orders = 0
+        able = False
+        for t, steps in enumerate(todo):
+            if at[t] == len(steps):
+                continue
+            what, *name = steps[at[t]]
+            x_, local_, held_ = x, local, held
+            if what == "load":
+                local_ = (*local[:t], x, *local[t + 1 :])
+            elif what == "store":
+                x_ = local[t] + 1
+            else:
+                owner, depth = held.get(name[0], (None, 0))
+                if what == "take" and owner is not None and not (name[0] == "r" and owner == t):
+                    continue
+                depth += 1 if what == "take" else -1
+                held_ = held | {name[0]: (t, depth) if depth else (None, 0)}
+            able = True
+            orders += go((*at[:t], at[t] + 1, *at[t + 1 :]), x_, local_, held_)
+        if able:
+            return orders
+        done = all(a == len(steps) for a, steps in zip(at, todo, strict=True))
+        outcomes.add(f"Seen: {x}" if done else "Deadlock: every thread waits")
+        return 1
+
+    none = (0,) * len(program)
+    return go(none, 0, none, {}), outcomes
+
+
+@given(LOCKING)
+@settings(max_examples=30)
+def test_locks_and_counts_agree_with_a_model_without_threads(program):
+    orders, outcomes = model([parts[:1] for parts in program])
+    if orders > TOO_MANY:
+        program, (orders, outcomes) = program[:2], model([parts[:1] for parts in program[:2]])
+    scenario = locking([parts[:1] for parts in program])
+    found = explore(scenario)
+    assert found.interleavings == orders
+    assert errors(found) == outcomes
+    repeated(scenario, found)
+    if orders <= TOO_MANY:
+        both_ways(scenario)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        [[("", True), ("", True)], [("", True), ("", True)]],
+        [[("a", True), ("ab", True)], [("ba", True)]],
+        [[("r", True), ("rr", True)], [("ra", True), ("", True)]],
+        [[("", True)], [("a", True)], [("a", True)]],
+        [[("ab", True)], [("b", True)], [("ra", False)]],
+        [[("ab", False)], [("br", False)], [("ra", False)]],
+    ],
+)
+def test_memory_agrees_with_the_model_where_all_orders_are_too_many(program):
+    orders, outcomes = model(program)
+    found = explore(locking(program))
+    assert found.interleavings == orders
+    assert errors(found) == outcomes
+
+
+# Random programs over everything that can be shared
+
+FIELDS = st.sampled_from("xy")
+SIMPLE = st.one_of(
+    st.tuples(st.sampled_from(["load", "add", "token", "fresh", "push", "len", "first"]), FIELDS),
+    st.tuples(st.just("put"), FIELDS, st.sampled_from([0, 1, 2.5, "a", None, (1, None)])),
+    st.tuples(st.just("move"), FIELDS),
+    st.tuples(st.sampled_from(["log", "look", "count", "fail"])),
+)
+NESTED = st.one_of(
+    SIMPLE,
+    SIMPLE,
+    st.tuples(st.just("with"), st.sampled_from("abr"), SIMPLE),
+    st.tuples(st.just("if"), FIELDS, SIMPLE),
+    st.tuples(st.just("caught"), st.sampled_from("ab"), SIMPLE),
+)
+PROGRAMS = st.one_of(
+    st.tuples(st.lists(NESTED, max_size=3), st.lists(NESTED, max_size=2)),
+    st.tuples(st.lists(NESTED, max_size=1), st.lists(NESTED, max_size=1), st.lists(SIMPLE, max_size=2)),
+)
+
+
+class Observer:
+    """What one thread has seen, in a form that is the same in every run."""
+
+    def __init__(self):
+        self.seen, self.things = [], []
+
+    def note(self, value):
+        if isinstance(value, list):  # never its length: that would be a step
+            value = "list", self.number(value)
+        elif type(value) is object:
+            value = "token", self.number(value)
+        self.seen.append(value)
+
+    def number(self, thing):
+        for i, other in enumerate(self.things):
+            if other is thing:
+                return i
+        self.things.append(thing)
+        return len(self.things) - 1
+
+    def tell(self):
+        """Fail, for about every third observation."""
+        if zlib.crc32(repr(self.seen).encode()) % 3 == 0:
+            raise Seen(repr(self.seen))
+
+
+def perform(op, spot, log, observer):
+    what, *rest = op
+    if what == "load":
+        observer.note(getattr(spot, rest[0]))
+    elif what == "put":
+        setattr(spot, *rest)
+    elif what == "add":
+        value = getattr(spot, rest[0])
+        setattr(spot, rest[0], value + 1 if isinstance(value, int) else 1)
+    elif what == "move":  # an object comes to lie in two places
+        setattr(spot, "y" if rest[0] == "x" else "x", getattr(spot, rest[0]))
+    elif what == "token":
+        setattr(spot, rest[0], object())
+    elif what == "fresh":
+        setattr(spot, rest[0], [])
+    elif what in ("push", "len", "first"):
+        value = getattr(spot, rest[0])
+        if isinstance(value, list):
+            if what == "push":
+                value.append(len(observer.seen))
+            else:
+                observer.note(len(value) if what == "len" else tuple(value[:1]))
+    elif what == "log":
+        log.append(len(observer.seen))
+    elif what == "look":
+        observer.note(tuple(log))
+    elif what == "count":
+        observer.note(len(log))
+    elif what == "fail":
+        raise Seen(f"in the middle: {observer.seen}")
+    elif what == "if":
+        if getattr(spot, rest[0]):
+            perform(rest[1], spot, log, observer)
+    elif what == "with":
+        with getattr(spot, rest[0]):
+            perform(rest[1], spot, log, observer)
+    elif what == "caught":
+        try:
+            with getattr(spot, rest[0]):
+                perform(rest[1], spot, log, observer)
+        except Seen:
+            observer.note("caught")
+
+
+def running(program, settled):
+    """Threads that do what the program says; with `settled`, each forgets what it saw after each."""
+
+    def scenario(schedule):
+        spot, log = schedule.share(Locks), schedule.share(list, name="log")
+
+        def body(ops):
+            observer = Observer()
+            for i, op in enumerate(ops):
+                if settled:
+                    observer = Observer()
+                    schedule.settle(i)
+                perform(op, spot, log, observer)
+                if settled:
+                    observer.tell()
+            if not settled:
+                observer.tell()
+
+        return [lambda ops=ops: body(ops) for ops in program]
+
+    return scenario
+
+
+@pytest.mark.parametrize("settled", [False, True], ids=["remembering", "settled"])
+@given(program=PROGRAMS)
+@settings(max_examples=40)
+def test_memory_hides_nothing(settled, program):
+    scenario = running(program, settled)
+    found = explore(scenario)
+    repeated(scenario, found)
+    if found.interleavings <= TOO_MANY:
+        both_ways(scenario)
+
+
+@given(PROGRAMS)
+@settings(max_examples=20)
+def test_settling_changes_neither_orders_nor_races_where_threads_forget(program):
+    """The same bodies, with `settle` switched off: only the number of runs may differ."""
+    told = running(program, settled=True)
+
+    def untold(schedule):
+        schedule.settle = lambda at: None
+        return told(schedule)
+
+    with_it, without = explore(told), explore(untold)
+    assert errors(with_it) == errors(without)
+    assert with_it.interleavings == without.interleavings
+    assert with_it.runs <= without.runs
+
+
+@given(PROGRAMS)
+@settings(max_examples=8)
+def test_exploring_is_repeatable(program):
+    one, other = (explore(running(program, settled=True)) for _ in range(2))
+    assert one == other
+    assert [(r.path, r.steps) for r in one.races] == [(r.path, r.steps) for r in other.races]
+
+
+# Threads that end in unusual ways
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_a_body_that_raises_fails_every_run(steps, error):
+    def failing(spot):
+        stepping(steps)(spot)
+        raise error("on purpose")
+
+    found = explore(sharing(Spot, failing, stepping(2)), prune=False)
+    assert len(found.races) == found.runs == found.interleavings
+    assert {type(race.error) for race in found.races} == {error}
+    repeated(sharing(Spot, failing, stepping(2)), found)
+    assert errors(explore(sharing(Spot, failing, stepping(2)))) == errors(found)
+
+
+def test_a_run_that_fails_stops_the_others():
+    after = []
+
+    def failing(spot):
+        _ = spot.x
+        raise Seen("first")
+
+    def other(spot):
+        _ = spot.x
+        after.append(spot.x)
+
+    run = replay(sharing(Spot, failing, other), (0,))
+    assert str(run.failure) == "first"
+    assert run.path == [0]
+    assert after == []
+
+
+def test_threads_without_a_step_are_no_part_of_any_order():
+    ran = []
+    found = both_ways(
+        sharing(Spot, lambda spot: ran.append(1), stepping(2), lambda spot: ran.append(1), stepping(2))
+    )
+    assert found.interleavings == 6
+    assert len(ran) >= 12
+
+
+def test_an_error_within_a_lock_gives_it_back():
+    def failing(spot):
+        try:
+            with spot.a:
+                spot.x = 1
+                raise Seen("within")
+        except Seen:
+            spot.y = "after"
+
+    def other(spot):
+        with spot.a:
+            assert spot.x in (0, 1)
+
+    assert both_ways(sharing(Locks, failing, other)).races == []
+
+
+# Locks
+
+
+def test_a_lock_taken_twice_waits_for_itself():
+    def twice(spot):
+        with spot.a, spot.a:
+            pass
+
+    found = both_ways(sharing(Locks, twice))
+    assert [type(race.error) for race in found.races] == [Deadlock]
+
+
+def test_a_reentrant_lock_is_held_until_it_is_given_back_as_often():
+    inside = []
+
+    def nested(spot):
+        with spot.r, spot.r:
+            with spot.r:
+                inside.append(1)
+                spot.x += 1
+            spot.x += 1
+            inside.pop()
+
+    def other(spot):
+        with spot.r:
+            assert not inside
+            assert spot.x in (0, 2)
+
+    assert both_ways(sharing(Locks, nested, other)).races == []
+
+
+@pytest.mark.parametrize(("orders", "expected"), [(("ab", "ab", "ab"), False), (("ab", "ab", "ba"), True)])
+def test_three_threads_and_two_locks(orders, expected):
+    def body(order):
+        def run(spot):
+            with getattr(spot, order[0]), getattr(spot, order[1]):
+                pass
+
+        return run
+
+    found = explore(sharing(Locks, *map(body, orders)))
+    assert bool(found.races) == expected
+    assert {type(race.error) for race in found.races} <= {Deadlock}
+    repeated(sharing(Locks, *map(body, orders)), found)
+
+
+def test_three_in_a_circle_wait_for_each_other_only_together():
+    class Table(Spot):
+        def __init__(self):
+            self.f0, self.f1, self.f2 = threading.Lock(), threading.Lock(), threading.Lock()
+
+    def eats(i):
+        def run(table):
+            with getattr(table, f"f{i}"), getattr(table, f"f{(i + 1) % 3}"):
+                pass
+
+        return run
+
+    found = both_ways(sharing(Table, *map(eats, range(3))))
+    assert {len(race.path) for race in found.races} == {3}  # each holds one
+    assert {type(race.error) for race in found.races} == {Deadlock}
+    assert len(explore(sharing(Table, *map(eats, range(2)))).races) == 0
+
+
+# What is reported
+
+
+def test_the_shortest_race_has_the_fewest_switches():
+    def add(spot):
+        spot.x += 1
+
+    def scenario(schedule):
+        spot, ended = schedule.share(Spot), []
+
+        def body():
+            add(spot)
+            ended.append(1)
+            assert len(ended) < 2 or spot.__dict__["x"] == 2
+
+        return [body, body]
+
+    found = explore(scenario, prune=False)
+    assert len(found.races) == 4
+    assert found.shortest.switches == min(race.switches for race in found.races) == 2
+    assert found.shortest.switches == sum(a != b for a, b in itertools.pairwise(found.shortest.path))
+    assert [step.thread for step in found.shortest.steps] == list(found.shortest.path)
+    repeated(scenario, found, most=4)
+
+
+def test_a_step_says_who_did_what_where():
+    assert str(Step(0, "Spot.x", "load", "1")) == "A load Spot.x 1"
+    assert str(Step(1, "a", "acquire", "")) == "B acquire a"
+
+    def scenario(schedule):
+        spot, log = schedule.share(Locks), schedule.share(list, name="log")
+
+        def body():
+            with spot.a:
+                spot.y = 1, None
+                spot.x = []
+                spot.y = object()
+                log.append("what")
+                _ = log[:]
+
+        return [body]
+
+    assert [str(step)[2:] for step in replay(scenario, ()).steps] == [
+        "acquire a", "store Locks.y (1, None)", "store Locks.x [0]", "store Locks.y object",
+        "append log 'what'", "load log [1]", "release a",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_most_is_just_enough_or_says_so(prune):
+    scenario = sharing(Spot, stepping(3), stepping(3))
+    runs = explore(scenario, prune=prune).runs
+    assert explore(scenario, prune=prune, most=runs).runs == runs
+    with pytest.raises(RuntimeError, match=f"most: {runs - 1} runs"):
+        explore(scenario, prune=prune, most=runs - 1)
+
+
+# Nothing is left behind
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores can be chosen on Linux only")
+@pytest.mark.parametrize("end", ["well", "races", "most", "scenario raises"])
+def test_the_cores_come_back(end):
+    before, during = os.sched_getaffinity(0), []
+
+    def scenario(schedule):
+        during.append(os.sched_getaffinity(0))
+        if end == "scenario raises":
+            raise Seen("scenario")
+        spot = schedule.share(Spot)
+
+        def body():
+            during.append(os.sched_getaffinity(0))
+            _ = spot.x
+            if end == "races":
+                raise Seen("body")
+
+        return [body, body]
+
+    try:
+        explore(scenario, most=1 if end == "most" else 100)
+    except (RuntimeError, Seen):
+        assert end in ("most", "scenario raises")
+    assert os.sched_getaffinity(0) == before
+    assert {len(cores) for cores in during} == {1}
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_no_thread_is_left_behind(prune):
+    before = _thread._count()
+
+    def deadlocking(spot):
+        with spot.a, spot.b:
+            pass
+
+    def other(spot):
+        with spot.b, spot.a:
+            spot.x = 1
+
+    def failing(spot):
+        with spot.r:
+            raise Seen("here")
+
+    explore(sharing(Locks, deadlocking, other, lambda spot: None), prune=prune)
+    explore(sharing(Locks, deadlocking, failing, stepping(1)), prune=prune)
+    explore(sharing(Spot, stepping(3), stepping(3)), prune=prune)
+    assert threads_left(before) == 0
+
+
+def test_a_schedule_that_is_over_lets_everybody_act():
+    run = replay(sharing(Spot, stepping(2)), ())
+    spot = run.share(Spot, 7)
+    assert spot.x == 7
+    assert len(run.steps) == 2
+    run.settle("anything")
+
+
+def test_exploring_within_threads_does_not_mix():
+    found, scenario = [], sharing(Spot, stepping(3), stepping(2))
+    threads = [
+        threading.Thread(target=lambda: found.append(explore(scenario, prune=False))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [Explored(10, found[0].situations, 10, [])] * 3
+
+
+def test_a_list_is_stored_and_loaded_in_one_step():
+    def store(spot):
+        spot.x = []
+
+    def load(spot):
+        _ = spot.x
+        _ = spot.x
+
+    assert len(replay(sharing(Spot, store), ()).steps) == 1
+    assert both_ways(sharing(Spot, store, load)).interleavings == 3
+
+
+# Where memory took different things for the same
+
+
+def test_true_and_one_are_not_the_same():
+    for one, other in [(True, 1), (0.0, -0.0), (0, False), (1, 1.0)]:
+
+        def scenario(schedule, one=one, other=other):
+            spot, log = schedule.share(Spot), schedule.share(list)
+
+            def put(value):
+                spot.x = value
+                log.append(0)
+
+            def look():
+                if len(log) == 2:
+                    raise Seen(repr(spot.x))
+
+            return [lambda: put(one), lambda: put(other), look]
+
+        assert len(both_ways(scenario).races) >= 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda n: [n], lambda n: bytes([n]), lambda n: frozenset({n}), complex],
+    ids=["list", "bytes", "frozenset", "complex"],
+)
+def test_what_a_value_is_made_of_counts(make):
+    """A thread that has settled left something whose contents depend on what it had seen."""
+
+    def scenario(schedule):
+        flag, spot = schedule.share(Spot, None), schedule.share(Spot, None)
+
+        def one():
+            spot.x = make(1 if flag.x is None else 2)
+            schedule.settle(1)
+            value = spot.x
+            if (value[:] if isinstance(value, list) else value) == make(2):
+                raise Seen("two")
+
+        def other():
+            flag.x = 1
+            schedule.settle(0)
+            flag.x = 1
+
+        return [one, other]
+
+    assert errors(both_ways(scenario)) == {"Seen: two"}
+
+
+def test_what_a_thread_keeps_for_itself_counts():
+    """Thread-local data outlives `settle`."""
+
+    class Own(Spot):
+        def __init__(self):
+            super().__init__()
+            self.mine = threading.local()
+
+    def scenario(schedule):
+        spot = schedule.share(Own)
+
+        def one():
+            spot.mine.x = spot.x
+            schedule.settle(1)
+            if spot.x == spot.mine.x == 1:
+                raise Seen("late")
+
+        def other():
+            spot.x = 1
+
+        return [one, other]
+
+    assert errors(both_ways(scenario)) == {"Seen: late"}
+
+
+# Where a run went astray
+
+
+def test_an_abandoned_run_has_no_races():
+    """Threads of a run that is given up are unwound; what they raise then has not happened in any order."""
+
+    def body(spot):
+        complete = False
+        try:
+            _ = spot.x
+            spot.x = 1
+            complete = True
+        finally:
+            if not complete:
+                raise Seen("stopped half-way")
+
+    assert both_ways(sharing(Spot, body, body)).races == []
+
+
+def test_long_threads_are_counted_as_well():
+    assert explore(sharing(Spot, stepping(700))).interleavings == 1
+
+
+def test_a_thread_without_a_step_never_chooses():
+    """Its end may come as late as the system likes."""
+    run, late, choosers = Sharing(), [], []
+    release, choose = run._done.release, run._next
+
+    class Done:
+        acquire = run._done.acquire
+
+        def release(self):
+            release()
+            if threading.get_ident() in late:
+                late.clear()
+                while not run.path:
+                    time.sleep(0)
+
+    def chosen_by(me):
+        choosers.append(threading.get_ident())
+        return choose(me) if choosers[-1] != idents[0] else None
+
+    idents = []
+
+    def none(spot):
+        idents.append(threading.get_ident())
+        late.append(threading.get_ident())
+
+    def one(spot):
+        _ = spot.x
+        while run._ended[0].locked():
+            time.sleep(0)
+
+    run._done, run._next = Done(), chosen_by
+    run.run(sharing(Spot, none, one)(run))
+    assert run.path == [1]
+    assert idents[0] not in choosers
+
+
+def test_what_is_settled_may_be_a_list():
+    before, runs = _thread._count(), []
+
+    def scenario(schedule):
+        runs.append(schedule)
+        spot = schedule.share(Spot)
+
+        def body():
+            schedule.settle(["what is left"])
+            _ = spot.x
+
+        return [body, body]
+
+    try:
+        assert explore(scenario).interleavings == 2
+        assert threads_left(before) == 0
+    finally:  # let go who still waits
+        for run in runs:
+            run._over = True
+            for turn in run._turn:
+                if turn.locked():
+                    turn.release()
+
+
+def test_a_path_that_cannot_be_taken_is_refused():
+    def body(spot):
+        with spot.a:
+            spot.x += 1
+
+    with pytest.raises(ValueError, match="path"):
+        replay(sharing(Locks, body, body), (0, 1))  # the lock is held by thread 0
+
+
+def test_a_path_through_a_thread_that_has_ended_is_refused():
+    with pytest.raises(ValueError, match="path"):
+        replay(sharing(Spot, stepping(1), stepping(2)), (0, 0))
+
+
+def test_many_threads_have_names():
+    assert len({str(Step(i, "Spot.x", "load", "1")) for i in range(30)}) == 30
+
+
+# What is shared must behave as what it stands for
+
+
+def test_a_property_stays_one():
+    class Doubling:
+        def __init__(self):
+            self._value = 0
+
+        @property
+        def value(self):
+            return self._value
+
+        @value.setter
+        def value(self, x):
+            self._value = 2 * x
+
+    def body(doubling):
+        doubling.value = 3
+        assert doubling.value == 6
+
+    assert explore(sharing(Doubling, body)).races == []
+
+
+def test_a_default_of_the_class_is_loaded_in_a_step():
+    class Default:
+        n = 0
+
+    def scenario(schedule):
+        shared, ended = schedule.share(Default), []
+
+        def body():
+            shared.n += 1
+            ended.append(1)
+            assert len(ended) < 2 or shared.n == 2
+
+        return [body, body]
+
+    found = explore(scenario)
+    assert found.interleavings > 2
+    assert len(found.races) < found.runs  # one after the other is right
+
+
+def test_functions_that_are_replaced_are_loaded_in_a_step():
+    def look(spot):
+        if spot.y is None and spot.y is not None:
+            raise Seen("changed")
+
+    def put(spot):
+        spot.x = 1
+        spot.y = len
+
+    def back(spot):
+        spot.y = len
+        if spot.y is not len:
+            raise Seen("taken back")
+
+    def take(spot):
+        spot.y = None
+
+    assert explore(sharing(Spot, look, put)).races
+    assert explore(sharing(Spot, back, take)).races
+
+
+def test_deleting_is_a_step():
+    def look(spot):
+        if hasattr(spot, "x"):
+            _ = spot.x
+
+    def delete(spot):
+        del spot.x
+
+    assert errors(explore(sharing(Spot, look, delete)))
+
+
+OPERATIONS = {
+    "pop": lambda c: c.pop(),
+    "extend": lambda c: c.extend([1]),
+    "clear": lambda c: c.clear(),
+    "insert": lambda c: c.insert(0, 1),
+    "remove": lambda c: c.remove(1),
+    "set": lambda c: c.__setitem__(0, 5),
+    "delete": lambda c: c.__delitem__(0),
+    "sort": lambda c: c.sort(),
+    "reverse": lambda c: c.reverse(),
+    "in": lambda c: 1 in c,
+    "count": lambda c: c.count(1),
+    "copy": lambda c: c.copy(),
+    "add": lambda c: c.__add__([2]),
+    "equal": lambda c: c == [1],
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_operation_of_a_list_passes_unseen(name):
+    """It is a step, or it is refused."""
+
+    def scenario(schedule):
+        cell = schedule.share(list, [1])
+        return [lambda: OPERATIONS[name](cell)]
+
+    run = replay(scenario, ())
+    assert run.steps or isinstance(run.failure, (TypeError, NotImplementedError))
+
+
+@pytest.mark.parametrize("name", ["a", "r"])
+def test_giving_back_a_lock_that_is_not_held_fails(name):
+    assert errors(explore(sharing(Locks, lambda spot: getattr(spot, name).release())))
+
+
+def test_giving_back_the_reentrant_lock_of_another_fails():
+    assert errors(explore(sharing(Locks, lambda spot: spot.r.acquire(), lambda spot: spot.r.release())))
+
+
+WAITING = {
+    "event": threading.Event,
+    "condition": threading.Condition,
+    "semaphore": threading.Semaphore,
+    "barrier": lambda: threading.Barrier(2),
+    "list of locks": lambda: [threading.Lock()],
+    "tuple of locks": lambda: (threading.RLock(),),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_what_would_wait_outside_of_the_schedule_is_refused(name):
+    class Waiting:
+        def __init__(self):
+            self.it = WAITING[name]()
+
+    with pytest.raises(TypeError, match="it"):
+        explore(sharing(Waiting, lambda waiting: None))
+
+
+@pytest.mark.parametrize("most", [-1, 2.5, "many"])
+def test_most_must_be_a_positive_number(most):
+    with pytest.raises((ValueError, TypeError), match="most"):
+        explore(sharing(Spot, stepping(1), stepping(1)), most=most)
+
+
+def test_without_races_there_is_no_shortest():
+    with pytest.raises(ValueError, match="race"):
+        _ = explore(sharing(Spot, stepping(1))).shortest

@@ -1,0 +1,682 @@
+"""Caches of one value: what they promise, in every order, and what breaks two of them."""
+
+import math
+import sys
+import sysconfig
+import threading
+import time
+import weakref
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctxlab.interleave import explore, replay
+from ctxlab.norm_cache import (
+    SAFE,
+    VARIANTS,
+    DerivedValue,
+    EarlyFlag,
+    LockedFlag,
+    PerThread,
+    PlainFlag,
+    Recompute,
+    Stale,
+    VersionCounter,
+    asking,
+    break_even,
+    contended,
+    costs,
+    interpreter_line,
+    nanoseconds,
+    norms,
+    nothing,
+    per_change,
+    search,
+    stress,
+    word_pairs,
+)
+
+every = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
+safe = pytest.mark.parametrize("variant", [VARIANTS[name] for name in SAFE], ids=SAFE)
+CACHES = [name for name in VARIANTS if name != "recompute"]
+caches = pytest.mark.parametrize("variant", [VARIANTS[name] for name in CACHES], ids=CACHES)
+WAITLESS = [name for name in SAFE if name != "locked flag"]
+waitless = pytest.mark.parametrize("variant", [VARIANTS[name] for name in WAITLESS], ids=WAITLESS)
+GUARDED = [name for name in SAFE if name != "recompute"]
+guarded = pytest.mark.parametrize("variant", [VARIANTS[name] for name in GUARDED], ids=GUARDED)
+
+
+class Broken(Exception):
+    """Raised on purpose."""
+
+
+class Interrupt(BaseException):
+    """As KeyboardInterrupt, but of nobody else."""
+
+
+class Thread(threading.Thread):
+    """A thread whose result or error comes out of `end`."""
+
+    def __init__(self, body):
+        super().__init__(daemon=True)
+        self.body, self.error, self.result = body, None, None
+        self.start()
+
+    def run(self):
+        try:
+            self.result = self.body()
+        except BaseException as e:
+            self.error = e
+
+    def end(self):
+        self.join(60)
+        assert not self.is_alive(), "a thread that waits for ever"
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class Slow:
+    """A compute function of a state, whose first call stops half-way until it is told to go on."""
+
+    def __init__(self, state, error=None):
+        self.state, self.error, self.calls, self.log = state, error, 0, []
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.calls += 1
+        first, seen = self.calls == 1, self.state
+        if first:
+            self.inside.set()
+            assert self.go_on.wait(60)
+            self.log.append("computed")
+            if self.error is not None:
+                raise self.error
+        return seen
+
+
+# One thread
+
+
+@every
+@pytest.mark.parametrize("compute", [None, 5.0, "norm", [], np.ones(3)], ids=lambda x: type(x).__name__)
+def test_what_cannot_be_called_is_refused(variant, compute):
+    with pytest.raises(TypeError, match=rf"compute: a {type(compute).__name__}, needed a function"):
+        variant(compute)
+
+
+@every
+def test_nothing_is_computed_before_it_is_asked_for(variant):
+    cache = variant(lambda: 1 / 0)
+    cache.invalidate()
+    cache.invalidate()
+
+
+@every
+def test_a_function_that_needs_arguments_says_so_each_time(variant):
+    cache = variant(lambda x: x)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="missing 1 required positional argument"):
+            cache.get()
+
+
+@caches
+@pytest.mark.parametrize(
+    "value", [None, 0, False, "", (), [], math.nan, np.nan, np.zeros(0), NotImplemented], ids=repr
+)
+def test_any_value_is_kept(variant, value):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return value
+
+    cache = variant(compute)
+    assert all(cache.get() is value for _ in range(3))
+    assert len(calls) == 1
+    cache.invalidate()
+    assert cache.get() is value
+    assert len(calls) == 2
+
+
+@every
+@pytest.mark.parametrize(
+    "error", [Broken, Interrupt, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration]
+)
+def test_an_error_reaches_the_caller_and_leaves_the_value_out_of_date(variant, error):
+    raised, state = error("on purpose"), [1.0]
+    cache = variant(lambda: state[0] if isinstance(state[0], float) else throw(state[0]))
+    assert cache.get() == 1.0
+    state[0] = raised
+    cache.invalidate()
+    for _ in range(3):
+        with pytest.raises(error) as caught:
+            cache.get()
+        assert caught.value is raised
+    state[0] = 2.0  # without another word
+    assert cache.get() == 2.0
+
+
+def throw(error):
+    raise error
+
+
+@every
+@given(st.lists(st.sampled_from(["change", "get", "get", "break", "mend", "invalidate"]), max_size=30))
+@settings(max_examples=25)
+def test_one_thread_sees_every_change_and_computes_only_when_it_must(variant, operations):
+    state, broken, calls, dirty = 0, False, 0, True
+
+    def compute():
+        nonlocal calls
+        calls += 1
+        if broken:
+            raise Broken
+        return state
+
+    cache = variant(compute)
+    for operation in operations:
+        before = calls
+        if operation == "change":
+            state += 1
+        if operation in ("change", "invalidate"):
+            cache.invalidate()
+            dirty = True
+        elif operation in ("break", "mend"):
+            broken = operation == "break"
+        elif operation == "get":
+            computes = dirty or variant is Recompute
+            if computes and broken:
+                with pytest.raises(Broken):
+                    cache.get()
+            else:
+                assert cache.get() == state
+                dirty = False
+            assert calls - before == computes
+            continue
+        assert calls == before
+
+
+# A compute function that asks again
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("recompute", "early flag")])
+def test_a_cache_that_asks_itself_says_so_and_can_be_used_afterwards(name):
+    asks = [True]
+    cache = VARIANTS[name](lambda: cache.get() if asks[0] else 3.0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="compute: asks for the value that it computes"):
+            cache.get()
+    asks[0] = False
+    assert cache.get() == cache.get() == 3.0
+    cache.invalidate()
+    assert Thread(cache.get).end() == 3.0
+
+
+@pytest.mark.parametrize(("one", "other"), [*product(GUARDED, repeat=2)])
+def test_caches_that_ask_each_other_say_so_and_can_be_used_afterwards(one, other):
+    circle = [True]
+    a = VARIANTS[one](lambda: b.get() + 1)
+    b = VARIANTS[other](lambda: a.get() if circle[0] else 1.0)
+    for cache in (a, b, a):
+        with pytest.raises(RuntimeError, match="asks for the value"):
+            cache.get()
+    circle[0] = False
+    assert (a.get(), b.get()) == (2.0, 1.0)
+
+
+@guarded
+def test_a_compute_function_may_catch_the_error_of_asking_again(variant):
+    def compute():
+        try:
+            return cache.get()
+        except RuntimeError:
+            return "first"
+
+    cache = variant(compute)
+    assert cache.get() == cache.get() == "first"
+
+
+# A change while the value is computed
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("plain flag", "locked flag")])
+def test_a_change_made_by_compute_itself_is_not_lost(name):
+    state = [0]
+
+    def compute():
+        seen = state[0]
+        if seen < 2:
+            state[0] += 1
+            cache.invalidate()
+        return seen
+
+    cache = VARIANTS[name](compute)
+    assert [cache.get() for _ in range(5)] == [0, 1, 2, 2, 2]
+
+
+def test_the_lock_refuses_a_change_made_by_compute_itself():
+    changes = [True]
+
+    def compute():
+        if changes[0]:
+            cache.invalidate()
+        return 1.0
+
+    cache = LockedFlag(compute)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="invalidate: called by the compute function"):
+            cache.get()
+    changes[0] = False
+    cache.invalidate()
+    assert cache.get() == 1.0
+
+
+@waitless
+def test_what_was_computed_from_before_a_change_is_not_kept(variant):
+    """Nobody waits for the slow reader, and its late value does not replace the new one."""
+    compute = Slow("old")
+    cache = variant(compute)
+    slow = Thread(cache.get)
+    assert compute.inside.wait(60)
+    compute.state = "new"
+    cache.invalidate()
+    assert cache.get() == "new"
+    compute.go_on.set()
+    assert slow.end() == "old"  # it began before the change
+    assert cache.get() == Thread(cache.get).end() == "new"
+
+
+@safe
+def test_a_change_that_nobody_else_read_is_not_lost(variant):
+    compute = Slow("old")
+    cache = variant(compute)
+    slow = Thread(cache.get)
+    assert compute.inside.wait(60)
+    compute.state = "new"
+    changing = Thread(lambda: [cache.invalidate(), compute.log.append("invalidated")])
+    if variant is not LockedFlag:  # there it waits
+        changing.end()
+    compute.go_on.set()
+    assert slow.end() == "old"
+    changing.end()
+    assert compute.log == ["computed", "invalidated"][:: 1 if variant is LockedFlag else -1]
+    assert cache.get() == "new"
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_the_plain_flag_loses_a_change_every_time(attempt):
+    compute = Slow("old")
+    cache = PlainFlag(compute)
+    slow = Thread(cache.get)
+    assert compute.inside.wait(60)
+    compute.state = "new"
+    cache.invalidate()
+    compute.go_on.set()
+    slow.end()
+    assert cache.get() == cache.get() == "old"  # and so it stays
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_the_early_flag_is_clean_before_its_value_is_there_every_time(attempt):
+    compute = Slow("value")
+    cache = EarlyFlag(compute)
+    slow = Thread(cache.get)
+    assert compute.inside.wait(60)
+    assert cache.get() is None
+    compute.go_on.set()
+    assert slow.end() == cache.get() == "value"
+
+
+# Errors while others read
+
+
+@waitless
+@pytest.mark.parametrize("error", [Broken, Interrupt])
+def test_an_error_of_one_reader_is_not_that_of_another(variant, error):
+    compute = Slow(1.0, error("first"))
+    cache = variant(compute)
+    failing = Thread(cache.get)
+    assert compute.inside.wait(60)
+    assert cache.get() == Thread(cache.get).end() == 1.0  # nobody waits
+    compute.go_on.set()
+    with pytest.raises(error, match="first"):
+        failing.end()
+    assert cache.get() == 1.0
+
+
+@safe
+@pytest.mark.parametrize("error", [Broken, Interrupt])
+def test_readers_beside_an_error_are_not_blocked(variant, error):
+    compute = Slow(1.0, error("first"))
+    cache = variant(compute)
+    failing = Thread(cache.get)
+    assert compute.inside.wait(60)
+    others = [Thread(cache.get) for _ in range(3)] + [Thread(cache.invalidate)]
+    compute.go_on.set()
+    with pytest.raises(error, match="first"):
+        failing.end()
+    assert [other.end() for other in others] == [1.0] * 3 + [None]
+    assert cache.get() == 1.0
+
+
+# Racing readers
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_racing_first_readers_of_a_derived_value_get_the_same_object(n):
+    together, calls = threading.Barrier(n), []
+
+    def compute():
+        together.wait(60)  # every reader has found the cell empty
+        calls.append(1)
+        return object()
+
+    cache = DerivedValue(compute)
+    for _ in range(5):
+        calls.clear()
+        found = [reader.end() for reader in [Thread(cache.get) for _ in range(n)]]
+        assert len(calls) == n
+        assert len(set(map(id, found))) == 1
+        assert cache.get() is found[0]
+        cache.invalidate()
+
+
+def test_racing_first_readers_beside_a_change_get_the_object_of_their_own_cell():
+    compute = Slow("old")
+    cache = DerivedValue(lambda: [compute()])
+    slow = Thread(cache.get)
+    assert compute.inside.wait(60)
+    early = Thread(cache.get).end()
+    compute.state = "new"
+    cache.invalidate()
+    new = cache.get()
+    compute.go_on.set()
+    assert slow.end() is early
+    assert (early, new) == (["old"], ["new"])
+    assert cache.get() is new
+
+
+def test_only_the_value_that_was_first_is_kept():
+    class Large:
+        pass
+
+    n, made = 4, []
+    together = threading.Barrier(n)
+
+    def compute():
+        together.wait(60)
+        large = Large()
+        made.append(weakref.ref(large))
+        return large
+
+    cache = DerivedValue(compute)
+    readers = [Thread(cache.get) for _ in range(n)]
+    kept = {id(reader.end()) for reader in readers}
+    del readers
+    assert len(kept) == 1
+    assert sum(ref() is not None for ref in made) == 1
+
+
+def test_the_lock_computes_once_for_all():
+    start, calls = threading.Barrier(8), []
+    cache = LockedFlag(lambda: calls.append(1) or object())
+    found = [reader.end() for reader in [Thread(lambda: [start.wait(60), cache.get()][1]) for _ in range(8)]]
+    assert len(calls) == len(set(map(id, found))) == 1
+
+
+def test_each_thread_computes_once_for_itself():
+    calls = []
+    cache = PerThread(lambda: calls.append(threading.get_ident()) or len(calls))
+    start = threading.Barrier(3)
+    readers = [Thread(lambda: [start.wait(60), [cache.get() for _ in range(50)]][1]) for _ in range(3)]
+    assert all(len(set(reader.end())) == 1 for reader in readers)
+    assert len(calls) == 3
+
+
+def test_no_change_goes_uncounted():
+    cache, start = VersionCounter(nothing), threading.Barrier(4)
+
+    def write():
+        start.wait(60)
+        for _ in range(2000):
+            cache.invalidate()
+
+    for writer in [Thread(write) for _ in range(4)]:
+        writer.end()
+    assert cache._version == 8000
+
+
+# In bulk
+
+
+@safe
+@pytest.mark.parametrize(("readers", "writers"), [(2, 2)])
+def test_a_hundred_thousand_operations_without_a_stale_read(variant, readers, writers):
+    found = stress(variant, 100_000, readers=readers, writers=writers, interval=1e-4)
+    assert found.operations == 100_000
+    assert found.reads == 100_000 * readers // (readers + writers)
+    assert found.stale == 0
+
+
+@safe
+def test_no_stale_read_where_computing_lets_others_run(variant):
+    assert stress(variant, 4000, pause=lambda: time.sleep(0)).stale == 0
+
+
+def test_what_a_stress_test_does_is_counted():
+    found = stress(Recompute, 10, readers=2, writers=1)
+    assert (found.operations, found.reads, found.stale) == (12, 8, 0)
+    assert stress(DerivedValue, 9, readers=3, writers=0)[:3] == (9, 9, 0)
+    assert stress(DerivedValue, 9, readers=0, writers=3)[:3] == (9, 0, 0)
+    assert stress(DerivedValue, 0)[:3] == (0, 0, 0)
+
+
+class Forgetful:
+    """Answers after the last change, and knows nothing of any."""
+
+    def __init__(self, compute):
+        self.changes, self.last = 0, threading.Event()
+
+    def get(self):
+        assert self.last.wait(60)
+        return (0,)
+
+    def invalidate(self):
+        self.changes += 1
+        if self.changes == 50:
+            self.last.set()
+
+
+def test_stale_reads_are_counted_by_a_stress_test():
+    found = stress(Forgetful, 100, readers=1, writers=1)
+    assert found.reads == 50
+    assert found.stale in (49, 50)  # the first read may have begun before any change
+
+
+@pytest.mark.parametrize("error", [Broken, Interrupt])
+def test_an_error_under_stress_comes_out_and_the_interpreter_is_as_before(error, monkeypatch):
+    before, threads, asked = sys.getswitchinterval(), threading.active_count(), []
+    monkeypatch.setattr(sys, "setswitchinterval", asked.append)  # of the whole process: leave it alone
+    with pytest.raises(error):
+        stress(DerivedValue, 100, pause=lambda: throw(error()), interval=1e-3)
+    assert asked == [1e-3, before]
+    assert threading.active_count() == threads
+
+
+# Every order
+
+
+@safe
+def test_three_threads_in_every_order(variant):
+    found = explore(asking(variant, ["R", "R", "W"]))
+    assert found.races == []
+    assert found.interleavings > 50
+
+
+@safe
+def test_two_threads_in_every_order(variant):
+    for found in search(variant, [("R", "WR"), ("RR", "W")]).values():
+        assert found.races == []
+
+
+@pytest.mark.parametrize("variant", [PlainFlag, EarlyFlag])
+def test_the_flags_fail_every_time(variant):
+    found = [explore(asking(variant, ["R", "WR"])) for _ in range(2)]
+    assert len({(len(f.races), f.interleavings, f.shortest.path) for f in found}) == 1
+    assert {type(race.error) for race in found[0].races} == {Stale}
+    for race in found[0].races[:5]:
+        for _ in range(2):
+            assert isinstance(replay(asking(variant, ["R", "WR"]), race.path).failure, Stale)
+
+
+@pytest.mark.parametrize("words", [("RR", "W"), ("R", "WR")], ids="-".join)
+@pytest.mark.parametrize("name", ["recompute", "plain flag", "early flag", "locked flag"])
+def test_memory_hides_nothing_of_a_cache(name, words):
+    scenario = asking(VARIANTS[name], words)
+    pruned = explore(scenario)
+    if pruned.interleavings <= 300:
+        every_order = explore(scenario, prune=False)
+        assert pruned.interleavings == every_order.interleavings
+        assert bool(pruned.races) == bool(every_order.races)
+
+
+def test_memory_hides_nothing_of_a_cache_for_each_thread():
+    scenario = asking(PerThread, ["RR", "W"])
+    assert explore(scenario).interleavings == explore(scenario, prune=False).interleavings
+
+
+class LatePerThread(PerThread):
+    """Reads the version after it has computed."""
+
+    def get(self):
+        mine = self._local
+        if getattr(mine, "version", None) is not self._version:
+            value = self._compute()
+            mine.value, mine.version = value, self._version
+        return mine.value
+
+
+def test_a_late_version_of_a_thread_is_found():
+    scenario = asking(LatePerThread, ["RR", "W"])
+    assert explore(scenario, prune=False).races
+    assert explore(scenario).races
+
+
+def test_the_steps_of_a_snapshot_are_those_of_its_lines():
+    """A read: announced, _cell, its length, writes, append, del [1:], [0]. A write: append, _cell, append."""
+    steps = [str(step)[2:] for step in replay(asking(DerivedValue, ["R", "W"]), ()).steps]
+    assert len(steps) == 7 + 3
+
+
+@pytest.mark.parametrize("words", [["RX", "W"], ["r", "W"], [1, "W"]])
+def test_words_are_made_of_two_letters(words):
+    with pytest.raises((ValueError, TypeError), match="words"):
+        explore(asking(DerivedValue, words))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_word_pairs_are_all_that_can_show_something(depth):
+    words = [w for n in range(1, depth + 1) for w in map("".join, product("RW", repeat=n))]
+    expected = {frozenset((a, b)) for a in words for b in words if set("RW") <= set(a + b)}
+    found = word_pairs(depth)
+    assert {frozenset(pair) for pair in found} == expected
+    assert len(found) == len(expected)
+    assert all(1 <= len(word) <= depth for pair in found for word in pair)
+
+
+# What it costs
+
+
+nanos = st.integers(1, 10_000).map(Fraction)
+
+
+@given(recompute=nanos, hit=nanos, overhead=st.integers(0, 10_000).map(Fraction), most=st.just(400))
+def test_the_cache_pays_beyond_break_even_and_not_before(recompute, hit, overhead, most):
+    """Against a clock that a pretended cache moves."""
+    clock = {"with": Fraction(0), "without": Fraction(0)}
+    least, filled = break_even(recompute, hit, overhead), False
+    for k in range(1, most):
+        clock["without"] += recompute
+        clock["with"] += hit if filled else recompute + overhead
+        filled = True
+        assert (clock["with"] < clock["without"]) == (k > least)
+
+
+@given(st.floats(1e-9, 1e3), st.floats(1e-9, 1e3), st.floats(0, 1e3))
+def test_break_even_is_never_below_one(recompute, hit, overhead):
+    k = break_even(recompute, hit, overhead)
+    assert k >= 1
+    assert (k == math.inf) == (recompute <= hit or math.isinf(overhead / (recompute - hit)))
+
+
+@pytest.mark.parametrize("asks", [0, 1, 7])
+def test_a_change_and_its_requests_compute_once_or_each_time(asks):
+    calls = []
+    bodies = per_change(lambda: calls.append(1), asks)
+    for name, expected in (("recompute", asks), ("cached", min(asks, 1))):
+        calls.clear()
+        bodies[name]()
+        assert len(calls) == expected
+
+
+def test_norms_are_norms():
+    found = norms(7, np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    v, m = rng.standard_normal(7, np.float32), rng.standard_normal(49, np.float32)
+    assert list(found) == ["vector of 7", "7 x 7 matrix"]
+    assert found["vector of 7"]() == pytest.approx(np.linalg.norm(v), rel=1e-5)
+    assert found["7 x 7 matrix"]() == pytest.approx(np.linalg.norm(m), rel=1e-5)
+
+
+def test_costs_are_timed_for_each_name():
+    found = costs(["snapshot swap"], budget=0.01)
+    assert {"compute", *(f"snapshot swap {what}" for what in ("hit", "invalidate", "cycle"))} <= set(
+        found.seconds
+    )
+    assert 0 < nanoseconds(found, "compute").low <= nanoseconds(found, "compute").high
+    assert contended(DerivedValue, 2, gets=50) > 0
+
+
+ARGUMENTS = {
+    "stress without threads": ("readers", lambda: stress(DerivedValue, 10, readers=0, writers=0)),
+    "stress with fewer than no readers": ("readers", lambda: stress(DerivedValue, 10, readers=-1, writers=2)),
+    "stress with fewer than no operations": ("operations", lambda: stress(DerivedValue, -5)),
+    "stress with half an operation": ("operations", lambda: stress(DerivedValue, 10.5)),
+    "contended without threads": ("threads", lambda: contended(DerivedValue, 0)),
+    "contended with fewer than no threads": ("threads", lambda: contended(DerivedValue, -1)),
+    "contended without requests": ("gets", lambda: contended(DerivedValue, 1, 0)),
+    "costs of a stranger": ("names: .*stranger", lambda: costs(["stranger"])),
+    "costs of the letters of a name": ("names", lambda: costs("recompute")),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_bad_arguments_are_named(name):
+    match, call = ARGUMENTS[name]
+    with pytest.raises((ValueError, TypeError), match=match):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("lock", "built", "expected"),
+    [
+        (None, None, "with a global lock:"),
+        (True, 0, "with a global lock:"),
+        (True, 1, "with a global lock (switched on in a free-threaded build):"),
+        (False, 1, "without a global lock:"),
+    ],
+)
+def test_the_interpreter_says_which_it_is(lock, built, expected, monkeypatch):
+    monkeypatch.delattr(sys, "_is_gil_enabled", raising=False)
+    if lock is not None:
+        monkeypatch.setattr(sys, "_is_gil_enabled", lambda: lock, raising=False)
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: built)
+    line = interpreter_line()
+    assert expected in line
+    assert line.startswith(f"Python {sys.version_info.major}.{sys.version_info.minor} ")
+    assert "\n" not in line
