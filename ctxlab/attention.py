@@ -6,11 +6,12 @@
 __all__ = ['visible', 'attention', 'attention_requirement', 'block_rows', 'attention_into', 'attention_vjp',
            'attention_backward_into']
 
-# %% ../nbs/06a_attention.ipynb #379f5111
+# %% ../nbs/06a_attention.ipynb #fcdf20d9
 import math
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .gemm import PANEL_BYTES, gemm
 from .workspace import Buffer, Requirement, Workspace, all_of
@@ -54,7 +55,7 @@ def _scores_into(q: np.ndarray, k: np.ndarray, block: np.ndarray, rows: slice, l
     if len(later): np.copyto(block[:, rows.start:], -np.inf, where=later[:n, :columns - rows.start])
     if hidden is not None: np.copyto(block, -np.inf, where=hidden[:columns])
 
-# %% ../nbs/06a_attention.ipynb #ca440351
+# %% ../nbs/06a_attention.ipynb #bb7dca9b
 def _heads(B: int, H: int) -> Iterator[tuple[int, int]]: return ((b, h) for b in range(B) for h in range(H))
 
 def _masks(ws: Workspace, S: int, step: int, causal: bool, keep: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -63,7 +64,7 @@ def _masks(ws: Workspace, S: int, step: int, causal: bool, keep: np.ndarray | No
     for i, row in enumerate(later): row[:i + 1], row[i + 1:] = False, True
     return later, None if keep is None else np.logical_not(keep, out=ws.take('attention.hidden', keep.shape, np.bool_))
 
-def attention_requirement(dtype=np.float32, backward: bool = False, causal: bool = False, keep: bool = False) -> Requirement:
+def attention_requirement(dtype: DTypeLike = np.float32, backward: bool = False, causal: bool = False, keep: bool = False) -> Requirement:
     "Scratch of one call, in r (rows of a block, see `block_rows`), S and B."
     blocks = ['attention.block', 'attention.gradient'] if backward else ['attention.block']
     parts = [Buffer(name, ('r', 'S'), dtype) for name in blocks] + [Buffer('attention.row', ('r',), dtype)]
@@ -71,7 +72,7 @@ def attention_requirement(dtype=np.float32, backward: bool = False, causal: bool
     if keep: parts.append(Buffer('attention.hidden', ('B', 'S'), np.bool_))
     return all_of(*parts)
 
-def block_rows(S: int, dtype=np.float32) -> int:
+def block_rows(S: int, dtype: DTypeLike = np.float32) -> int:
     "Rows of the largest block for sequences of length S."
     return max((rows.stop - rows.start for rows in _blocks(S, np.dtype(dtype).itemsize)), default=0)
 
@@ -114,7 +115,7 @@ def attention_into(q: np.ndarray, # (B, H, S, E), any strides with the last axis
                 top += total
     return out
 
-# %% ../nbs/06a_attention.ipynb #1e7766cf
+# %% ../nbs/06a_attention.ipynb #b99f3de7
 def attention_vjp(q: np.ndarray, k: np.ndarray, v: np.ndarray, grad_out: np.ndarray, *, causal: bool = False,
                   keep: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (B, H, S, E) each
     "Gradients of `attention` for q, k and v; clear and allocating."
@@ -126,6 +127,7 @@ def attention_vjp(q: np.ndarray, k: np.ndarray, v: np.ndarray, grad_out: np.ndar
     grad_scores = weights * (grad_out @ v.swapaxes(-1, -2) - delta) * scale
     return grad_scores @ k, grad_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ grad_out
 
+# %% ../nbs/06a_attention.ipynb #0c89b6e7
 def attention_backward_into(q: np.ndarray, # (B, H, S, E) as in the forward pass
                             k: np.ndarray,
                             v: np.ndarray,
@@ -160,9 +162,9 @@ def attention_backward_into(q: np.ndarray, # (B, H, S, E) as in the forward pass
                     P -= lse[b, h, rows, None]
                     np.exp(P, out=P)
                 gemm(P.T, G, grad_v[b, h, :columns], beta=beta)
-                dS = np.matmul(G, v[b, h, :columns].T, out=_part(gradient, rows, columns))
-                dS -= delta[:, None]
-                dS *= P
-                dS *= scale
-                np.matmul(dS, k[b, h, :columns], out=grad_q[b, h, rows])
-                gemm(dS.T, q[b, h, rows], grad_k[b, h, :columns], beta=beta)
+                dZ = np.matmul(G, v[b, h, :columns].T, out=_part(gradient, rows, columns))
+                dZ -= delta[:, None]
+                dZ *= P
+                dZ *= scale
+                np.matmul(dZ, k[b, h, :columns], out=grad_q[b, h, rows])
+                gemm(dZ.T, q[b, h, rows], grad_k[b, h, :columns], beta=beta)

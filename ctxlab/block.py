@@ -4,21 +4,26 @@
 
 # %% auto #0
 __all__ = ['Shapes', 'initialise', 'check_size', 'check_state', 'converted', 'Parametric', 'Block', 'SizedBlock',
-           'FreshWorkspace']
+           'FreshWorkspace', 'check_gradients']
 
-# %% ../nbs/06b_block.ipynb #e3ffd81c
+# %% ../nbs/06b_block.ipynb #d2d3797d
 import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import copy
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .context import SharedAttentionContext, panel_shape, update_requirement
 from .gemm import aligned_empty, check_out, unbuffered
 from .reference import check_array, check_same_shape
-from .workspace import Buffer, Requirement, Workspace, all_of, any_of
+from .testing import assert_equiv, numeric_gradient
+from .workspace import Buffer, Dim, Requirement, Workspace, all_of, any_of
 
 # %% ../nbs/06b_block.ipynb #d4cbe37a
 Shapes = dict[str, tuple[int, ...]] # parameter -> shape
@@ -34,15 +39,15 @@ def initialise(parameters: Mapping[str, np.ndarray], rng: np.random.Generator) -
         if p.ndim == 2: p[...] = rng.standard_normal(p.shape) / math.sqrt(p.shape[1])
         else: p.fill(1.0 if name.endswith('weight') else 0.0)
 
-# %% ../nbs/06b_block.ipynb #a47b358b
-def check_size(name: str, n) -> int: # at least 1
+# %% ../nbs/06b_block.ipynb #d7cefac1
+def check_size(name: str, n: Any) -> int: # at least 1
     "Return a dimension as an integer, or raise an error that names it."
     try: size = operator.index(n)
     except TypeError: raise TypeError(f'{name}: {n!r} is not an integer') from None
     if size < 1: raise ValueError(f'{name}: {size}, needed at least 1')
     return size
 
-def _as_array(value) -> np.ndarray: # of objects, where the value is no array
+def _as_array(value: Any) -> np.ndarray: # of objects, where the value is no array
     try: return np.asarray(value)
     except (TypeError, ValueError): return np.empty((), object)
 
@@ -57,7 +62,7 @@ def check_state(state: Mapping[str, Any], shapes: Shapes, optional: Shapes | Non
     wrong += [f'{name} has shape {a.shape}, needed {known[name]}' for name, a in found.items() if a.dtype.kind in 'fiu' and a.shape != known[name]]
     if wrong: raise ValueError(f"state: {'; '.join(wrong)}")
 
-def converted(state: Mapping[str, Any], names, dtype: np.dtype) -> dict[str, np.ndarray]: # all of them, or a ValueError
+def converted(state: Mapping[str, Any], names: Iterable[str], dtype: np.dtype) -> dict[str, np.ndarray]: # all of them, or a ValueError
     "Entries of a checked state in another precision."
     arrays = {}
     for name in names:
@@ -66,10 +71,10 @@ def converted(state: Mapping[str, Any], names, dtype: np.dtype) -> dict[str, np.
         if np.isinf(arrays[name]).sum() > np.isinf(given).sum(): raise ValueError(f'state: {name} holds numbers too large for {dtype}')
     return arrays
 
-# %% ../nbs/06b_block.ipynb #eeaae0c8
+# %% ../nbs/06b_block.ipynb #44adf1ec
 _numbers = itertools.count() # so that two blocks never share a name
 
-def _buffer(name: str, prefix: str, *shape, dtype) -> Buffer: return Buffer(f'{prefix}.{name}', shape, dtype)
+def _buffer(name: str, prefix: str, *shape: Dim, dtype: DTypeLike) -> Buffer: return Buffer(f'{prefix}.{name}', shape, dtype)
 
 class Parametric:
     "Something with named parameters and their gradients."
@@ -89,8 +94,8 @@ class Parametric:
 
 class _Parts(Parametric):
     "The state of a block."
-    def __init__(self, dim: int, shapes: Shapes, *, rng, dtype, context: SharedAttentionContext | None, workspace: Workspace | None,
-                 max_len: int | None = None):
+    def __init__(self, dim: int, shapes: Shapes, *, rng: np.random.Generator | None, dtype: DTypeLike, context: SharedAttentionContext | None,
+                 workspace: Workspace | None, max_len: int | None = None):
         self.dtype = check_array('dtype', np.empty((0, 0), dtype)).dtype
         if context is not None and context.dtype != self.dtype:
             raise TypeError(f'context: {context.dtype}, but the block is {self.dtype}')
@@ -126,13 +131,13 @@ class _Stateful(_Parts):
             self.context.load_state_dict({n: old[n] for n in ('strength', 'update_rate', 'max_rows')} | learned)
         for name, p in self._parameters.items(): p[...] = arrays[name]
 
-# %% ../nbs/06b_block.ipynb #9981483e
+# %% ../nbs/06b_block.ipynb #54ba281a
 class Block(_Stateful):
     "A layer with a shared context: forward, then backward, in buffers of one workspace."
     def forward(self,
                 x: np.ndarray, # (B, S, D); must stay as it is until backward, and so must arrays among the options
                 out: np.ndarray | None = None, # same shape; default: a buffer that is valid in this generation
-                **options) -> np.ndarray: # (B, S, D)
+                **options: Any) -> np.ndarray: # (B, S, D)
         "Mix the context in, compute, let the context learn from input and output."
         x = self._check_input(x)
         if out is not None: self._check_out(out, {'x': x})
@@ -177,7 +182,7 @@ class Block(_Stateful):
         "Let go of what backward would need."
         self._saved = None
 
-    def _check_input(self, x) -> np.ndarray:
+    def _check_input(self, x: Any) -> np.ndarray:
         x = check_array('x', x, ndim=(3,), dtype=self.dtype)
         if x.shape[2] != self.dim: raise ValueError(f'x: shape {x.shape}, needed (B, S, {self.dim})')
         if not x.size: raise ValueError(f'x: shape {x.shape} is empty; needed at least one token')
@@ -186,7 +191,7 @@ class Block(_Stateful):
         if not x.flags.c_contiguous: raise ValueError('x: is not C-contiguous; pass np.ascontiguousarray(x)')
         return x
 
-    def _out(self, name: str, out, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    def _out(self, name: str, out: np.ndarray | None, inputs: dict[str, np.ndarray]) -> np.ndarray:
         shape = inputs['x'].shape
         if out is None:
             out = self.workspace.take(f'{self.name}.{name}', shape, self.dtype)
@@ -195,7 +200,7 @@ class Block(_Stateful):
             return out
         return self._check_out(out, inputs)
 
-    def _check_out(self, out, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    def _check_out(self, out: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
         out = check_out(out, inputs['x'].shape, self.dtype, inputs)
         if not out.flags.c_contiguous: raise ValueError('out: is not C-contiguous')
         return out
@@ -212,10 +217,13 @@ class Block(_Stateful):
     def _check_options(self, *args: Any, **options: Any) -> None: # before anything changes
         pass
 
-    def _forward(self, h, y, shape, *args: Any, **options: Any) -> Any: raise TypeError # pragma: no cover -- every kind has its own
-    def _backward(self, h, kept, G, grad_h, shape) -> None: raise TypeError # pragma: no cover
+    def _forward(self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], *args: Any, **options: Any) -> Any:
+        raise TypeError # pragma: no cover -- every kind has its own
 
-# %% ../nbs/06b_block.ipynb #d07d1300
+    def _backward(self, h: np.ndarray, kept: Any, G: np.ndarray, grad_h: np.ndarray, shape: tuple[int, ...]) -> None:
+        raise TypeError # pragma: no cover -- as above
+
+# %% ../nbs/06b_block.ipynb #c607d4c2
 class SizedBlock(Block):
     "A block that knows what it takes from its workspace."
     def _kept(self) -> list[Buffer]: raise TypeError # pragma: no cover -- what stays until backward
@@ -238,14 +246,41 @@ class SizedBlock(Block):
         shared = dict(B=batch, S=seq_len, D=self.dim, N=batch * seq_len, n=rows, p=panel_shape(self.dim, self.dtype)[0])
         return self.requirement(**options).nbytes(**shared | self._sizes(batch, seq_len))
 
-# %% ../nbs/06b_block.ipynb #87b8b928
+    def _take_kept(self, shape: tuple[int, ...], **more: Any) -> SimpleNamespace: # (B, S, D); buffers under the names of `_kept`
+        "What stays until backward."
+        B, S, D = shape
+        sizes = dict(B=B, S=S, D=D, N=B * S) | self._sizes(B, S)
+        return SimpleNamespace(**more | {b.name.removeprefix(f'{self.name}.'): b.take(self.workspace, sizes) for b in self._kept()})
+
+# %% ../nbs/06b_block.ipynb #262cc67f
 class FreshWorkspace(Workspace):
     "A workspace that does not pool, to compare with: every `take` is a new array."
     taken_bytes = taken_count = 0 # so far
 
-    def take(self, name: str, shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
+    def take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
         "A new array, aligned as a pooled one."
         new = aligned_empty(shape, dtype)
         self.taken_bytes += new.nbytes
         self.taken_count += 1
         return new
+
+# %% ../nbs/06b_block.ipynb #bd2c2b17
+def check_gradients(block: Block, # float64
+                    x: np.ndarray, # (B, S, D)
+                    G: np.ndarray, # (B, S, D), dL/dy
+                    **options: Any, # of forward; each pass gets copies
+                    ) -> dict[str, np.ndarray]: # 'x' and parameters -> gradient
+    "Gradients from `backward` for the input and every parameter, after they agree with central differences."
+    x = x.copy()
+    arrays = {'x': x} | block.parameters()
+    def loss(array: np.ndarray, value: np.ndarray) -> float: # with other numbers in one array
+        before = array.copy()
+        array[...] = value
+        y = block.forward(x, **{name: copy(option) for name, option in options.items()})
+        array[...] = before
+        return float(np.sum(G * y))
+    loss(x, x)
+    found = {'x': block.backward(G).copy()} | {name: g.copy() for name, g in block.gradients().items()}
+    for name, gradient in found.items():
+        assert_equiv(gradient, numeric_gradient(partial(loss, arrays[name]), arrays[name]), c=1e8, scale=max(1.0, np.abs(gradient).max()))
+    return found

@@ -6,7 +6,7 @@
 __all__ = ['Take', 'Rows', 'TINY', 'fold', 'inner', 'frobenius', 'cannot_overflow', 'backward_into', 'Norms', 'panel_shape',
            'update_into', 'update_step_into', 'update_requirement', 'Gate', 'SharedAttentionContext']
 
-# %% ../nbs/05_context.ipynb #6416d2e2
+# %% ../nbs/05_context.ipynb #c634c339
 import math
 import operator
 import threading
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .gemm import PANEL_BYTES, aligned_empty, blas_layout, blend, check_out, gemm, panels, unbuffered
 from .reference import (NORM_FLOOR, _centred, apply_context, apply_context_vjp, check_array, check_rate, check_rows,
@@ -31,7 +32,7 @@ def fold(context: np.ndarray, # (D, D)
     out.reshape(-1)[::len(out) + 1] += 1
     return out
 
-# %% ../nbs/05_context.ipynb #39cbe122
+# %% ../nbs/05_context.ipynb #056fa78d
 def inner(a: np.ndarray, b: np.ndarray) -> float: # inf or NaN when an entry of the sum is
     "Sum of the products of all entries of two matrices, in one pass and without a temporary."
     if a.flags.f_contiguous and b.flags.f_contiguous: a, b = a.T, b.T
@@ -42,7 +43,7 @@ def frobenius(a: np.ndarray) -> float: # inf or NaN when an entry is, or when th
     "Square root of the sum of squares."
     with np.errstate(over='ignore', invalid='ignore'): return math.sqrt(inner(a, a))
 
-def cannot_overflow(dtype, *norms: float) -> bool: # False for NaN
+def cannot_overflow(dtype: DTypeLike, *norms: float) -> bool: # False for NaN
     "Whether sums of products of factors with these norms stay finite, whatever the order (with a margin of 8)."
     return math.prod(norms) < np.finfo(dtype).max / 8
 
@@ -127,12 +128,12 @@ def _needs_floor(x: Norms, y: Norms) -> bool:
     smallest = (float(np.min(n.mantissa, where=n.mantissa > 0, initial=np.inf)) for n in (x, y))
     return math.prod(smallest) <= 2 * NORM_FLOOR
 
-# %% ../nbs/05_context.ipynb #a4a88892
+# %% ../nbs/05_context.ipynb #e5cdd677
 def _learn_panels(C: np.ndarray, # (D, D), updated in place
-           rate: float, # r in (0, 1]
-           panel: np.ndarray, # (rows, D) scratch
-           fill: Callable[[slice, np.ndarray], Any], # writes correlations of the rows into a panel
-           ) -> None:
+                  rate: float, # r in (0, 1]
+                  panel: np.ndarray, # (rows, D) scratch
+                  fill: Callable[[slice, np.ndarray], Any], # writes correlations of the rows into a panel
+                  ) -> None:
     "`C = (1 - r) C + r tanh(correlation)`, panel by panel."
     for start in range(0, len(C), max(len(panel), 1)):
         rows = slice(start, min(start + len(panel), len(C)))
@@ -141,7 +142,7 @@ def _learn_panels(C: np.ndarray, # (D, D), updated in place
         np.tanh(P, out=P)
         blend(P, C[rows], rate, 1 - rate)
 
-# %% ../nbs/05_context.ipynb #adcdbcc1
+# %% ../nbs/05_context.ipynb #9c710747
 def _correlations(U: np.ndarray, V: np.ndarray, nx: Norms, ny: Norms) -> Callable[[slice, np.ndarray], None]:
     "A `fill` for `_learn_panels`: rows of `U^T V`, and 0 where the product of norms is not above the floor."
     floor = _needs_floor(nx, ny)
@@ -150,7 +151,7 @@ def _correlations(U: np.ndarray, V: np.ndarray, nx: Norms, ny: Norms) -> Callabl
         if floor: P[_product_of_norms(nx, ny, rows) <= NORM_FLOOR] = 0
     return fill
 
-def panel_shape(D: int, dtype) -> tuple[int, int]:
+def panel_shape(D: int, dtype: DTypeLike) -> tuple[int, int]:
     "The panel that `update` works in."
     return next((rows.stop for rows in panels(D, D * np.dtype(dtype).itemsize)), 0), D
 
@@ -173,7 +174,7 @@ def update_into(x: np.ndarray, # (S, D)
     fill = _correlations(narrow[:, first], narrow[:, second], norms.of(first), norms.of(second))
     _learn_panels(C, rate, take('context.panel', panel_shape(D, C.dtype), C.dtype), fill)
 
-# %% ../nbs/05_context.ipynb #8b994e36
+# %% ../nbs/05_context.ipynb #7d951473
 def update_step_into(x: np.ndarray, # (D,) one token
                      y: np.ndarray, # (D,), same dtype
                      rate: float, # in (0, 1]
@@ -188,18 +189,19 @@ def update_step_into(x: np.ndarray, # (D,) one token
     u, v = take('context.step', (2, len(x)), C.dtype)
     u[:], v[:] = wide[:, 0], wide[:, 1]
     _learn_panels(C, rate, take('context.panel', panel_shape(len(x), C.dtype), C.dtype),
-           lambda rows, P: np.multiply(u[rows, None], v, out=P))
+                  lambda rows, P: np.multiply(u[rows, None], v, out=P))
 
-# %% ../nbs/05_context.ipynb #dbd66653
-def update_requirement(dtype=np.float32, steps: bool = True) -> Requirement: # in D, n (sampled rows) and p (`panel_shape`)
+# %% ../nbs/05_context.ipynb #05c32d3f
+def update_requirement(dtype: DTypeLike = np.float32, steps: bool = True) -> Requirement: # in D, n (sampled rows) and p (`panel_shape`)
     "What `update`, or with `steps` also `update_step`, takes from a workspace."
     wide, panel = Buffer('context.wide', ('n', '2 D'), np.float64), Buffer('context.panel', ('p', 'D'), dtype)
     narrow = [Buffer('context.narrow', ('n', '2 D'), dtype)] if np.dtype(dtype) != np.float64 else []
     step = Buffer('context.step64', ('D', '2'), np.float64), Buffer('context.step', ('2', 'D'), dtype)
     return any_of(all_of(wide, *narrow, panel), *[all_of(*step, panel)] * steps)
 
-# %% ../nbs/05_context.ipynb #a323c325
-def _learnable(x, y, dim: int | None, dtype, ndim: int, outgoing: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+# %% ../nbs/05_context.ipynb #bc70d41b
+def _learnable(x: np.ndarray, y: np.ndarray, dim: int | None, dtype: DTypeLike, ndim: int,
+               outgoing: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     "Input and output to learn from, cut to `dim` columns when that is asked for."
     x = check_array('x', x, ndim=(ndim,), dtype=dtype)
     y = check_array('y', y, ndim=(ndim,), dtype=dtype)
@@ -212,18 +214,18 @@ def _learnable(x, y, dim: int | None, dtype, ndim: int, outgoing: np.ndarray | N
         raise ValueError(f'x: shape {x.shape} does not fit the outgoing context: {outgoing.shape}; call reset() first')
     return x, y
 
-# %% ../nbs/05_context.ipynb #4af7817f
-def _check_operand(name: str, a, ndim: tuple[int, ...], dtype) -> np.ndarray:
+# %% ../nbs/05_context.ipynb #dfd5952d
+def _check_operand(name: str, a: np.ndarray, ndim: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     "An input of `apply` or `backward`: BLAS must be able to take it as it lies."
     a = check_array(name, a, ndim=ndim, dtype=dtype)
     if not (blas_layout(a) if a.ndim == 2 else a.flags.c_contiguous and a.flags.aligned):
         raise ValueError(f'{name}: strides {a.strides} of shape {a.shape} would need a copy; pass np.ascontiguousarray({name})')
     return a
 
-# %% ../nbs/05_context.ipynb #bd2089f9
+# %% ../nbs/05_context.ipynb #cc08d488
 class Gate:
     "Many readers, or one writer. Who comes second and does not fit is refused at once, not kept waiting."
-    def __init__(self, what: str): # what is guarded, for the message
+    def __init__(self, what: str) -> None: # what is guarded, for the message
         self._what, self._lock, self._readers, self._writing = what, threading.Lock(), 0, False
 
     @contextmanager
@@ -246,7 +248,7 @@ class Gate:
         finally:
             with self._lock: self._writing = False
 
-# %% ../nbs/05_context.ipynb #a91cbf66
+# %% ../nbs/05_context.ipynb #91a73af1
 def _read_only(a: np.ndarray | None) -> np.ndarray | None:
     if a is None: return None
     view = a.view()
@@ -255,7 +257,7 @@ def _read_only(a: np.ndarray | None) -> np.ndarray | None:
 
 class _State:
     "What a context remembers, and the rules for setting it."
-    def __init__(self, strength, update_rate, max_rows, dtype, workspace):
+    def __init__(self, strength: float, update_rate: float, max_rows: int | None, dtype: DTypeLike, workspace: Workspace | None) -> None:
         self.dtype = check_array('dtype', np.empty((0, 0), dtype)).dtype
         sample_rows(0, max_rows) # checks max_rows
         if not isinstance(workspace, Workspace | None):
@@ -272,22 +274,22 @@ class _State:
     @property
     def strength(self) -> float: return self._strength # s; 0 leaves the input as it is
     @strength.setter
-    def strength(self, value: float):
+    def strength(self, value: float) -> None:
         value = check_strength(value)
         with self._mixing.writing(): self._strength, self._norm = value, None
 
     @property
     def update_rate(self) -> float: return self._rate # weight of the newest batch
     @update_rate.setter
-    def update_rate(self, value: float): self._rate = check_rate(value) # clipped to [0, 1]
+    def update_rate(self, value: float) -> None: self._rate = check_rate(value) # clipped to [0, 1]
 
     @property
     def incoming(self) -> np.ndarray | None: return _read_only(self._incoming) # (D, D)
     @property
     def outgoing(self) -> np.ndarray | None: return _read_only(self._outgoing) # (D, D)
 
-# %% ../nbs/05_context.ipynb #11fed216
-def _check_context(context, dtype) -> np.ndarray:
+# %% ../nbs/05_context.ipynb #d5b1326f
+def _check_context(context: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     C = check_array('context', context, dtype=dtype)
     if C.shape[0] != C.shape[1]: raise ValueError(f'context: shape {C.shape} is not square')
     return C
@@ -296,7 +298,7 @@ def _as_rows(a: np.ndarray) -> np.ndarray:
     "A batch (B, S, D) as (B S, D); anything else as it is. Never a copy, since batches are contiguous."
     return a.reshape(a.shape[0] * a.shape[1], a.shape[2]) if a.ndim == 3 else a
 
-# %% ../nbs/05_context.ipynb #3fae586e
+# %% ../nbs/05_context.ipynb #3bc9de79
 class SharedAttentionContext(_State):
     "A context learned from a layer's input and output (`update`), and mixed into the next layer's input (`apply`)."
     def __init__(self,
@@ -304,8 +306,8 @@ class SharedAttentionContext(_State):
                  update_rate: float = 0.01, # weight of the newest batch in the moving average
                  *,
                  max_rows: int | None = 32, # rows sampled by `update`; None takes all
-                 dtype=np.float32, # of every array in and out: float32 or float64
-                 workspace: Workspace | None = None): # for scratch, may be shared by contexts of one thread; default: its own
+                 dtype: DTypeLike = np.float32, # of every array in and out: float32 or float64
+                 workspace: Workspace | None = None) -> None: # for scratch, may be shared by contexts of one thread; default: its own
         super().__init__(strength, update_rate, max_rows, dtype, workspace)
 
     def set_incoming(self, context: np.ndarray | None) -> None: # (D, D); None clears
@@ -333,7 +335,7 @@ class SharedAttentionContext(_State):
         norms = [max(1.0, n) if n == n else n for n in map(frobenius, arrays)] # at least 1: bounds each product, and all of them
         return cannot_overflow(self.dtype, self._norm, *norms)
 
-    def _operands(self, out, x, *grads) -> list[np.ndarray]: # x, and grad_out if given
+    def _operands(self, out: np.ndarray | None, x: np.ndarray, *grads: np.ndarray) -> list[np.ndarray]: # x, and grad_out if given
         "The inputs of apply or backward; they and `out` are checked before anything is computed."
         inputs = {'x': _check_operand('x', x, (1, 2, 3), self.dtype)}
         for G in grads: inputs['grad_out'] = _check_operand('grad_out', G, (inputs['x'].ndim,), self.dtype)
@@ -408,7 +410,7 @@ class SharedAttentionContext(_State):
         "Blend the token statistic into `outgoing`, as `reference.ema` of `reference.similarity_step`."
         self._learn(update_step_into, *_learnable(x, y, dim, self.dtype, 1, self._outgoing))
 
-    def _learn(self, into, x, y, *rows) -> None:
+    def _learn(self, into: Callable[..., None], x: np.ndarray, y: np.ndarray, *rows: Rows) -> None:
         if self._rate == 0: return
         with self._learning.writing(), unbuffered(), self.workspace.scope():
             C = self._outgoing if self._outgoing is not None else np.zeros(2 * x.shape[-1:], self.dtype)
@@ -451,7 +453,7 @@ class SharedAttentionContext(_State):
         with self._mixing.writing(), self._learning.writing():
             self.__dict__.update({k: v for k, v in new.__dict__.items() if k not in kept})
 
-    def __deepcopy__(self, memo) -> 'SharedAttentionContext':
+    def __deepcopy__(self, memo: dict) -> 'SharedAttentionContext':
         new = SharedAttentionContext(dtype=self.dtype)
         new.load_state_dict(self.state_dict())
         return new

@@ -8,7 +8,7 @@ __all__ = ['cosine_schedule', 'check_levels', 'add_noise', 'combine_into', 'add_
            'gate_into', 'gate_backward_into', 'part_way_into', 'DiffusionBlock', 'Denoiser', 'Trainer', 'ddim_step',
            'ddim_step_into', 'sample']
 
-# %% ../nbs/08_diffusion.ipynb #498e72ae
+# %% ../nbs/08_diffusion.ipynb #ff7e53d3
 import itertools
 import math
 import operator
@@ -18,13 +18,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from .attention import attention, attention_requirement, block_rows
 from .block import _buffer, _views, check_size, initialise
 from .context import SharedAttentionContext
 from .gemm import check_out, panels, unbuffered
-from .layers import (APPROXIMATE, _sigmoid_into, adam_into, embedding_into, gelu, layer_norm, linear,
-                           linear_backward_into, linear_into, norm_backward_into, norm_into, norm_requirement, renorm_into)
+from .layers import (_sigmoid_into, adam_into, check_form, embedding_into, gelu, layer_norm, linear, linear_backward_into,
+                           linear_into, norm_backward_into, norm_into, norm_requirement, renorm_into)
 from .reference import apply_context, check_array, check_same_shape
 from .transformer import _Sublayers, transformer_shapes
 from .workspace import Buffer, Requirement, Workspace, all_of, any_of
@@ -39,8 +40,8 @@ def cosine_schedule(n_steps: int, # T
     f = np.cos((np.arange(T + 1) / T + offset) / (1 + offset) * math.pi / 2)**2
     return np.cumprod(np.maximum(f[1:] / f[:-1], 0.001))
 
-# %% ../nbs/08_diffusion.ipynb #3f4689ec
-def check_levels(t, # (B,) integers
+# %% ../nbs/08_diffusion.ipynb #791b0c7e
+def check_levels(t: ArrayLike, # (B,) integers
                  batch: int, # B
                  n_steps: int, # T
                  ) -> np.ndarray: # (B,)
@@ -86,10 +87,10 @@ def add_noise_into(x0: np.ndarray, # (B, S, D)
         combine_into(x0[b], noise[b], math.sqrt(alpha_bar[level]), math.sqrt(1 - alpha_bar[level]), out[b], ws)
     return out
 
-# %% ../nbs/08_diffusion.ipynb #e267d989
-def timestep_embedding(t, # (B,) integers
+# %% ../nbs/08_diffusion.ipynb #a5776739
+def timestep_embedding(t: ArrayLike, # (B,) integers
                        dim: int, # D
-                       dtype=np.float64) -> np.ndarray: # (B, D)
+                       dtype: DTypeLike = np.float64) -> np.ndarray: # (B, D)
     "`cos(t w_i)`, then `sin(t w_i)`, with `w_i = 10000^(-i / half)`; the last column is 0 for an odd D."
     half, t = dim // 2, np.asarray(t, np.float64)
     angles = t[:, None] * 10000.0**(-np.arange(half) / max(half, 1))
@@ -127,7 +128,7 @@ def silu_backward_into(a: np.ndarray, # any shape, as in the forward pass
         slope *= sigma
         return np.multiply(grad_out, slope, out=out)
 
-# %% ../nbs/08_diffusion.ipynb #49b92dad
+# %% ../nbs/08_diffusion.ipynb #e7c615c2
 def diffusion_shapes(D: int, F: int) -> dict[str, tuple[int, ...]]:
     "Parameters of a block of width D with a hidden width of F."
     layers = {name: shape for name, shape in transformer_shapes(D, F).items() if not name.startswith('norm')}
@@ -135,7 +136,7 @@ def diffusion_shapes(D: int, F: int) -> dict[str, tuple[int, ...]]:
                      'modulation.weight': (6 * D, D), 'modulation.bias': (6 * D,)}
 
 def modulation(p: dict[str, np.ndarray], # parameters, see `diffusion_shapes`
-               t, # (B,) integers
+               t: ArrayLike, # (B,) integers
                ) -> np.ndarray: # (6, B, 1, D): shift, scale and gate of attention, then of the feed-forward layer
     "What the noise levels make of the norms and branches."
     D, dtype = len(p['time1.bias']), p['time1.bias'].dtype
@@ -147,7 +148,7 @@ def mix_by_level(x: np.ndarray, t: np.ndarray, context: np.ndarray, strength: fl
     "`apply_context` on each sequence, at a strength scaled by its signal."
     return np.stack([apply_context(X, context, float(strength) * math.sqrt(alpha_bar[level])) for X, level in zip(x, t)])
 
-# %% ../nbs/08_diffusion.ipynb #4e01596c
+# %% ../nbs/08_diffusion.ipynb #8a32e8c7
 def diffusion(p: dict[str, np.ndarray], # parameters, see `diffusion_shapes`
               x: np.ndarray, # (B, S, D)
               t: np.ndarray, # (B,) integers in [0, T)
@@ -160,11 +161,11 @@ def diffusion(p: dict[str, np.ndarray], # parameters, see `diffusion_shapes`
     "One block, clear and allocating."
     B, S, D = x.shape
     ones, zeros = np.ones(D, x.dtype), np.zeros(D, x.dtype)
-    def attend(x):
+    def attend(x: np.ndarray) -> np.ndarray:
         qkv = linear(x, p['self_attn.in_proj_weight'], p['self_attn.in_proj_bias'])
         heads = attention(*qkv.reshape(B, S, 3, n_heads, D // n_heads).transpose(2, 0, 3, 1, 4)).swapaxes(1, 2).reshape(B, S, D)
         return linear(heads, p['self_attn.out_proj.weight'], p['self_attn.out_proj.bias'])
-    def feed(x):
+    def feed(x: np.ndarray) -> np.ndarray:
         return linear(gelu(linear(x, p['linear1.weight'], p['linear1.bias']), approximate), p['linear2.weight'], p['linear2.bias'])
     if context is not None: x = mix_by_level(x, t, context, p['context.strength'][0], cosine_schedule(n_steps))
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation(p, t)
@@ -213,8 +214,8 @@ def part_way_into(start: np.ndarray, # (S, D)
         Y += X
     return out
 
-# %% ../nbs/08_diffusion.ipynb #ee2d03e6
-def _sequences(shape: tuple[int, int, int]) -> Iterator[tuple[int, slice]]: # number and rows of each
+# %% ../nbs/08_diffusion.ipynb #bd6686e5
+def _sequences(shape: tuple[int, ...]) -> Iterator[tuple[int, slice]]: # number and rows of each
     return ((b, slice(b * shape[1], (b + 1) * shape[1])) for b in range(shape[0]))
 
 class _Modulated(_Sublayers):
@@ -240,29 +241,29 @@ class _Modulated(_Sublayers):
             silu_backward_into(kept.time1, dheard, dtime, ws)
             linear_backward_into(kept.level, p['time1.weight'], dtime, None, g['time1.weight'], g['time1.bias'])
 
-    def _norm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape) -> np.ndarray:
+    def _norm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> np.ndarray:
         for b, rows in _sequences(shape):
             norm_into(x[rows], kept.six[b, 3 * i + 1], kept.six[b, 3 * i], out[rows], kept.stats[i][:, rows], self.eps)
         return out
 
-    def _renorm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape) -> np.ndarray: # as in the forward pass
+    def _renorm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> np.ndarray: # as in the forward pass
         for b, rows in _sequences(shape):
             renorm_into(x[rows], kept.stats[i][:, rows], kept.six[b, 3 * i + 1], kept.six[b, 3 * i], out[rows])
         return out
 
-    def _norm_backward(self, i: int, x: np.ndarray, G: np.ndarray, dsix: np.ndarray, kept: SimpleNamespace, shape) -> None: # in place of G
+    def _norm_backward(self, i: int, x: np.ndarray, G: np.ndarray, dsix: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None: # in place of G
         for b, rows in _sequences(shape):
             norm_backward_into(x[rows], kept.stats[i][:, rows], kept.six[b, 3 * i + 1], G[rows], G[rows],
                                dsix[b, 3 * i + 1], dsix[b, 3 * i], self.workspace)
 
-    def _gate(self, i: int, residual: np.ndarray, branch: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape) -> None:
+    def _gate(self, i: int, residual: np.ndarray, branch: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None:
         for b, rows in _sequences(shape): gate_into(residual[rows], branch[rows], kept.six[b, 3 * i + 2], out[rows])
 
-    def _gate_backward(self, i: int, branch: np.ndarray, G: np.ndarray, out: np.ndarray, dsix: np.ndarray, kept: SimpleNamespace, shape) -> None:
+    def _gate_backward(self, i: int, branch: np.ndarray, G: np.ndarray, out: np.ndarray, dsix: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None:
         for b, rows in _sequences(shape):
             gate_backward_into(branch[rows], kept.six[b, 3 * i + 2], G[rows], out[rows], dsix[b, 3 * i + 2], self.workspace)
 
-# %% ../nbs/08_diffusion.ipynb #f3cde2a2
+# %% ../nbs/08_diffusion.ipynb #0fe5a48e
 class DiffusionBlock(_Modulated):
     "Full attention and a feed-forward layer with GELU, steered by the noise level of each sequence (adaLN-Zero)."
     def __init__(self,
@@ -272,7 +273,7 @@ class DiffusionBlock(_Modulated):
                  *,
                  n_steps: int = 1000, # T, levels of the cosine schedule
                  rng: np.random.Generator | None = None, # of the initial weights
-                 dtype=np.float32, # or float64
+                 dtype: DTypeLike = np.float32, # or float64
                  context: SharedAttentionContext | None = None, # mixed in by the share of the signal, learns from input and output
                  workspace: Workspace | None = None, # shared with other blocks; default: its own
                  approximate: str = 'none', # GELU: exact, or by 'tanh'
@@ -281,7 +282,7 @@ class DiffusionBlock(_Modulated):
                  eps: float = 1e-5): # of the norms
         dim, n_heads, ffn_dim = (check_size(n, v) for n, v in dict(dim=dim, n_heads=n_heads, ffn_dim=ffn_dim).items())
         if dim % n_heads: raise ValueError(f'n_heads: {n_heads} do not divide dim = {dim}')
-        if approximate not in APPROXIMATE: raise ValueError(f'approximate: {approximate!r}, needed one of {APPROXIMATE}')
+        check_form(approximate)
         self.alpha_bar = cosine_schedule(n_steps)
         self.n_heads, self.ffn_dim, self.causal, self.n_steps = n_heads, ffn_dim, False, len(self.alpha_bar)
         self.approximate, self.keep_weights, self.eps = approximate, bool(keep_weights), eps
@@ -313,10 +314,8 @@ class DiffusionBlock(_Modulated):
             part_way_into(dH, dX, w)
         return total
 
-    def _forward(self, x: np.ndarray, y: np.ndarray, shape, t: np.ndarray) -> SimpleNamespace: # what backward reads
-        sizes = dict(B=shape[0], S=shape[1], D=self.dim, N=len(x)) | self._sizes(*shape[:2])
-        kept = SimpleNamespace(weights=None, keep=None, signal=[math.sqrt(self.alpha_bar[level]) for level in t])
-        for b in self._kept(): setattr(kept, b.name.removeprefix(f'{self.name}.'), b.take(self.workspace, sizes))
+    def _forward(self, x: np.ndarray, y: np.ndarray, shape: tuple[int, ...], t: np.ndarray) -> SimpleNamespace: # what backward reads
+        kept = self._take_kept(shape, weights=None, keep=None, signal=[math.sqrt(self.alpha_bar[level]) for level in t])
         kept.stats = kept.stats1, kept.stats2
         mixed = self._mix_by_level(x.reshape(shape), kept.signal)
         kept.mixes, kept.h = not np.may_share_memory(mixed, x), self._rows(mixed)
@@ -329,7 +328,7 @@ class DiffusionBlock(_Modulated):
             self._gate(1, kept.middle, kept.fed, y, kept, shape)
         return kept
 
-    def _backward(self, x: np.ndarray, kept: SimpleNamespace, G: np.ndarray, grad_x: np.ndarray, shape) -> None:
+    def _backward(self, x: np.ndarray, kept: SimpleNamespace, G: np.ndarray, grad_x: np.ndarray, shape: tuple[int, ...]) -> None:
         ds = 0.0
         if not kept.mixes: self._branches_backward(kept, G, grad_x, shape)
         else:
@@ -339,7 +338,7 @@ class DiffusionBlock(_Modulated):
                 ds = self._unmix(x.reshape(shape), grad_h, grad_x.reshape(shape), kept.signal)
         if self.context is not None: self._gradients['context.strength'][0] = ds
 
-    def _branches_backward(self, kept: SimpleNamespace, G: np.ndarray, grad_h: np.ndarray, shape) -> None:
+    def _branches_backward(self, kept: SimpleNamespace, G: np.ndarray, grad_h: np.ndarray, shape: tuple[int, ...]) -> None:
         ws = self.workspace
         with ws.scope():
             normed, dm = (ws.take(f'diffusion.{name}', G.shape, self.dtype) for name in ('normed', 'dmiddle'))
@@ -379,7 +378,7 @@ class DiffusionBlock(_Modulated):
         own = (b(f'diffusion.{name}', *shape) for name, shape in (('normed', ('N', 'D')), ('dmiddle', ('N', 'D')), ('dmodulation', ('B', '6 D'))))
         return all_of(*own, any_of(feed, attend, norm_requirement(self.dtype), b('gate.column', 'D'), listen))
 
-# %% ../nbs/08_diffusion.ipynb #2ed0c092
+# %% ../nbs/08_diffusion.ipynb #17b948e0
 class Denoiser:
     "Linear in, blocks, linear out: says which noise is in `x`. All blocks share one workspace."
     def __init__(self,
@@ -390,7 +389,7 @@ class Denoiser:
                  n_steps: int = 1000, # T
                  max_len: int = 1024, # longest sequence, for the table of positions
                  rng: np.random.Generator | None = None, # of the initial weights
-                 dtype=np.float32,
+                 dtype: DTypeLike = np.float32,
                  workspace: Workspace | None = None): # default: its own
         rng = np.random.default_rng() if rng is None else rng
         self.workspace = Workspace(growth='exact') if workspace is None else workspace

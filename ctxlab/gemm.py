@@ -7,13 +7,14 @@ __all__ = ['SIGNATURES', 'ROW_MAJOR', 'COLUMN_MAJOR', 'AS_IT_IS', 'TRANSPOSED', 
            'blas_layout', 'check_out', 'panels', 'gemm', 'unbuffered', 'blend', 'aligned_empty', 'dot', 'zeros_gemm',
            'ReusedOut', 'forms']
 
-# %% ../nbs/03_gemm.ipynb #fcc4149e
+# %% ../nbs/03_gemm.ipynb #03ce0e90
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
+from numpy.typing import DTypeLike
 from threadpoolctl import threadpool_info
 
 from .reference import check_array
@@ -33,25 +34,25 @@ def blas_layout(a: np.ndarray) -> bool:
     "Whether BLAS can take the matrix `a` as it lies in memory: unit stride on one axis, no overlap on the other."
     return _leading(a) is not None
 
-# %% ../nbs/03_gemm.ipynb #cbc7fae3
-def _check_operand(name: str, a, dtype=None) -> np.ndarray:
+# %% ../nbs/03_gemm.ipynb #f1bc0c36
+def _check_operand(name: str, a: object, dtype: DTypeLike | None = None) -> np.ndarray:
     a = check_array(name, a, dtype=dtype)
     if not blas_layout(a):
         raise ValueError(f'{name}: strides {a.strides} of shape {a.shape} would need a copy; '
                          f'pass np.ascontiguousarray({name}), or views with unit stride along one axis')
     return a
 
-def check_out(out, shape: tuple[int, ...], dtype, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def check_out(out: object, shape: tuple[int, ...], dtype: DTypeLike, inputs: dict[str, np.ndarray]) -> np.ndarray:
     "Return `out`, or raise an error: wrong shape, dtype or layout, read-only, or overlapping one of `inputs`."
-    out = check_array('out', out, ndim=(len(shape),), dtype=dtype)
-    if out.shape != shape: raise ValueError(f'out: shape {out.shape}, needed {shape}')
-    if not out.flags.writeable: raise ValueError('out: is read-only')
+    c = check_array('out', out, ndim=(len(shape),), dtype=dtype)
+    if c.shape != shape: raise ValueError(f'out: shape {c.shape}, needed {shape}')
+    if not c.flags.writeable: raise ValueError('out: is read-only')
     for name, a in inputs.items():
-        if np.shares_memory(out, a): raise ValueError(f'out: overlaps {name} in memory; it needs storage of its own')
-    return out
+        if np.shares_memory(c, a): raise ValueError(f'out: overlaps {name} in memory; it needs storage of its own')
+    return c
 
-# %% ../nbs/03_gemm.ipynb #fd6b3779
-def _check_product(a, b, out) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+# %% ../nbs/03_gemm.ipynb #d4fffde8
+def _check_product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "The three operands of a product, checked."
     a = _check_operand('a', a)
     b = _check_operand('b', b, a.dtype)
@@ -173,17 +174,17 @@ def blend(x: np.ndarray, # as `y`; scaled in place where BLAS cannot do it, so i
         y *= y.dtype.type(beta)
         y += x
 
-# %% ../nbs/03_gemm.ipynb #f2b4ce53
+# %% ../nbs/03_gemm.ipynb #e023f0f9
 ALIGNMENT = 64 # bytes: a cache line, and the widest vector register
 
-def aligned_empty(shape: tuple[int, ...], dtype=np.float32, offset: int = 0) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32, offset: int = 0) -> np.ndarray:
     "Like `np.empty`, C-ordered, starting `offset` bytes after a multiple of 64 bytes."
     dtype = np.dtype(dtype)
     nbytes = int(np.prod(shape, dtype=np.intp)) * dtype.itemsize
     raw = np.empty(nbytes + ALIGNMENT + offset, np.uint8)
     return np.ndarray(shape, dtype, raw, -raw.ctypes.data % ALIGNMENT + offset)
 
-# %% ../nbs/03_gemm.ipynb #56b98dcc
+# %% ../nbs/03_gemm.ipynb #48252972
 Product = Callable[[str, np.ndarray, np.ndarray], np.ndarray] # (site, a, b) -> a @ b
 
 def dot(site: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -196,7 +197,7 @@ def zeros_gemm(site: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 class ReusedOut:
     "The array that the site used last time, written to by `gemm`; replaced only when the shape changes."
-    def __init__(self): self.outs: dict[str, np.ndarray] = {}
+    def __init__(self) -> None: self.outs: dict[str, np.ndarray] = {}
 
     def __call__(self, site: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         shape, out = (a.shape[0], b.shape[1]), self.outs.get(site)

@@ -177,7 +177,7 @@ def _situation(history: list[tuple], shared: dict[Any, Any]) -> Any: # can be co
         followed += 1
     return known, tuple(lies)
 
-# %% ../nbs/09b_interleave.ipynb #f2bda172
+# %% ../nbs/09b_interleave.ipynb #620a930b
 def _short(value: Any) -> str: # the same in every run
     if isinstance(value, list): return f'[{list.__len__(value)}]'
     if value is None or isinstance(value, (bool, int, float, str)): return repr(value)
@@ -189,7 +189,7 @@ class _Traced:
     _schedule: Schedule
     _label: Any # the same for the same thing in every run
     _name: str
-    def _step(self, what: str, act: Callable[[], Any], **options) -> Any:
+    def _step(self, what: str, act: Callable[[], Any], **options: Any) -> Any:
         return self._schedule.step(self._label, self._name, what, act, **options)
 
 class _List(list, _Traced):

@@ -7,7 +7,7 @@ __all__ = ['PATHS', 'RUNGS', 'RATE', 'Calls', 'Ratios', 'BARE', 'ORIGINAL', 'Inp
            'context_calls', 'rungs', 'check_call', 'checked', 'climb', 'work', 'torch_calls', 'against_torch',
            'benchmark_table']
 
-# %% ../nbs/05a_ladder.ipynb #a4505554
+# %% ../nbs/05a_ladder.ipynb #46778006
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from .context import SharedAttentionContext
-from .gemm import aligned_empty, forms
-from .measure import Timings, time_paired
+from .gemm import Product, aligned_empty, forms
+from .measure import time_paired
 from .original import backward, forward, update, update_step
 from .reference import apply_context, apply_context_vjp, ema, sample_rows, similarity, similarity_step
 from .testing import assert_equiv
@@ -61,8 +61,8 @@ def reference_calls(data: Inputs) -> dict[str, Callable[[], Any]]: # path -> cal
             'update': lambda: ema(zero, similarity(X, Y), RATE),
             'step update': lambda: ema(zero, similarity_step(X[0], Y[0]), RATE)}
 
-# %% ../nbs/05a_ladder.ipynb #b0451190
-def form_calls(data: Inputs, product) -> dict[str, Callable[[], Any]]: # path -> call
+# %% ../nbs/05a_ladder.ipynb #b309cc17
+def form_calls(data: Inputs, product: Product) -> dict[str, Callable[[], Any]]: # path -> call
     "The original's paths with a given form of product."
     X, Y, G, C, s = data
     return {'apply': partial(forward, product, X, C, s), 'backward': partial(backward, product, X, C, s, G),
@@ -129,7 +129,7 @@ def work(path: str, S: int, D: int) -> tuple[float, float]: # operations, bytes
     return {'apply': (2 * S * D**2, 4 * (2 * S * D + D**2)), 'backward': (2 * S * D**2 + 4 * S * D, 4 * (3 * S * D + D**2)),
             'update': (2 * n * D**2 + 4 * D**2, 4 * (2 * n * D + 2 * D**2)), 'step update': (5 * D**2, 4 * (2 * D + 2 * D**2))}[path]
 
-# %% ../nbs/05a_ladder.ipynb #6412ea17
+# %% ../nbs/05a_ladder.ipynb #71509492
 def torch_calls(data: Inputs) -> dict[str, Callable[[], Any]]: # path -> call; empty where PyTorch is missing
     "The four paths in eager PyTorch."
     try: import torch
@@ -137,17 +137,17 @@ def torch_calls(data: Inputs) -> dict[str, Callable[[], Any]]: # path -> call; e
     X, Y, G, C = map(torch.from_numpy, data[:4])
     D, rows = len(C), torch.from_numpy(sample_rows(len(X)))
     scale, out, T, learned = data.s / D, torch.empty_like(X), torch.empty_like(X), [torch.zeros_like(C) for _ in range(2)]
-    def unit(a, dim): # centred, and divided by the norm
+    def unit(a: Any, dim: int) -> Any: # centred, and divided by the norm
         a = a - a.mean(dim, keepdim=True)
         norm = torch.linalg.vector_norm(a, dim=dim, keepdim=True)
         return a.div_(torch.where(norm > 0, norm, 1))
-    def apply(): return torch.addmm(X, X, C, alpha=scale, out=out).numpy()
-    def backward():
+    def apply() -> np.ndarray: return torch.addmm(X, X, C, alpha=scale, out=out).numpy()
+    def backward() -> tuple[np.ndarray, float]:
         torch.mm(G, C.T, out=T)
         grad_s = torch.dot(T.view(-1), X.view(-1)).item() / D
         return torch.add(G, T, alpha=scale, out=T).numpy(), grad_s
-    def update(): return learned[0].lerp_(torch.mm(unit(X[rows], 0).T, unit(Y[rows], 0)).tanh_(), RATE).numpy()
-    def step(): return learned[1].lerp_(torch.outer(unit(X[0], 0), unit(Y[0], 0)).tanh_(), RATE).numpy()
+    def update() -> np.ndarray: return learned[0].lerp_(torch.mm(unit(X[rows], 0).T, unit(Y[rows], 0)).tanh_(), RATE).numpy()
+    def step() -> np.ndarray: return learned[1].lerp_(torch.outer(unit(X[0], 0), unit(Y[0], 0)).tanh_(), RATE).numpy()
     return {path: torch.inference_mode()(call) for path, call in zip(PATHS, (apply, backward, update, step))}
 
 # %% ../nbs/05a_ladder.ipynb #8b2ef47e

@@ -9,10 +9,12 @@ __all__ = ['CUBIC', 'SLOPE', 'APPROXIMATE', 'TANH', 'ERF', 'layer_norm', 'rms_no
            'swiglu_backward_into', 'check_ids', 'embedding_into', 'embedding_backward_into', 'cross_entropy',
            'cross_entropy_into', 'adam_into', 'gradient_norm']
 
-# %% ../nbs/06_layers.ipynb #93cf8170
+# %% ../nbs/06_layers.ipynb #2dd2acbe
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .gemm import PANEL_BYTES, panels
 from .workspace import Buffer, Requirement, Workspace, all_of
@@ -74,7 +76,7 @@ def renorm_into(x: np.ndarray, # (N, D) input of the forward pass
         if bias is not None: Y += bias
     return out
 
-# %% ../nbs/06_layers.ipynb #ab1eef1c
+# %% ../nbs/06_layers.ipynb #a89573ad
 def layer_norm_vjp(x: np.ndarray, weight: np.ndarray, grad_out: np.ndarray, eps: float = 1e-5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Gradients of `layer_norm` for x (N, D), weight (D,) and bias (D,)."
     centred = x - x.mean(axis=1, keepdims=True)
@@ -83,6 +85,7 @@ def layer_norm_vjp(x: np.ndarray, weight: np.ndarray, grad_out: np.ndarray, eps:
     grad_x = scale * (g - g.mean(axis=1, keepdims=True) - hat * np.mean(g * hat, axis=1, keepdims=True))
     return grad_x, np.sum(grad_out * hat, axis=0), np.sum(grad_out, axis=0)
 
+# %% ../nbs/06_layers.ipynb #2fea4bde
 def norm_backward_into(x: np.ndarray, # (N, D) input of the forward pass
                        stats: np.ndarray, # (2, N) from the forward pass
                        weight: np.ndarray, # (D,)
@@ -118,13 +121,13 @@ def norm_backward_into(x: np.ndarray, # (N, D) input of the forward pass
             dX *= stats[1, rows, None]
     return out
 
-# %% ../nbs/06_layers.ipynb #d1685301
-def norm_requirement(dtype=np.float32) -> Requirement: # in D and m, rows of a panel
+# %% ../nbs/06_layers.ipynb #d1adeb28
+def norm_requirement(dtype: DTypeLike = np.float32) -> Requirement: # in D and m, rows of a panel
     "Scratch of `norm_backward_into`."
     return all_of(Buffer('norm.hat', ('m', 'D'), dtype), Buffer('norm.product', ('m', 'D'), dtype), Buffer('norm.column', ('D',), dtype),
                   Buffer('norm.row', ('m',), dtype))
 
-# %% ../nbs/06_layers.ipynb #c9e87e10
+# %% ../nbs/06_layers.ipynb #cde3df4b
 def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray: # (N, D), (F, D), (F,) -> (N, F)
     "`x @ weight.T + bias`."
     return x @ weight.T if bias is None else x @ weight.T + bias
@@ -135,6 +138,16 @@ def add_rows(out: np.ndarray, # (N, F), changed in place
     "Add a vector to every row, panel by panel."
     if vector is not None:
         for rows in panels(len(out), out.shape[1] * out.itemsize): out[rows] += vector
+    return out
+
+def _add_residual(out: np.ndarray, # (N, D), changed in place
+                  residual: np.ndarray, # (N, D)
+                  bias: np.ndarray | None = None, # (D,)
+                  ) -> np.ndarray: # out
+    "Add a matrix, and a vector to every row, panel by panel."
+    for rows in panels(len(out), out.shape[1] * out.itemsize):
+        if bias is not None: out[rows] += bias
+        out[rows] += residual[rows]
     return out
 
 def linear_into(x: np.ndarray, # (N, D)
@@ -303,8 +316,8 @@ def swiglu_backward_into(a: np.ndarray, # (N, F)
             dA *= grad_out[rows]
             grad_b[rows] *= grad_out[rows]
 
-# %% ../nbs/06_layers.ipynb #c5a849c0
-def check_ids(name: str, ids, limit: int) -> np.ndarray: # integers in [0, limit)
+# %% ../nbs/06_layers.ipynb #16b08e0d
+def check_ids(name: str, ids: Any, limit: int) -> np.ndarray: # integers in [0, limit)
     "Return token numbers, or raise an error that names them."
     ids = np.asanyarray(ids)
     if ids.dtype.kind not in 'iu': raise TypeError(f'{name}: {ids.dtype} are no token numbers; use integers')

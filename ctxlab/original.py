@@ -65,12 +65,12 @@ def update_step(product: Product,
     cov = product('step', x[:, None], y[None, :])
     _blend(cov, np.full_like(cov, np.linalg.norm(x) * np.linalg.norm(y)), C, rate)
 
-# %% ../nbs/03a_original.ipynb #611f0a2f
+# %% ../nbs/03a_original.ipynb #e3527ccc
 def sites(X: np.ndarray, Y: np.ndarray, G: np.ndarray, C: np.ndarray, s: float,
           ) -> dict[str, tuple[np.ndarray, np.ndarray]]: # site -> its operands, in the order in which they occur
     "Every matrix product of the four paths."
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    def note(site, a, b):
+    def note(site: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         found[site] = a, b
         return a @ b
     with np.errstate(all='ignore'): # a reader's activations may hold values that are not finite

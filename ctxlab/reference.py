@@ -7,16 +7,17 @@ __all__ = ['NORM_FLOOR', 'check_array', 'check_same_shape', 'sample_rows', 'chec
            'similarity_step', 'check_strength', 'apply_context', 'check_context', 'apply_context_vjp',
            'context_gradient']
 
-# %% ../nbs/02_reference.ipynb #9c1d55a9
+# %% ../nbs/02_reference.ipynb #a0f14039
 import operator
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
-# %% ../nbs/02_reference.ipynb #73b423c4
+# %% ../nbs/02_reference.ipynb #a32fab12
 def check_array(name: str, # the argument's name, for the message
-                a, # what the caller passed
+                a: object, # what the caller passed
                 ndim: tuple[int, ...] = (2,), # numbers of dimensions that are allowed
-                dtype=None, # required dtype; default: float32 or float64
+                dtype: DTypeLike | None = None, # required dtype; default: float32 or float64
                 ) -> np.ndarray: # `a`; a view of it as a plain ndarray when it is a subclass (a memory map, say)
     "Return `a` without a copy, or raise a TypeError or ValueError that names it."
     if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
@@ -44,8 +45,8 @@ def sample_rows(n_rows: int, # S
     n = n_rows if max_rows is None else min(n_rows, max_rows)
     return np.arange(n, dtype=np.intp) * n_rows // max(n, 1)
 
-# %% ../nbs/02_reference.ipynb #20c4c27b
-def check_rows(rows, # vector of integers
+# %% ../nbs/02_reference.ipynb #d9699eae
+def check_rows(rows: ArrayLike, # vector of integers
                n_rows: int, # S
                ) -> np.ndarray: # the same, as an array
     "Row numbers that a caller chose, or an error."

@@ -7,20 +7,20 @@ __all__ = ['WIDE', 'SHORT', 'SHARPNESS', 'Tile', 'LEAST', 'MOST', 'KEPT', 'scan'
            'scan_backward_into', 'scan_rungs', 'sigmoid', 'rg_lru', 'sigmoid_into', 'rg_lru_into',
            'rg_lru_backward_into', 'initial_decay', 'ffn_width', 'ssm_shapes', 'ssm', 'SSMBlock']
 
-# %% ../nbs/09_ssm.ipynb #ef049476
+# %% ../nbs/09_ssm.ipynb #4be87650
 import math
-import operator
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from .block import SizedBlock, _buffer
+from .block import SizedBlock, _buffer, check_size
 from .context import SharedAttentionContext
 from .gemm import gemm, panels, unbuffered
-from .layers import (gelu, gelu_backward_into, gelu_into, linear, linear_backward_into, linear_into, norm_backward_into,
-                           norm_into, norm_requirement, renorm_into, rms_norm, swiglu, swiglu_backward_into, swiglu_into)
+from .layers import (_add_residual, gelu, gelu_backward_into, gelu_into, linear, linear_backward_into, linear_into,
+                           norm_backward_into, norm_into, norm_requirement, renorm_into, rms_norm, swiglu, swiglu_backward_into, swiglu_into)
 from .reference import check_array
 from .workspace import Buffer, Dim, Requirement, Workspace, all_of, any_of
 
@@ -58,7 +58,7 @@ def _carry(a: np.ndarray, b: np.ndarray, ends: np.ndarray, decays: np.ndarray, t
         np.multiply(decays[:, k], ends[:, k - 1], out=t[:, 0])
         ends[:, k] += t[:, 0]
 
-# %% ../nbs/09_ssm.ipynb #9caa85b1
+# %% ../nbs/09_ssm.ipynb #0df58482
 WIDE, SHORT = 1536, 128 # channels in a step beyond which, and tokens below which, chunks do not pay
 
 def chunk_count(S: int, # tokens
@@ -93,7 +93,7 @@ def scan_into(a: np.ndarray, # (B, S, D), any strides
         if done < S: _steps(A, X, H, out[:, done - 1], t[:, 0])
     return out
 
-def scan_requirement(dtype=np.float32, chunks: str = 'k') -> Requirement: # in B, D and the letter of the chunks
+def scan_requirement(dtype: DTypeLike = np.float32, chunks: str = 'k') -> Requirement: # in B, D and the letter of the chunks
     "Scratch of `scan_into`."
     return Buffer('scan.lanes', (3, 'B', chunks, 'D'), dtype)
 
@@ -199,8 +199,9 @@ def rg_lru_into(u: np.ndarray, r: np.ndarray, i: np.ndarray, # (B, S, D)
             b[at] *= u[at]
     scan_into(a, b, b, ws, states[:, 0])
 
-# %% ../nbs/09_ssm.ipynb #e374f809
-def _tile_backward(u, r, i, a, before, dh, rate, du, dr, di, log_a, scale, t) -> None:
+# %% ../nbs/09_ssm.ipynb #77843a7b
+def _tile_backward(u: np.ndarray, r: np.ndarray, i: np.ndarray, a: np.ndarray, before: np.ndarray, dh: np.ndarray, rate: np.ndarray,
+                   du: np.ndarray, dr: np.ndarray, di: np.ndarray, log_a: np.ndarray, scale: np.ndarray, t: np.ndarray) -> None:
     "One tile: direct part of du, gradients before both sigmoids, and E in `log_a`. The last three are scratch."
     np.multiply(r, rate, out=log_a)
     _scale_into(log_a, a, scale, t)
@@ -282,18 +283,12 @@ def ssm(p: dict[str, np.ndarray], # parameters, see `ssm_shapes`
     normed = rms_norm(x, p['norm2.weight'], eps)
     return x + linear(swiglu(linear(normed, p['ffn.gate.weight']), linear(normed, p['ffn.value.weight'])), p['ffn.out.weight'])
 
-# %% ../nbs/09_ssm.ipynb #26997f19
+# %% ../nbs/09_ssm.ipynb #120b85ae
 KEPT: dict[str, tuple[Dim, ...]] = { # T = S + 1
     **dict.fromkeys(('u', 'z', 'cdf', 'r', 'i', 'middle'), ('N', 'D')), 'states': ('B', 'T', 'D'),
     **dict.fromkeys(('stats1', 'stats2'), (2, 'N')), **dict.fromkeys(('wide1', 'wide2'), ('N', 'F'))}
 
-def _check_width(name: str, value) -> int:
-    try: width = operator.index(value)
-    except TypeError: raise TypeError(f'{name}: {value!r} is not an integer') from None
-    if width < 1: raise ValueError(f'{name}: {width}, needed at least 1')
-    return width
-
-def _check_state(state, shape: tuple[int, int], dtype: np.dtype, others: dict[str, np.ndarray | None]) -> None:
+def _check_state(state: Any, shape: tuple[int, int], dtype: np.dtype, others: dict[str, np.ndarray | None]) -> None:
     "A state that is updated in place."
     check_array('state', state, dtype=dtype)
     if state.shape != shape: raise ValueError(f'state: shape {state.shape}, needed (B, D) = {shape}')
@@ -301,20 +296,16 @@ def _check_state(state, shape: tuple[int, int], dtype: np.dtype, others: dict[st
     for name, a in others.items():
         if isinstance(a, np.ndarray) and np.shares_memory(state, a): raise ValueError(f'state: overlaps {name} in memory; it needs storage of its own')
 
-def _add_into(out: np.ndarray, residual: np.ndarray) -> None: # (N, D) each
-    "`out += residual`, panel by panel."
-    for rows in panels(len(out), out.shape[1] * out.itemsize): out[rows] += residual[rows]
-
 def _multiply_into(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None: # (B, S, D) each
     "`out = a * b`, tile by tile; `out` may be one of the two."
     for at in _tiles(out.shape, out.dtype): np.multiply(a[at], b[at], out=out[at])
 
-# %% ../nbs/09_ssm.ipynb #dae266c0
+# %% ../nbs/09_ssm.ipynb #1931cf58
 class _Branches(SizedBlock):
     "The recurrent half and the feed-forward half, without norms."
     ffn_dim: int
 
-    def _recur(self, x: np.ndarray, residual: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape) -> None:
+    def _recur(self, x: np.ndarray, residual: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None:
         "`out = residual + out_proj(recurrence * gate)`."
         p, ws, cube = self._parameters, self.workspace, lambda rows: rows.reshape(shape)
         linear_into(x, p['u_proj.weight'], None, kept.u)
@@ -326,9 +317,9 @@ class _Branches(SizedBlock):
             rg_lru_into(cube(kept.u), cube(kept.r), cube(kept.i), p['decay'], cube(a), kept.states, ws)
             gelu_into(kept.z, None, kept.cdf, gated, ws)
             _multiply_into(cube(gated), kept.states[:, 1:], cube(gated))
-            _add_into(linear_into(gated, p['out_proj.weight'], None, out), residual)
+            _add_residual(linear_into(gated, p['out_proj.weight'], None, out), residual)
 
-    def _recur_backward(self, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape) -> None:
+    def _recur_backward(self, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None:
         "Gradient of the recurrent half at `x`, without the residual."
         p, g, ws, cube = self._parameters, self._gradients, self.workspace, lambda rows: rows.reshape(shape)
         with ws.scope():
@@ -365,7 +356,7 @@ class _Branches(SizedBlock):
         linear_into(x, p['ffn.value.weight'], None, kept.wide2)
         with ws.scope():
             hidden = swiglu_into(kept.wide1, kept.wide2, ws.take('ssm.hidden', kept.wide1.shape, self.dtype))
-            _add_into(linear_into(hidden, p['ffn.out.weight'], None, out), residual)
+            _add_residual(linear_into(hidden, p['ffn.out.weight'], None, out), residual)
 
     def _feed_backward(self, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> None:
         "Gradient of the feed-forward layer at `x`, without the residual."
@@ -379,7 +370,7 @@ class _Branches(SizedBlock):
             linear_backward_into(x, p['ffn.value.weight'], hidden, None, g['ffn.value.weight'], None)
             gemm(hidden, p['ffn.value.weight'], out, beta=1.0)
 
-# %% ../nbs/09_ssm.ipynb #bd65f243
+# %% ../nbs/09_ssm.ipynb #fd2b8cc6
 class SSMBlock(_Branches):
     "A gated linear recurrence and a feed-forward layer with SwiGLU, each with a residual and an RMSNorm before it."
     def __init__(self,
@@ -387,13 +378,13 @@ class SSMBlock(_Branches):
                  *,
                  ffn_dim: int | None = None, # F, of the hidden layer; default: `ffn_width`
                  rng: np.random.Generator | None = None, # of the initial weights
-                 dtype=np.float32, # or float64
+                 dtype: DTypeLike = np.float32, # or float64
                  context: SharedAttentionContext | None = None, # mixed into the input, learns from input and output
                  workspace: Workspace | None = None, # shared with other blocks; default: its own
                  max_len: int | None = None, # longest sequence that is allowed in `forward`
                  eps: float = 1e-5): # of the norms
-        dim = _check_width('dim', dim)
-        self.ffn_dim, self.eps = _check_width('ffn_dim', ffn_width(dim) if ffn_dim is None else ffn_dim), eps
+        dim = check_size('dim', dim)
+        self.ffn_dim, self.eps = check_size('ffn_dim', ffn_width(dim) if ffn_dim is None else ffn_dim), eps
         rng = np.random.default_rng() if rng is None else rng
         super().__init__(dim, ssm_shapes(dim, self.ffn_dim), rng=rng, dtype=dtype, context=context, workspace=workspace, max_len=max_len)
         self._parameters['decay'][...] = initial_decay(dim, rng)
@@ -404,7 +395,7 @@ class SSMBlock(_Branches):
                 out: np.ndarray | None = None, # same shape; default: a buffer that is valid in this generation
                 *,
                 state: np.ndarray | None = None, # (B, D), where to start; receives the last state. Default: 0, and not returned
-                **options) -> np.ndarray: # (B, S, D)
+                **options: Any) -> np.ndarray: # (B, S, D)
         "All tokens of a batch of sequences."
         if state is not None:
             x = self._check_input(x)
@@ -444,9 +435,8 @@ class SSMBlock(_Branches):
     def _norm_backward(self, i: int, x: np.ndarray, G: np.ndarray, kept: SimpleNamespace) -> None: # in place
         norm_backward_into(x, kept.stats[i - 1], self._parameters[f'norm{i}.weight'], G, G, self._gradients[f'norm{i}.weight'], None, self.workspace)
 
-    def _forward(self, h: np.ndarray, y: np.ndarray, shape, state: np.ndarray | None = None) -> SimpleNamespace: # what backward reads
-        sizes, kept = dict(B=shape[0], S=shape[1], D=self.dim, N=len(h)) | self._sizes(*shape[:2]), SimpleNamespace()
-        for b in self._kept(): setattr(kept, b.name.removeprefix(f'{self.name}.'), b.take(self.workspace, sizes))
+    def _forward(self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], state: np.ndarray | None = None) -> SimpleNamespace: # what backward reads
+        kept = self._take_kept(shape)
         kept.stats = kept.stats1, kept.stats2
         kept.states[:, 0] = 0 if state is None else state
         with self.workspace.scope():
@@ -456,7 +446,7 @@ class SSMBlock(_Branches):
         if state is not None: state[...] = kept.states[:, -1]
         return kept
 
-    def _backward(self, h: np.ndarray, kept: SimpleNamespace, G: np.ndarray, grad_h: np.ndarray, shape) -> None:
+    def _backward(self, h: np.ndarray, kept: SimpleNamespace, G: np.ndarray, grad_h: np.ndarray, shape: tuple[int, ...]) -> None:
         with self.workspace.scope():
             normed, dm = (self.workspace.take(f'ssm.{name}', h.shape, self.dtype) for name in ('normed', 'dmiddle'))
             self._feed_backward(self._renorm(2, kept.middle, normed, kept), G, dm, kept)

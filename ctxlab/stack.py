@@ -21,14 +21,15 @@ from .ssm import SSMBlock
 from .transformer import TransformerBlock
 from .workspace import Workspace, plan, record
 
-# %% ../nbs/09a_stack.ipynb #0f89a7fd
+# %% ../nbs/09a_stack.ipynb #ebf488fe
 def _head_count(D: int) -> int: return next(h for h in range(max(1, D // 64), 0, -1) if D % h == 0) # of width 64 or more
-def _transformer(D: int, **options) -> SizedBlock: return TransformerBlock(D, _head_count(D), 4 * D, **options)
-def _diffusion(D: int, **options) -> SizedBlock: return DiffusionBlock(D, _head_count(D), 4 * D, **options)
-def _ssm(D: int, **options) -> SizedBlock: return SSMBlock(D, **options)
+def _transformer(D: int, **options: Any) -> SizedBlock: return TransformerBlock(D, _head_count(D), 4 * D, **options)
+def _diffusion(D: int, **options: Any) -> SizedBlock: return DiffusionBlock(D, _head_count(D), 4 * D, **options)
+def _ssm(D: int, **options: Any) -> SizedBlock: return SSMBlock(D, **options)
 
 KINDS: dict[str, Callable[..., SizedBlock]] = {'Transformer': _transformer, 'Diffusion': _diffusion, 'SSM': _ssm}
 
+# %% ../nbs/09a_stack.ipynb #1f8e6078
 class Stack:
     "Blocks of one kind on one workspace, with chained contexts."
     def __init__(self,

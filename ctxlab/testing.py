@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['SPECIALS', 'tolerance', 'assert_equiv', 'expect_fail', 'sprinkle', 'numeric_gradient']
 
-# %% ../nbs/00_testing.ipynb #fb253212
-from collections.abc import Callable, Iterator
+# %% ../nbs/00_testing.ipynb #a2468d7b
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
-# %% ../nbs/00_testing.ipynb #a2f4fdb5
-def tolerance(dtype, # float32 or float64: the precision of the computation
+# %% ../nbs/00_testing.ipynb #b2bba523
+def tolerance(dtype: DTypeLike, # float32 or float64: the precision of the computation
               depth: int = 1, # K, the length of the longest reduction behind one entry
               *,
               c: float = 4.0, # safety factor for the few operations around the reduction
@@ -20,7 +21,7 @@ def tolerance(dtype, # float32 or float64: the precision of the computation
     "Rounding that a reduction of length `depth` may commit: `c * eps * depth` (Higham 2002, eq. 3.5)."
     return c * float(np.finfo(dtype).eps) * max(int(depth), 1)
 
-# %% ../nbs/00_testing.ipynb #26770a50
+# %% ../nbs/00_testing.ipynb #d8f60689
 def _same_kind(actual: np.ndarray, expected: np.ndarray) -> None:
     "Shape, dtype and the places of NaN, +inf and -inf agree, or an AssertionError says which does not."
     if actual.shape != expected.shape:
@@ -32,15 +33,15 @@ def _same_kind(actual: np.ndarray, expected: np.ndarray) -> None:
         if len(differ):
             raise AssertionError(f'{name}: {len(differ)} of {actual.size} entries differ, first at {_place(differ[0])}')
 
-def _place(index) -> tuple[int, ...]:
+def _place(index: Iterable) -> tuple[int, ...]:
     return tuple(int(i) for i in index)
 
-# %% ../nbs/00_testing.ipynb #7e770755
-def assert_equiv(actual, # array or scalar under test
-                 expected, # the reference, of the same shape and dtype
+# %% ../nbs/00_testing.ipynb #f54eda14
+def assert_equiv(actual: ArrayLike, # array or scalar under test
+                 expected: ArrayLike, # the reference, of the same shape and dtype
                  *,
                  depth: int = 1, # K, length of the reduction behind an entry
-                 scale=None, # size of the terms, scalar or broadcastable array; default: largest finite |expected|
+                 scale: ArrayLike | None = None, # size of the terms, scalar or broadcastable array; default: largest finite |expected|
                  c: float = 4.0, # safety factor, see `tolerance`
                  ) -> None:
     "Raise AssertionError unless `|actual - expected| <= tolerance(dtype, depth) * scale` and all else is equal."
@@ -74,12 +75,12 @@ def expect_fail(error: type[BaseException] = AssertionError, # the type that mus
         return
     raise AssertionError(f'no {error.__name__} was raised')
 
-# %% ../nbs/00_testing.ipynb #8050e58f
+# %% ../nbs/00_testing.ipynb #b6f8a4af
 SPECIALS = (np.nan, np.inf, -np.inf, 0.0, 1e-30, 1e30) # what breaks a formula: not finite, no norm, under- and overflow
 
 def sprinkle(x: np.ndarray, # array to copy
              rng: np.random.Generator, # decides the places
-             values=SPECIALS, # each is put at one place
+             values: Sequence[float] = SPECIALS, # each is put at one place
              ) -> np.ndarray: # copy of x with the values in it
     "A copy of `x` with each of `values` at a random place of its own (as many as fit)."
     out = x.copy()

@@ -7,7 +7,7 @@ __all__ = ['DIGEST', 'held_out', 'Text', 'corpus', 'draw', 'language_model', 'La
            'judge', 'all_finite', 'first_nonfinite', 'fingerprint', 'Run', 'previous', 'save_checkpoint',
            'read_checkpoint', 'load_checkpoint', 'proceed', 'train']
 
-# %% ../nbs/07a_training.ipynb #6c75d6b6
+# %% ../nbs/07a_training.ipynb #3a6f7326
 import hashlib
 import io
 import itertools
@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .block import Parametric, Shapes, _views, check_state, initialise
 from .context import SharedAttentionContext, frobenius, panel_shape, update_requirement
@@ -123,7 +124,7 @@ class _Weights(Parametric):
         for n, p in self._own.items(): p[...] = state[n]
         self._saved = None
 
-# %% ../nbs/07a_training.ipynb #404e9ee8
+# %% ../nbs/07a_training.ipynb #03d36f2c
 class _Passes(_Weights):
     "Forward and back, in buffers of one workspace."
     update_rate: float
@@ -135,7 +136,7 @@ class _Passes(_Weights):
             if block.context is not None and before.context is not None and before.context.outgoing is not None:
                 block.context.set_incoming(before.context.outgoing)
 
-    def _take(self, name: str, *shape: int, dtype=None) -> np.ndarray:
+    def _take(self, name: str, *shape: int, dtype: DTypeLike | None = None) -> np.ndarray:
         return self.workspace.take(f'model.{name}', shape, self.dtype if dtype is None else dtype)
 
     def _forward(self, ids: np.ndarray, learn: bool) -> SimpleNamespace: # what backward reads
@@ -170,14 +171,14 @@ class _Passes(_Weights):
         np.add.reduce(G.reshape(B, S, D), axis=0, out=g['positions'][:S])
         g['positions'][S:].fill(0)
 
-# %% ../nbs/07a_training.ipynb #8a357013
+# %% ../nbs/07a_training.ipynb #ebffb6ee
 class LanguageModel(_Passes):
     "A byte-level Transformer: blocks on one workspace, with or without a context from each to the next."
     def __init__(self,
                  dim: int, # D
                  n_heads: int, # H, divides D
                  ffn_dim: int, # F, of the hidden layers
-                 n_layers: int, # L
+                 n_layers: int, # number of blocks
                  *,
                  max_len: int = 256, # longest sequence
                  vocab: int = 256, # V, number of tokens
@@ -185,12 +186,12 @@ class LanguageModel(_Passes):
                  update_rate: float = 0.01, # of the contexts
                  max_rows: int | None = 32, # that a context samples of a batch
                  rng: np.random.Generator | None = None, # of the initial weights; contexts draw nothing
-                 dtype=np.float32, # or float64
+                 dtype: DTypeLike = np.float32, # or float64
                  workspace: Workspace | None = None): # default: its own; the model starts its generations
         for name, n in dict(dim=dim, n_layers=n_layers, max_len=max_len, vocab=vocab).items():
             if n < 1: raise ValueError(f'{name}: {n}, needed at least 1')
         rng, ws = np.random.default_rng() if rng is None else rng, Workspace(growth='exact') if workspace is None else workspace
-        def context():
+        def context() -> SharedAttentionContext | None:
             return None if strength is None else SharedAttentionContext(strength, update_rate, max_rows=max_rows, dtype=dtype, workspace=ws)
         blocks = [TransformerBlock(dim, n_heads, ffn_dim, rng=rng, dtype=dtype, context=context(), workspace=ws, max_len=max_len)
                   for _ in range(n_layers)]
@@ -234,7 +235,7 @@ class LanguageModel(_Passes):
             raise RuntimeError(f'backward: the loss was in generation {kept.generation} of the workspace, now is {self.workspace.generation}')
         with unbuffered(): self._backward(kept)
 
-    def _check(self, name: str, ids) -> np.ndarray:
+    def _check(self, name: str, ids: Any) -> np.ndarray:
         ids = check_ids(name, ids, self.vocab)
         if ids.ndim != 2 or not ids.size: raise ValueError(f'{name}: shape {ids.shape}, needed (B, S) with at least one token')
         if ids.shape[1] > self.max_len: raise ValueError(f'{name}: {ids.shape[1]} tokens in a sequence, max_len is {self.max_len}')
@@ -273,7 +274,7 @@ def _model_requirement(model: LanguageModel) -> Requirement:
                   any_of(Buffer('loss.row', ('N',), model.dtype), all_of(b('gradient0', 'N', 'D'), b('gradient1', 'N', 'D'), step)))
     return all_of(*kept, any_of(forward, head))
 
-# %% ../nbs/07a_training.ipynb #e25863d2
+# %% ../nbs/07a_training.ipynb #87d67613
 @dataclass(frozen=True)
 class Settings:
     "What decides a training curve, beside model and text. Steps are counted from 1."
@@ -291,7 +292,7 @@ class Settings:
     judge_every: int = 50 # steps between validations
     windows: int = 64 # of a validation
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ('steps', 'batch', 'seq_len', 'judge_every', 'windows'):
             if getattr(self, name) < 1: raise ValueError(f'{name}: {getattr(self, name)}, needed at least 1')
         for name in ('lr', 'clip'):
@@ -476,7 +477,7 @@ def load_checkpoint(path: str | Path, run: Run) -> Run: # the same run, further 
     run.load_state_dict(read_checkpoint(path))
     return run
 
-# %% ../nbs/07a_training.ipynb #897f7953
+# %% ../nbs/07a_training.ipynb #89a0e75e
 def proceed(run: Run,
             *,
             until: int | None = None, # step to stop after; default: the last
@@ -500,7 +501,7 @@ def train(model: LanguageModel,
           settings: Settings = Settings(),
           *,
           resume: str | Path | None = None, # a checkpoint to go on from
-          **options) -> Run: # as for `proceed`
+          **options: Any) -> Run: # as for `proceed`
     "Train a model from the beginning, or from a checkpoint."
     run = Run(model, text, settings)
     if resume is not None: load_checkpoint(resume, run)

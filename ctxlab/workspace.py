@@ -6,7 +6,7 @@
 __all__ = ['GROWTH', 'NEVER', 'NOTHING', 'POISON', 'Dim', 'Order', 'ORDERS', 'EXACT', 'Watched', 'Workspace', 'Requirement',
            'Buffer', 'all_of', 'any_of', 'Lifetime', 'Plan', 'live_curve', 'plan', 'Recorder', 'record']
 
-# %% ../nbs/04_workspace.ipynb #f1605767
+# %% ../nbs/04_workspace.ipynb #d71fa73b
 import bisect
 import itertools
 import math
@@ -22,26 +22,27 @@ from threading import current_thread
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from .gemm import ALIGNMENT, aligned_empty
 from .measure import megabytes
 
-# %% ../nbs/04_workspace.ipynb #232cfa96
-def _check_shape(name: str, shape) -> tuple[int, ...]:
+# %% ../nbs/04_workspace.ipynb #bac8cf9e
+def _check_shape(name: str, shape: Any) -> tuple[int, ...]:
     try: dims = tuple(operator.index(n) for n in (shape if np.iterable(shape) else (shape,)))
     except TypeError: raise TypeError(f'shape: {shape!r} of {name!r} is not made of integers') from None
     if any(n < 0 for n in dims): raise ValueError(f'shape: {dims} of {name!r} has a negative dimension')
     if len(dims) > 64: raise ValueError(f'shape: {name!r} has {len(dims)} dimensions; at most 64 are possible')
     return dims
 
-def _check_dtype(name: str, dtype) -> np.dtype:
+def _check_dtype(name: str, dtype: Any) -> np.dtype:
     try: found = np.dtype(dtype)
     except (TypeError, ValueError, SyntaxError): raise TypeError(f'dtype: {dtype!r} of {name!r} is no NumPy dtype') from None
     if dtype is None or found.hasobject or not found.itemsize or found.subdtype:
         raise TypeError(f'dtype: {dtype} of {name!r} has no plain bytes to reuse; use numbers, bool or a record of them')
     return found
 
-def _check_request(name, shape, dtype) -> tuple[tuple[int, ...], np.dtype, int]: # shape, dtype, bytes
+def _check_request(name: str, shape: Any, dtype: Any) -> tuple[tuple[int, ...], np.dtype, int]: # shape, dtype, bytes
     if not isinstance(name, str): raise TypeError(f'name: {name!r} is not a string')
     shape, dtype = _check_shape(name, shape), _check_dtype(name, dtype)
     size = math.prod(max(n, 1) for n in shape) * dtype.itemsize # NumPy's own rule: even an empty array has countable strides
@@ -55,7 +56,7 @@ GROWTH: dict[str, Callable[[int, int], int]] = { # policy -> (bytes needed, byte
     'geometric': lambda needed, held: max(needed, held + held // 2),
 }
 
-# %% ../nbs/04_workspace.ipynb #c3c79e1b
+# %% ../nbs/04_workspace.ipynb #4ebf7a67
 class _Lease:
     "The right to use a buffer, until the workspace takes it back."
     def __init__(self, name: str, generation: int, flat: np.ndarray, clock: Iterator[int] | None = None): # clock: notes uses
@@ -68,23 +69,23 @@ class _Lease:
         if self.over: raise RuntimeError(f'buffer {self.name!r} of generation {self.generation} is stale: {self.over}')
         if self.clock is not None: self.last = next(self.clock)
 
-def _lease(a) -> _Lease | None: return object.__getattribute__(a, '__dict__').get('lease') if isinstance(a, Watched) else None
+def _lease(a: object) -> _Lease | None: return object.__getattribute__(a, '__dict__').get('lease') if isinstance(a, Watched) else None
 def _set_lease(a: 'Watched', lease: _Lease) -> None: object.__getattribute__(a, '__dict__')['lease'] = lease
 
-def _inherit(view: 'Watched', source) -> None:
+def _inherit(view: 'Watched', source: object) -> None:
     "Pass the lease on, if the memory is that of the buffer."
     lease = _lease(source)
     if lease is not None and np.ndarray.__array_interface__.__get__(view)['data'][0] in lease.memory: _set_lease(view, lease)
 
-def _ask(a) -> None:
+def _ask(a: object) -> None:
     "Check the lease of `a`, if it has one; look into lists and tuples, which NumPy's functions take."
     lease = _lease(a)
     if lease is not None: lease.use()
     elif isinstance(a, list | tuple | dict):
         for item in a.values() if isinstance(a, dict) else a: _ask(item)
 
-# %% ../nbs/04_workspace.ipynb #c2377469
-def _plain(a):
+# %% ../nbs/04_workspace.ipynb #5b39a25b
+def _plain(a: Any) -> Any:
     "The same memory as an ordinary array, after a look at the lease."
     _ask(a)
     return np.ndarray.view(a, np.ndarray) if isinstance(a, Watched) else a
@@ -92,22 +93,23 @@ def _plain(a):
 def _asking(name: str) -> Callable:
     "A method of `np.ndarray` that looks at the leases first."
     method = getattr(np.ndarray, name)
-    def asking(self, *args):
+    def asking(self: np.ndarray, *args: Any) -> Any:
         _ask([self, *args])
         return method(self, *args)
     return asking
 
+# %% ../nbs/04_workspace.ipynb #748c8406
 class Watched(np.ndarray):
     "What a debug workspace hands out: its methods, operators and NumPy's functions check first that the buffer is still on loan."
-    def __array_finalize__(self, source): # views inherit the lease, copies do not
+    def __array_finalize__(self, source: np.ndarray | None) -> None: # views inherit the lease, copies do not
         _ask(source)
         _inherit(self, source)
 
-    def __getattribute__(self, name):
+    def __getattribute__(self, name: str) -> Any:
         if name != '__class__': _ask(self)
         return np.ndarray.__getattribute__(self, name)
 
-    def view(self, *args, **options):
+    def view(self, *args: Any, **options: Any) -> Any:
         "As `np.ndarray.view`, but never a plain array, which would be out of sight."
         return self[...] if args == (np.ndarray,) and not options else np.ndarray.view(self, *args, **options)
 
@@ -115,13 +117,13 @@ class Watched(np.ndarray):
     __float__, __int__, __bool__, __index__, __complex__ = map(_asking, ('__float__', '__int__', '__bool__', '__index__', '__complex__'))
     __len__, __iter__, __contains__, __format__ = map(_asking, ('__len__', '__iter__', '__contains__', '__format__'))
 
-    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple = (), **options: Any) -> Any:
         if out: options['out'] = tuple(map(_plain, out))
         result = getattr(ufunc, method)(*map(_plain, inputs), **{k: _plain(v) for k, v in options.items()})
         if not out: return result
         return out[0] if len(out) == 1 else tuple(r if o is None else o for o, r in zip(out, result))
 
-    def __array_function__(self, func, types, args, kwargs):
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         _ask([args, kwargs])
         result = super().__array_function__(func, types, args, kwargs)
         if type(result) is not np.ndarray: return result
@@ -148,10 +150,10 @@ class _Buffer:
 NOTHING = np.empty(0, np.uint8)
 POISON = 0xFF # in every byte: NaN as floating point, -1 as a signed integer
 
-# %% ../nbs/04_workspace.ipynb #29a8299f
+# %% ../nbs/04_workspace.ipynb #fe4bc903
 class _Owned:
     "One thread at a time: whoever takes first owns it, until everything is given back."
-    def __init__(self):
+    def __init__(self) -> None:
         self._owner: threading.Thread | None = None
         self._lock, self._scopes, self._generation = threading.Lock(), 0, 1
         self._taken: list[_Buffer] = [] # in this generation, in order
@@ -178,10 +180,10 @@ class _Owned:
             yield
         finally: self._disown()
 
-# %% ../nbs/04_workspace.ipynb #30737f9f
+# %% ../nbs/04_workspace.ipynb #0d6e7717
 class _Storage(_Owned):
     "What a workspace holds, and how to read it."
-    def __init__(self, growth, limit_bytes, debug):
+    def __init__(self, growth: str, limit_bytes: int | None, debug: bool) -> None:
         super().__init__()
         if not isinstance(growth, str) or growth not in GROWTH: raise ValueError(f"growth: {growth!r}, needed one of {', '.join(map(repr, GROWTH))}")
         if limit_bytes is not None and not isinstance(limit_bytes, int | np.integer):
@@ -203,7 +205,7 @@ class _Storage(_Owned):
     @property
     def allocation_count(self) -> int: return self._allocations # of storage, since the beginning
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         limit = '' if self.limit_bytes is None else f' of at most {megabytes(self.limit_bytes)}'
         return (f'Workspace({len(self._buffers)} buffers, {megabytes(self.nbytes)} held{limit}, {megabytes(self.used_bytes)} in use, '
                 f'generation {self.generation}, {self.allocation_count} allocations)')
@@ -216,19 +218,19 @@ class _Storage(_Owned):
             lines.append(f"{b.name:24}{len(b.flat):12,}{b.used:12,}  {b.shape} {b.dtype}, {state}")
         return '\n'.join([*lines, f"{'held':24}{self.nbytes:12,}{self.used_bytes:12,}  taken now"])
 
-# %% ../nbs/04_workspace.ipynb #aa5c7abb
+# %% ../nbs/04_workspace.ipynb #9a46f5c6
 class Workspace(_Storage):
     "Named buffers that are reused: exact shapes, 64-byte aligned, uninitialised, valid for one generation."
     def __init__(self, *,
                  growth: str = 'pow2', # how capacity grows: 'exact', 'pow2' or 'geometric' (1.5)
                  limit_bytes: int | None = None, # most bytes to hold; None: no limit
-                 debug: bool = False): # poison what is given back, and detect views that are used too late
+                 debug: bool = False) -> None: # poison what is given back, and detect views that are used too late
         super().__init__(growth, limit_bytes, debug)
 
     def take(self,
              name: str, # whose storage to use; within a generation a name has one shape
              shape: tuple[int, ...],
-             dtype=np.float32,
+             dtype: DTypeLike = np.float32,
              ) -> np.ndarray: # uninitialised, C order; the same memory whenever `name` is taken in this generation
         "A view of exactly this shape; allocates only when the name has never been as large."
         if self._owner is not current_thread(): return self._take_new(name, shape, dtype)
@@ -244,7 +246,7 @@ class Workspace(_Storage):
             self._used += b.used
         return view
 
-    def _take_new(self, name, shape, dtype) -> np.ndarray: # whatever is not a repetition
+    def _take_new(self, name: str, shape: Any, dtype: Any) -> np.ndarray: # whatever is not a repetition
         shape, found, needed = _check_request(name, shape, dtype)
         self._claim()
         try:
@@ -371,12 +373,12 @@ def _watched(b: _Buffer) -> Watched:
     _set_lease(view, b.lease)
     return view
 
-# %% ../nbs/04_workspace.ipynb #154e4f92
+# %% ../nbs/04_workspace.ipynb #5dd00231
 Dim = int | str # a number, or factors such as '2 D'
 
 def _factors(dim: Dim) -> list[str]: return str(dim).split()
 
-def _check_dim(name: str, dim) -> Dim:
+def _check_dim(name: str, dim: Any) -> Dim:
     "A number, or factors in one spelling."
     if isinstance(dim, str) and dim.split() and all(f.isdigit() or f.isidentifier() for f in dim.split()): return ' '.join(dim.split())
     try: number = operator.index(dim)
@@ -410,7 +412,7 @@ class Requirement(ABC):
         texts = [' '.join(filter(None, [str(n) if n != 1 or not term else '', term])) for term, n in self.terms().items()]
         return ' + '.join(texts) or '0'
 
-# %% ../nbs/04_workspace.ipynb #aae14654
+# %% ../nbs/04_workspace.ipynb #f9583a96
 @dataclass(frozen=True)
 class Buffer(Requirement):
     "One named buffer; its dimensions are numbers or letters."
@@ -418,7 +420,7 @@ class Buffer(Requirement):
     shape: tuple[Dim, ...]
     dtype: Any = np.float32
 
-    def __post_init__(self): # one buffer has one spelling
+    def __post_init__(self) -> None: # one buffer has one spelling
         object.__setattr__(self, 'dtype', _check_dtype(self.name, self.dtype))
         object.__setattr__(self, 'shape', tuple(_check_dim(self.name, dim) for dim in self.shape))
 
@@ -494,7 +496,7 @@ class Plan:
 
 def _rounded(size: int) -> int: return -(-size // ALIGNMENT) * ALIGNMENT
 
-# %% ../nbs/04_workspace.ipynb #51f2854c
+# %% ../nbs/04_workspace.ipynb #c4dc8664
 class _Item(NamedTuple):
     "A request in numbers."
     number: int
@@ -520,7 +522,9 @@ def _place(size: int, occupied: list[tuple[int, int]], tight: bool) -> int: # of
         top = max(top, end)
     return top if best < 0 else best
 
-def _pack(order: list[_Item], meets: list[list[int]], tight: bool = True) -> tuple[int, dict[int, tuple[int, int]]]:
+_Packing = tuple[int, dict[int, tuple[int, int]]] # bytes in all; item -> (start, end)
+
+def _pack(order: list[_Item], meets: list[list[int]], tight: bool = True) -> _Packing:
     "Place items one after the other: the total, and (start, end) of each."
     spans: dict[int, tuple[int, int]] = {}
     for i, size, *_ in order:
@@ -550,13 +554,13 @@ def _by_breadth(items: list[_Item], live: Mapping[int, int]) -> list[_Item]:
 ORDERS: dict[str, Order] = {'size': _by_size, 'breadth': _by_breadth,
                             'length': lambda items, live: sorted(items, key=lambda i: (i.first - i.last, -i.size))}
 
-# %% ../nbs/04_workspace.ipynb #987b264e
+# %% ../nbs/04_workspace.ipynb #6a603e63
 EXACT = 7 # requests up to which the optimum is searched for
 
-def _search(items: list[_Item], meets: list[list[int]], known, bound: int) -> tuple[int, dict[int, tuple[int, int]]]:
+def _search(items: list[_Item], meets: list[list[int]], known: _Packing, bound: int) -> _Packing:
     "The best packing: all orders, lowest place first, cut off at the best total so far."
     best, seen = known, set()
-    def extend(spans, height):
+    def extend(spans: dict[int, tuple[int, int]], height: int) -> None:
         nonlocal best
         if height >= best[0] or best[0] == bound: return
         if len(spans) == len(items): best = height, spans
@@ -570,8 +574,8 @@ def _search(items: list[_Item], meets: list[list[int]], known, bound: int) -> tu
     extend({}, 0)
     return best
 
-# %% ../nbs/04_workspace.ipynb #360125cd
-def _check_lifetime(name: str, request) -> Lifetime:
+# %% ../nbs/04_workspace.ipynb #ca6a5b90
+def _check_lifetime(name: str, request: Any) -> Lifetime:
     try: r = Lifetime(*request)
     except TypeError: raise TypeError(f'requests: {name!r} is {request!r}, needed (shape, dtype, first, last)') from None
     try: first, last = operator.index(r.first), operator.index(r.last)
@@ -603,17 +607,19 @@ def _arrange(ws: Workspace, plan: Plan) -> None:
     ws._allocations += 1
     ws._buffers = {n: _Buffer(n, ws._arena[at:at + plan.size(n)], 0) for n, at in plan.offsets.items()}
 
-# %% ../nbs/04_workspace.ipynb #69dc6490
+# %% ../nbs/04_workspace.ipynb #1fdb8fc5
 class Recorder(Workspace):
     "A debug workspace with a clock: every take and every later use of a buffer is one tick."
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(growth='exact', debug=True)
-        self.clock, self._leases = itertools.count(), []
+        self.clock: Iterator[int] = itertools.count()
+        self._leases: list[tuple[_Lease, tuple[int, ...], np.dtype]] = []
 
-    def take(self, name: str, shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
+    def take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
         "As `Workspace.take`; the view notes its uses."
         view = super().take(name, shape, dtype)
         b = self._buffers[name]
+        assert b.lease is not None
         if not self._leases or self._leases[-1][0] is not b.lease: self._leases.append((b.lease, b.shape, b.dtype))
         return view
 

@@ -4,6 +4,8 @@ import copy
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,11 +31,11 @@ from ctxlab.claims import (
 from ctxlab.data import pair
 from ctxlab.gemm import dot, forms
 from ctxlab.growth import POLICIES
-from ctxlab.measure import Interval
+from ctxlab.measure import AGAIN, Interval, Timings
 from ctxlab.original import backward, forward, sites, update, update_step
 from ctxlab.reference import apply_context, apply_context_vjp, ema, similarity, similarity_step
 from ctxlab.report import as_json
-from ctxlab.stack import KINDS
+from ctxlab.stack import KINDS, Memory
 from ctxlab.testing import assert_equiv
 
 # Every claim of the report, as the project set out to audit them. None may drop out unnoticed.
@@ -99,7 +101,45 @@ def test_the_entry_is_complete(claim, findings):
     f = findings[claim.id]
     assert f.verdict in (CONFIRMED, REFUTED, PARTLY, UNDECIDED)
     assert f.told
-    assert all((claim.says, claim.rule, claim.notebook))
+    assert all((claim.says, claim.rule, claim.notebook, claim.section, claim.units))
+    assert sum(verdict in claim.rule for verdict in (CONFIRMED, REFUTED, PARTLY)) >= 2  # another is named
+
+
+ESTIMATES = ("mem-update", "mem-apply", "mem-forward", "mem-batch", "pool-mem", "total")
+
+
+@pytest.mark.parametrize("id", ESTIMATES)
+def test_an_estimate_of_memory_says_what_it_is(id, findings):
+    f = findings[id]
+    assert "peak" in f.told or "traffic" in f.told
+    assert "peak" in f.claim.rule + f.claim.units or "traffic" in f.claim.rule + f.claim.units
+
+
+@by_claim
+def test_the_section_that_explains_it_exists(claim):
+    path = Path(__file__).parent.parent / "nbs" / f"{claim.notebook}.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    texts = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown"]
+    assert any(
+        line.lstrip("#") == f" {claim.section}" for t in texts for line in t.splitlines() if line[:1] == "#"
+    )
+
+
+@by_claim
+def test_measurement_and_rule_can_be_read(claim):
+    for part in (claim.measure, claim.judge):
+        function, given = claims.core(part)
+        assert function.__name__.isidentifier()
+        assert all(isinstance(value, str | int | float) for value in given)
+
+
+COMPILED = """site-cov site-denom site-apply site-mixed site-corr mem-update mem-apply mem-forward mem-batch
+speed-forward speed-backward why-faster numeric""".split()
+
+
+@pytest.mark.parametrize("id", COMPILED)
+def test_what_was_counted_in_the_original_stands_beside(id, findings):
+    assert findings[id].claim.original
 
 
 @by_claim
@@ -323,3 +363,86 @@ def test_any_accepted_activations_get_a_full_ledger(kind, shape):
     found = run_ledger(b)
     assert [f.claim for f in found] == LEDGER
     json.dumps(as_json(found, b, {}), allow_nan=False)  # no figure is lost to the report
+
+
+# Verdicts on speed, from timings whose truth is known
+
+ROUNDS = np.repeat(np.arange(7), 5)  # as `time_placed` makes them: seven placements of a few rounds
+NOISES = {  # what a sample costs beside its truth
+    "gaussian": lambda rng: 1 + 0.02 * rng.standard_normal(35),
+    "heavy-tailed": lambda rng: 1 + 0.02 * rng.pareto(0.9, 35),
+    "drift": lambda rng: 1 + 0.002 * rng.standard_normal(35),
+    "placement": lambda rng: (
+        np.exp(0.05 * rng.standard_normal(7))[ROUNDS] * (1 + 0.002 * rng.standard_normal(35))
+    ),
+}
+
+
+def made_up(rng, noise, costs):
+    """Timings of functions with known costs; the first is the control."""
+    control = next(iter(costs))
+    drift = np.exp(np.cumsum(0.1 * rng.standard_normal(35))) if noise == "drift" else 1.0
+    costs = costs | {control + AGAIN: costs[control]}
+    return Timings({n: c * drift * NOISES[noise](rng) for n, c in costs.items()}, control, 1, ROUNDS)
+
+
+class MadeUp:
+    """A bench whose timings are made up: every gain is `gain` percent."""
+
+    timed_blocks = "blocks"
+
+    def __init__(self, rng, noise, gain):
+        self.workloads = [SimpleNamespace(name=name, X=np.empty((10, 1000))) for name in ("mine", "other")]
+        self.draw = lambda *names: made_up(
+            rng, noise, {n: 1 + (i == 0) * gain / 100 for i, n in enumerate(names)}
+        )
+
+    def timed(self, w, what):
+        return self.draw("dot", "zeros + gemm", "reused out")
+
+    def peaks(self, w, what):
+        return {"dot": w.X.nbytes}
+
+    def stacked(self, kind, backward):
+        return self.draw("not pooled", "pooled")
+
+    def norms(self):
+        return self.draw("|s|", "|s| at a quarter", "vector of 768", "locked hit")
+
+    def memory(self, backward):
+        return Memory(traffic=0, fresh=0, pooled=0, planned=0)
+
+
+TRUTHS = [  # claim, true gain, verdicts that contradict it
+    ("speed-forward", 0, (CONFIRMED, PARTLY)),
+    ("speed-backward", 0, (CONFIRMED, PARTLY)),
+    ("speed-forward", 3, (CONFIRMED, REFUTED, PARTLY)),  # at the bound neither is right
+    ("speed-forward", 12, (REFUTED, PARTLY)),
+    ("pool-speed", 0, (CONFIRMED,)),
+    ("pool-speed", 12, (REFUTED,)),
+    ("why-faster", 0, (CONFIRMED, PARTLY)),
+    ("total", 0, (CONFIRMED, PARTLY)),
+    ("all-archs", 0, (CONFIRMED, REFUTED)),
+    ("all-archs", 5, (REFUTED,)),
+    ("norm-lock", 0, (CONFIRMED, REFUTED, PARTLY)),
+    ("norm-cost", 0, (CONFIRMED,)),
+]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize(("id", "gain", "wrong"), TRUTHS)
+def test_wrong_verdicts_on_speed_are_rare(id, gain, wrong, noise):
+    claim, rng = next(c for c in LEDGER if c.id == id), np.random.default_rng([gain, len(id), len(noise)])
+    runs = [claims.audit(claim, MadeUp(rng, noise, gain)).verdict for _ in range(200)]
+    assert np.mean([verdict in wrong for verdict in runs]) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("id", "gain", "right"),
+    [("speed-forward", 20, CONFIRMED), ("speed-forward", -5, REFUTED), ("pool-speed", 20, CONFIRMED)],
+)
+@pytest.mark.parametrize("noise", ["gaussian", "drift"])
+def test_a_clear_gain_or_loss_is_recognised(id, gain, right, noise):
+    claim, rng = next(c for c in LEDGER if c.id == id), np.random.default_rng(0)
+    runs = [claims.audit(claim, MadeUp(rng, noise, gain)).verdict for _ in range(100)]
+    assert np.mean([verdict == right for verdict in runs]) >= 0.9

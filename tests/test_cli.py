@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ FAST = [
     "-c",
     """
 import sys
+import os
+from dataclasses import replace
 import numpy as np
 from ctxlab import claims, cli
 from ctxlab.data import Pair
@@ -31,6 +34,10 @@ def small(rng):
     x, y = rng.standard_normal((2, 64, 48), np.float32)
     return claims.workload('512 x 768', Pair('random', x, y), rng)
 claims.report_size, cli.BUDGETS['quick'] = small, 0.0
+def stop(b):
+    raise KeyboardInterrupt if os.environ['STOP'] == 'interrupt' else OSError(28, 'No space left on device')
+if 'STOP' in os.environ: # at the sixth claim
+    claims.LEDGER[5] = replace(claims.LEDGER[5], measure=stop)
 sys.exit(cli.main(sys.argv[1:]))
 """,
 ]
@@ -40,7 +47,7 @@ FILES = {"index.html", "claims.json", "bytes.png", "gain.png", "times.png", "mem
 
 def options(folder, **more):
     """A terminal's environment, without what a developer may have set."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MPL"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MPL", "COLUMNS"))}
     env["OPENBLAS_NUM_THREADS"] = "1"  # on a busy machine two threads wait for each other
     return dict(cwd=folder, env=env | more, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -71,7 +78,83 @@ def test_help_explains_every_option(tmp_path):
         assert action.help
         assert all(option in done.stdout for option in action.option_strings)
     assert all(code in done.stdout.split("exit codes:")[1] for code in ("0", "2", "130"))
-    assert "report" in short.stdout
+    for command in ("report", "claims", "bench"):
+        assert command in short.stdout
+
+
+def test_help_needs_no_numpy(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise ImportError('loaded')")
+    done = run(tmp_path, "report --help", PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_options_and_claims(shell, tmp_path):
+    done = run(tmp_path, f"--print-completion {shell}")
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("report", "bench", "claims", "compare", "resume", "threads", *(c.id for c in LEDGER)):
+        assert word in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("re", "report"),
+        ("report --qu", "--quick"),
+        ("claims speed-f", "speed-forward"),
+        ("report --out f", "folder"),
+    ],
+)
+def test_bash_completes(typed, offered, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "c").write_text(run(tmp_path, "--print-completion bash").stdout)
+    words = ["ctxlab", *typed.split()]
+    ask = f"""
+    source ./c
+    COMP_WORDS=({" ".join(words)})
+    COMP_CWORD={len(words) - 1}
+    COMP_LINE="${{COMP_WORDS[*]}}"
+    COMP_POINT=${{#COMP_LINE}}
+    function=$(complete -p ctxlab | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
+    $function ctxlab "{words[-1]}" ""
+    printf '%s\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", ask], stdout=subprocess.PIPE, **options(tmp_path))
+    assert offered in done.stdout.split()
+
+
+def test_the_list_of_claims(tmp_path):
+    done = run(tmp_path, "claims")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = " ".join(done.stdout.split())
+    for claim in LEDGER:
+        assert f"{claim.id} {claim.notebook} {claim.says}" in text
+
+
+@pytest.mark.parametrize("columns", ["40", "100"])
+def test_one_claim_explained(columns, tmp_path):
+    claim = LEDGER[10]
+    done = run(tmp_path, f"claims {claim.id}", COLUMNS=columns)
+    text = " ".join(done.stdout.split())
+    assert all(
+        part in text for part in (claim.says, claim.rule, claim.notebook, claim.section, claim.original)
+    )
+    assert max(map(len, done.stdout.splitlines())) <= int(columns)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("claims speed-foreward", "did you mean speed-forward"),
+        ("claims POW2", "did you mean pow2"),
+        ("claims xyzzy", "`ctxlab claims` lists them"),
+        ("claims pow2 --from nowhere", "nowhere: no such file"),
+        ("claims pow2 --from .", "claims.json: no such file"),
+    ],
+)
+def test_unknown_claims(words, said, tmp_path):
+    assert_refused(run(tmp_path, words), tmp_path, {}, said)
 
 
 WRONG = [
@@ -82,6 +165,11 @@ WRONG = [
     "report --out",
     "report --seed -1",
     "report --seed 1.5",
+    "report --threads 0",
+    "report --threads -1",
+    "report --threads two",
+    "bench --threads 0",
+    "--print-completion fish",
 ]
 
 
@@ -205,6 +293,40 @@ def test_places_that_cannot_be_written(words, said, tmp_path):
     assert_refused(done, tmp_path, before, said)
 
 
+@pytest.mark.parametrize("out", [".", "new"])
+def test_nothing_to_resume(out, tmp_path):
+    done = run(tmp_path, f"report --resume --out {out}")
+    assert_refused(done, tmp_path, {}, "unfinished.json: no such file", "leave --resume out")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        (b"", "not JSON"),
+        (b"\xff\xfe", "no text"),
+        (b'{"schema": "ctxlab.claims", "schema_version": 1, "claims": []}', "version 1 of the schema"),
+        (b'{"schema": "ctxlab.claims", "schema_version": 99}', "version 99 of the schema"),
+        (b'{"schema": "other"}', "not a report of ctxlab"),
+        (b'{"schema": "ctxlab.claims", "schema_version": 2}', "there is no 'claims'"),
+        (b"[" * 100_000, "not a report of ctxlab"),
+    ],
+    ids=["missing", "empty", "binary", "older", "newer", "other", "cut", "deep"],
+)
+def test_a_strange_report_is_refused_before_anything_is_measured(content, said, tmp_path):
+    if content is not None:
+        (tmp_path / "claims.json").write_bytes(content)
+    for old in ("claims.json", "."):
+        before = tree(tmp_path)
+        done = run(tmp_path, f"report --out new --activations none.npz --compare {old}")
+        assert_refused(done, tmp_path, before, "claims.json", said)
+
+
+def test_more_threads_than_there_can_be(tmp_path):
+    done = run(tmp_path, "report --quick --threads 99999")
+    assert_refused(done, tmp_path, {}, "--threads: 99999 are not to be had")
+
+
 def test_debug_shows_the_traceback(tmp_path):
     plain = run(tmp_path, "report --activations none.npz")
     debug = run(tmp_path, "report --activations none.npz --debug")
@@ -256,6 +378,57 @@ def test_a_file_name_that_is_not_text(tmp_path):
     done = run(tmp_path, "report --quick --activations \udcff.npz", command=FAST)
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 2)
+
+
+def test_a_run_that_stops_goes_on_where_it_was(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (*FILES, "notes.txt"):
+        (out / name).write_text(f"old {name}")
+    earlier = tree(out)
+    for stop, code, said in (
+        ("interrupt", 130, "interrupted"),
+        ("full", 2, "error: [Errno 28] No space left"),
+    ):
+        done = run(tmp_path, "report --quick --out out --threads 1", command=FAST, STOP=stop)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert done.stderr.startswith(f"ctxlab: {said}")
+        assert done.stderr.endswith("5 claims are kept: --resume goes on with them\n")
+        assert done.stderr.count("\n") == 1
+        now = tree(out)
+        kept = json.loads(now.pop("unfinished.json"))
+        assert list(kept["figures"]) == [c.id for c in LEDGER[:5]]
+        assert now == earlier  # byte for byte
+    before = tree(tmp_path)
+    for other, what in (
+        ("--seed 1 --threads 1", "settings.seed: 0, now 1"),
+        ("", "settings.threads: 1, now null"),
+    ):
+        done = run(tmp_path, f"report --quick --out out --resume {other}", command=FAST)
+        assert_refused(done, tmp_path, before, "of another run", what)
+    done = run(tmp_path, "report --quick --out out --threads 1 --resume", command=FAST)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(os.listdir(out)) == FILES | {"notes.txt"}
+    data = json.loads((out / "claims.json").read_text())
+    assert {c["id"]: c["figures"] for c in data["claims"]}.items() >= kept[
+        "figures"
+    ].items()  # not measured again
+    assert data["timings"][: len(kept["timings"])] == kept["timings"]
+    assert data["settings"]["threads"] == 1
+    assert all(blas["num_threads"] == 1 for blas in data["machine"]["blas"])
+    assert "(1 threads)" in done.stdout
+
+    stored = run(tmp_path, "claims pow2 --from out")
+    assert f"verdict: {next(c['verdict'] for c in data['claims'] if c['id'] == 'pow2')}" in stored.stdout
+    done = run(tmp_path, "report --quick --out new --compare out --seed 5", command=FAST, COLUMNS="40")
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, _ = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 40
+    assert "differs in settings.seed: 0, now 5" in " ".join(done.stdout.split())
+    compared = json.loads((tmp_path / "new/claims.json").read_text())["compared"]
+    assert [c["id"] for c in compared["claims"]] == [c.id for c in LEDGER]
+    assert len(compared["timings"]) == 35
+    assert "What changed" in (tmp_path / "new/index.html").read_text()
 
 
 # Ends

@@ -15,6 +15,8 @@ from ctxlab.measure import (
     Comparison,
     Interval,
     Timings,
+    apart,
+    blas_threads,
     machine,
     machine_line,
     median_interval,
@@ -91,6 +93,59 @@ def test_false_alarms_are_rare(noise, rounds):
     rng = np.random.default_rng([rounds, len(noise)])
     alarms = [synthetic(rng, noise, rounds, 1.0) != "no difference" for _ in range(600)]
     assert np.mean(alarms) <= 0.05
+
+
+def lucky(rng, noise, placed):
+    """No difference, but where the arrays lie favours one function by a few percent."""
+    block = np.repeat(np.arange(7), 6)
+    names = ("a", "a" + AGAIN, "b")
+    luck = {
+        name: np.exp(0.03 * rng.standard_normal(7 if placed else 1))[block if placed else 0] for name in names
+    }
+    seconds = {name: luck[name] * NOISE[noise](rng, len(block)) for name in names}
+    return Timings(seconds, "a", 1, block if placed else None).compare("b").outcome
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_false_alarms_are_rare_over_placements(noise):
+    rng = np.random.default_rng(len(noise))
+    assert np.mean([lucky(rng, noise, True) != "no difference" for _ in range(400)]) <= 0.05
+
+
+def test_in_one_placement_luck_looks_like_a_difference():
+    # Why nothing that decides on a few percent may rest on one placement.
+    rng = np.random.default_rng(0)
+    assert np.mean([lucky(rng, "quiet", False) != "no difference" for _ in range(400)]) > 0.25
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=6, max_size=6))
+def test_widened_leaves_out_one_exactly_where_there_is_a_difference(ends):
+    made = [Interval((a + b) / 2, min(a, b), max(a, b)) for a, b in (ends[:2], ends[2:4])]
+    c = Comparison(*made)
+    w = c.widened
+    assert w.low <= c.ratio.low <= c.ratio.high <= w.high
+    # Division rounds, so an edge within rounding of 1 says nothing.
+    if min(abs(w.low - 1), abs(w.high - 1)) > 1e-12:
+        assert c.outcome == ("faster" if w.high < 1 else "slower" if w.low > 1 else "no difference")
+    assert apart(c, c) is False
+    assert c.noise >= 0
+
+
+def test_threads_are_limited_and_given_back():
+    before = [blas["num_threads"] for blas in machine()["blas"]]
+    with blas_threads(1):
+        assert all(blas["num_threads"] == 1 for blas in machine()["blas"])
+        with blas_threads(None):
+            pass
+    assert [blas["num_threads"] for blas in machine()["blas"]] == before
+
+
+@pytest.mark.parametrize("count", [0, -3, 10**6])
+def test_threads_that_cannot_be_had(count):
+    before = [blas["num_threads"] for blas in machine()["blas"]]
+    with pytest.raises(ValueError, match="threads: "), blas_threads(count):
+        pytest.fail("it would have run with another number")
+    assert [blas["num_threads"] for blas in machine()["blas"]] == before
 
 
 @pytest.mark.parametrize(("effect", "outcome"), [(3.0, "slower"), (1 / 3, "faster")])

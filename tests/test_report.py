@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
 
 import matplotlib
@@ -20,7 +22,22 @@ from ctxlab import __version__
 from ctxlab.claims import LEDGER, SHIPPED, run_ledger
 from ctxlab.data import InputError
 from ctxlab.measure import AGAIN, Interval, Timings
-from ctxlab.report import PLOTS, as_html, as_json, png, scoreboard, staging, table, write_report
+from ctxlab.report import (
+    CSS,
+    PLOT_OF,
+    PLOTS,
+    VERDICTS,
+    as_html,
+    as_json,
+    highlighted,
+    noise_line,
+    png,
+    scoreboard,
+    staging,
+    table,
+    terminal,
+    write_report,
+)
 from ctxlab.stack import KINDS
 
 HOSTILE = "</td><script>alert('1')</script> & \"quoted\" &amp; <b onclick=x>"
@@ -62,6 +79,61 @@ def test_the_table_keeps_its_width_and_every_character(made, text):
     assert columns == ["".join(part.split()) for part in whole]
 
 
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("width", [20, 40, 71, 72, 80, 99])
+def test_a_narrow_terminal_loses_nothing(made, text, width):
+    f = made[1][0]
+    f = replace(f, claim=replace(f.claim, says=text), told=text)
+    lines = table([f], width).splitlines()
+    assert max(map(len, lines)) <= width
+    if width < 71:
+        whole = "".join("\n".join(lines).split())
+        assert whole.count("".join(text.split())) >= 2
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_colour_changes_nothing_but_colour(made, width):
+    plain, coloured = table(made[1], width), table(made[1], width, colour=True)
+    assert "\x1b" not in plain
+    assert coloured.count("\x1b[0m") == len(LEDGER)
+    assert re.sub(r"\x1b\[\d+m", "", coloured) == plain
+
+
+@pytest.mark.parametrize(
+    ("tty", "env", "colour"),
+    [
+        (True, {}, True),
+        (True, {"NO_COLOR": ""}, True),  # as the convention says: only where it is not empty
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+        (False, {}, False),
+    ],
+)
+def test_colour_only_where_it_is_wanted(tty, env, colour, monkeypatch):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: tty))
+    monkeypatch.setenv("COLUMNS", "300")
+    assert terminal() == dict(width=100, colour=colour)
+
+
+def test_a_noisy_machine_is_told(made):
+    b = made[0]
+    steady = {name: np.full(14, 1.0) for name in ("dot", "dot" + AGAIN, "reused out")}
+    quiet = Timings(steady, "dot", 1, np.repeat(np.arange(7), 2))
+    loud = Timings(steady | {"dot" + AGAIN: np.linspace(0.9, 1.1, 14)}, "dot", 1, quiet.block)
+    assert noise_line(replace(b, timings={("mine", "cov"): quiet})) == ""
+    line = noise_line(replace(b, timings={("mine", "cov"): quiet, ("mine", "corr"): loud}))
+    assert "1 of 2 comparisons: corr, mine." in line
+    findings = made[1]
+    noisy = replace(b, timings=b.timings | {("mine", "corr"): loud})
+    page = Page(as_html(findings, as_json(findings, noisy, {}), {}))
+    assert "Too noisy to decide" in page.text
+    assert "corr, mine" in page.text
+
+
 def test_the_scoreboard_counts_every_finding(made):
     counts = [int(part.split()[0]) for part in scoreboard(made[1]).split(", ")]
     assert sum(counts) == len(LEDGER)
@@ -74,15 +146,15 @@ def test_json_has_its_schema(data):
     types = {k: type(v) for k, v in data.items()}
     text = dict.fromkeys(("schema", "ctxlab", "created"), str)
     tables = dict.fromkeys(("settings", "machine"), dict)
-    rows = dict.fromkeys(("workloads", "claims", "timings"), list)
+    rows = dict.fromkeys(("workloads", "claims", "timings", "too_noisy"), list)
     assert types == text | tables | rows | {"schema_version": int}
-    assert (data["schema"], data["schema_version"], data["ctxlab"]) == ("ctxlab.claims", 1, __version__)
+    assert (data["schema"], data["schema_version"], data["ctxlab"]) == ("ctxlab.claims", 2, __version__)
     assert data["workloads"] == [
         dict(name="mine", rows=80, features=32),
         dict(name="other", rows=64, features=48),
     ]
     assert [c["id"] for c in data["claims"]] == [c.id for c in LEDGER]
-    text = dict.fromkeys(("id", "says", "verdict", "measured", "rule", "notebook"), str)
+    text = dict.fromkeys(("id", "says", "verdict", "measured", "rule", "notebook", "section", "units"), str)
     for c in data["claims"]:
         assert {k: type(v) for k, v in c.items() if k != "original"} == text | {"figures": dict}
         assert c["original"] is None or isinstance(c["original"], str)
@@ -102,6 +174,8 @@ def test_verdicts_follow_from_the_figures_in_the_file(data):
 def test_figures_follow_from_the_raw_timings_in_the_file(made, data):
     raw = {(t["workload"], t["what"]): t for t in data["timings"]}
     stacks = {("16 x 32", what) for what in ("Transformer forward", *(f"{kind} step" for kind in KINDS))}
+    norms = {"|s|", "|s| at a quarter", "vector of 768", "locked hit", "|s|" + AGAIN}
+    assert set(raw.pop(("norms", ""))["seconds"]) == norms
     assert set(raw) == stacks | set(itertools.product(("mine", "other"), (*SHIPPED, "forward", "backward")))
     for key, t in raw.items():
         seconds = {name: np.array(s) for name, s in t["seconds"].items()}
@@ -179,7 +253,57 @@ def test_the_page_stands_alone(page):
 
 def test_every_picture_is_described(page):
     pictures = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert [attrs["alt"] for attrs in pictures] == [caption for caption, _ in PLOTS.values()]
+    assert sorted(attrs["alt"] for attrs in pictures) == sorted(caption for caption, _ in PLOTS.values())
+    assert set(PLOT_OF) <= {c.id for c in LEDGER}
+    assert set(PLOT_OF.values()) == set(PLOTS)
+
+
+def test_the_page_can_be_heard_and_walked_through(page):
+    tags = [tag for tag, _ in page.tags]
+    assert all(tags.count(tag) == 1 for tag in ("main", "header", "footer", "nav", "h1"))
+    first = next(attrs for tag, attrs in page.tags if tag == "a")
+    assert (first["class"], first["href"]) == ("skip", "#main")
+    assert all(attrs.get("scope") in ("row", "col") for tag, attrs in page.tags if tag == "th")
+    assert tags.count("caption") == tags.count("table")
+    named = [attrs for tag, attrs in page.tags if tag in ("section", "article")]
+    assert {attrs["aria-labelledby"] for attrs in named} <= set(page.all("id"))
+    scrolled = [attrs for _, attrs in page.tags if "tabindex" in attrs and attrs.get("id") != "main"]
+    assert all(attrs["aria-label"] and attrs["role"] == "region" for attrs in scrolled)
+    assert "lang" in dict(page.tags)["html"]
+
+
+def test_each_claim_has_its_section_with_figures_and_code(page):
+    articles = [attrs["id"] for tag, attrs in page.tags if tag == "article"]
+    assert articles == [c.id for c in LEDGER]
+    assert [tag for tag, _ in page.tags].count("details") == len(LEDGER)
+    assert page.text.count("def _speed_figures(") == 2
+    for claim in LEDGER:
+        assert claim.section in page.text
+        assert claim.units in page.text
+        assert claim.original in page.text
+
+
+@pytest.mark.parametrize(
+    "code",
+    [HOSTILE, "", "x = '# no comment'", "f\"{d['a']}\" # if", "'open", '"""doc <b>"""\nreturn 1', "a\\'b'"],
+)
+def test_highlighting_loses_nothing(code):
+    page = Page(highlighted(code))
+    assert page.text == code
+    assert not page.faults
+    assert {tag for tag, _ in page.tags} <= {"span"}
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_each_verdict_has_a_sign_besides_its_colour(verdict):
+    assert f".{verdict}::before {{ content:" in CSS
+
+
+def test_the_page_says_what_changed(made, data):
+    page = Page(as_html(made[1], data, {}, "<p>all of it</p>"))
+    assert "changes" in page.all("id")
+    assert "all of it" in page.text
+    assert "changes" not in Page(as_html(made[1], data, {})).all("id")
 
 
 def test_the_page_names_every_claim(page):
@@ -196,7 +320,6 @@ def test_hostile_texts_are_only_text(made, data):
     )
     data = data | {
         "workloads": [dict(name=HOSTILE, rows=2, features=2)],
-        "not_measured": {"pow2": HOSTILE},
         "machine": data["machine"] | {"processor": HOSTILE},
     }
     page = Page(as_html([f], data, {}))
@@ -244,7 +367,8 @@ def test_importing_the_report_loads_no_matplotlib():
 @pytest.mark.parametrize("name", [r"$\bad$.npz", "活.npz", "\udcff.npz", HOSTILE], ids=ascii)
 def test_any_file_name_gets_a_report(name, tmp_path):
     b = small_bench(name)
-    write_report(tmp_path, run_ledger(b), b, {"seed": 0, "activations": name})
+    findings = run_ledger(b)
+    write_report(tmp_path, findings, b, as_json(findings, b, {"seed": 0, "activations": name}))
     assert sorted(os.listdir(tmp_path)) == FILES
     assert not Page((tmp_path / "index.html").read_text(encoding="utf-8")).faults
 

@@ -1,0 +1,417 @@
+"""Shards on workers: the bits of the serial run, whoever dies; errors of one line; nothing left behind."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ctxlab.data import InputError
+from ctxlab.distributed import (
+    AHEAD,
+    _absolute,
+    _ahead,
+    _connected,
+    _one_thread,
+    local_workers,
+    stream_distributed,
+    worker_budget,
+)
+from ctxlab.streaming import ContextStats, least_bytes, load_stats, shards, stream
+
+pytest.importorskip("distributed")
+DIM = 12
+
+
+@pytest.fixture(scope="module")
+def client():
+    with local_workers(2) as client:
+        yield client
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """Ten shards, one of them empty, one with values that are not finite."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "run").mkdir()
+    for i, n in enumerate([300, 0, 1, 700, 20, 300, 300, 64, 65, 2]):
+        x = rng.standard_normal((n, DIM)).astype(np.float32) + 9
+        y = x[:, ::-1] + rng.standard_normal((n, DIM)).astype(np.float32)
+        if i == 5:
+            x[7, 3] = np.nan
+        np.savez(tmp_path / "run" / f"{i}.npz", x=x, y=y)
+    return shards(tmp_path / "run")
+
+
+def serial(listed, **options):
+    with _one_thread():
+        return stream(listed, **options)
+
+
+def same(a, b):
+    return all(np.array_equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def touch(path, content):
+    """Write other bytes, surely with another time."""
+    facts = os.stat(path)
+    Path(path).write_bytes(content)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 10**9))
+
+
+# --- the same bits ---
+
+
+@pytest.mark.parametrize("memory", ["1GB", "3.92MB"])  # the second: fewer rows at a time
+def test_the_bits_of_the_serial_run(memory, listed, client):
+    share = worker_budget(memory, 2, DIM)
+    assert same(stream_distributed(listed, client=client, memory=memory), serial(listed, memory=share))
+
+
+def test_an_order_that_is_not_that_of_arrival(listed, client):
+    order = [3, 9, 0, 5, 1, 8]
+    assert same(
+        stream_distributed([listed[i] for i in order], client=client), serial([listed[i] for i in order])
+    )
+
+
+def test_own_workers_and_pairs_of_files(listed, tmp_path):
+    with np.load(listed[0].x) as a:
+        for name in "xy":
+            np.save(tmp_path / f"{name}.npy", a[name].astype(np.float64))
+    pair = shards([(tmp_path / "x.npy", tmp_path / "y.npy")])
+    got = stream_distributed(pair, workers=3)
+    assert got.dtype == np.float64
+    assert same(got, serial(pair))
+
+
+def test_a_scheduler_at_an_address(listed, client, monkeypatch):
+    monkeypatch.chdir(Path(listed[0].x).parent.parent)  # relative paths are the client's, not the workers'
+    relative = shards("run")
+    assert not os.path.isabs(relative[0].x)
+    address = client.scheduler.address
+    assert same(stream_distributed(relative, scheduler=address), serial(listed))
+    assert client.status == "running"
+
+
+def test_a_bounded_number_of_shards_is_under_way(listed):
+    class Fake:
+        """A client that does a task when its result is asked for."""
+
+        status, under_way, most = "running", 0, 0
+        scheduler = type("S", (), {"address": "here"})
+
+        def submit(self, task, **_):
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            return type("F", (), {"result": lambda _: (self.leave(), task())[1]})()
+
+        def leave(self):
+            self.under_way -= 1
+
+        def cancel(self, futures, **_):
+            self.cancelled = len(futures)
+
+    fake, counts, ticks = Fake(), [], []
+    for part in _ahead(fake, listed, 10**9, 3, ticks.append):
+        counts.append(part.count)
+    assert counts == ticks == [s.rows for s in listed]
+    assert (fake.most, fake.cancelled) == (3, 0)
+    parts = _ahead(fake, listed, 10**9, 3, ticks.append)
+    next(parts)
+    parts.close()
+    assert fake.cancelled == 3
+
+
+def test_scratch_of_workers_is_in_no_message(client):
+    import pickle
+
+    s = ContextStats(64)
+    s.update(np.ones((500, 64), np.float32), np.ones((500, 64), np.float32))
+    assert s.workspace.nbytes > 64 * 64 * 8
+    assert len(pickle.dumps(s)) < 64 * 64 * 8 + 5000
+
+
+# --- workers that die ---
+
+
+def hold(place, name):
+    """In a worker: reading the shard `name` leaves a note with the process's id, and waits for the file `go`."""
+    import ctxlab.distributed as module
+
+    kept = module.shard_stats
+
+    def patched(shard, *args, **options):
+        while shard.name == name and not Path(place, "go").exists():
+            if not list(Path(place).glob("pid*")):
+                Path(place, f"pid{os.getpid()}").touch()
+            time.sleep(0.01)
+        return kept(shard, *args, **options)
+
+    module.shard_stats = patched
+
+
+@contextlib.contextmanager
+def when_reading(client, place, name, act):
+    """While the block runs, `act(pid)` is called once a worker reads the shard; then reading goes on."""
+    place.mkdir()
+    client.run(hold, str(place), name)
+
+    def watch():
+        while not (notes := list(place.glob("pid*"))):
+            time.sleep(0.01)
+        act(int(notes[0].name[3:]))
+        (place / "go").touch()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield
+    watcher.join()
+
+
+@pytest.mark.parametrize("name", ["0.npz", "5.npz", "9.npz"])
+def test_a_killed_worker_changes_nothing(name, listed, tmp_path):
+    with local_workers(2) as client:
+        killed = []
+
+        def kill(pid):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+        with when_reading(client, tmp_path / "notes", name, kill):
+            got = stream_distributed(listed, client=client, checkpoint=tmp_path / "state.npz", every=1)
+    assert killed
+    assert same(got, serial(listed))
+    assert same(load_stats(tmp_path / "state.npz", DIM), got)
+
+
+def kill_always(name):
+    """In a worker: reading the shard `name` is its end."""
+    import ctxlab.distributed as module
+
+    kept = module.shard_stats
+
+    def patched(shard, *args, **options):
+        if shard.name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return kept(shard, *args, **options)
+
+    module.shard_stats = patched
+
+
+class Deadly:
+    """A plugin patches workers that take the place of dead ones, too."""
+
+    def __new__(cls):
+        from distributed import WorkerPlugin
+
+        return type("Plugin", (WorkerPlugin,), {"setup": lambda self, worker: kill_always("4.npz")})()
+
+
+def test_a_shard_that_kills_every_worker_is_named(listed, tmp_path):
+    with local_workers(1) as client:
+        client.register_plugin(Deadly())
+        with pytest.raises(InputError, match=r"4\.npz: one worker after the other died"):
+            stream_distributed(listed, client=client, checkpoint=tmp_path / "state.npz")
+    assert load_stats(tmp_path / "state.npz", DIM).count == sum(s.rows for s in listed[:4])
+
+
+def test_a_scheduler_that_goes_away(listed, tmp_path):
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(local_workers(1))
+        with when_reading(client, tmp_path / "notes", "6.npz", lambda pid: stack.close()):
+            with pytest.raises(InputError, match="scheduler: the connection to tcp://.* was lost"):
+                stream_distributed(
+                    listed, scheduler=client.scheduler.address, checkpoint=tmp_path / "state.npz"
+                )
+    assert load_stats(tmp_path / "state.npz", DIM).count == sum(s.rows for s in listed[:6])
+
+
+# --- errors and checkpoints ---
+
+
+def spoiled(listed, at, how):
+    path = Path(listed[at].x)
+    if how == "missing":
+        path.unlink()
+    elif how == "short":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        touch(path, path.read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("how", ["missing", "short", "changed"])
+def test_a_shard_that_is_not_what_was_listed(how, listed, client, tmp_path):
+    path, state = spoiled(listed, 6, how), tmp_path / "state.npz"
+    with pytest.raises(InputError, match=str(path)) as there:
+        stream_distributed(listed, client=client, checkpoint=state)
+    with pytest.raises(InputError) as here:
+        serial(listed)
+    assert str(there.value) == str(here.value)
+    assert "\n" not in str(there.value)
+    assert load_stats(state, DIM).count == sum(s.rows for s in listed[:6])
+
+
+@pytest.mark.parametrize("done", [1, 4, 10])
+def test_either_way_goes_on_from_the_others_checkpoint(done, listed, client, tmp_path):
+    whole = serial(listed)
+    for first, second in [(serial, stream_distributed), (stream_distributed, serial)]:
+        path = tmp_path / f"{first.__name__}.npz"
+        options = {serial: {}, stream_distributed: dict(client=client)}
+        first(listed[:done], checkpoint=path, every=3, **options[first])
+        assert same(second(listed, checkpoint=path, resume=True, **options[second]), whole)
+
+
+def test_values_out_of_range_name_the_file(tmp_path, client):
+    np.savez(tmp_path / "a.npz", x=np.full((5, 3), 1e200), y=np.ones((5, 3)))
+    with pytest.raises(InputError, match=r"a\.npz: x: 1e\+200 is beyond"):
+        stream_distributed(shards(tmp_path / "a.npz"), client=client)
+
+
+def test_checkpoints_of_other_runs(listed, client, tmp_path):
+    path = tmp_path / "state.npz"
+    stream_distributed(listed[:3], client=client, checkpoint=path)
+    with pytest.raises(InputError, match="exists"):
+        stream_distributed(listed, client=client, checkpoint=path)
+    with pytest.raises(InputError, match="of another run"):
+        stream_distributed(listed[1:], client=client, checkpoint=path, resume=True)
+
+
+WRONG = [
+    (dict(workers=0), "workers: 0"),
+    (dict(workers=-2), "workers: -2"),
+    (dict(workers=1, scheduler="tcp://a:1"), "one of workers, scheduler and client"),
+    (dict(workers=1, memory="1MB"), "needed at least"),
+    (dict(workers=1, memory="much"), "memory"),
+    (dict(workers=1, every=0), "every"),
+    (dict(workers=1, resume=True), "resume"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG)
+def test_what_is_refused_before_anything_starts(options, said, listed, monkeypatch):
+    monkeypatch.setattr("ctxlab.distributed.local_workers", None)  # would be called
+    with pytest.raises(ValueError, match=said):
+        stream_distributed(listed, **options)
+
+
+def test_no_rows(listed):
+    for nothing in ([], [listed[1]]):
+        with pytest.raises(InputError, match="no rows"):
+            stream_distributed(nothing, workers=1)
+
+
+def test_addresses_where_nobody_answers(listed):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        silent = f"tcp://127.0.0.1:{deaf.getsockname()[1]}"
+        for address in ("tcp://127.0.0.1:9", silent, "tcp://no.such.host.invalid:8786", "nonsense", "what://a:1"):
+            start = time.monotonic()
+            with pytest.raises(InputError, match=f"scheduler: {address} cannot be reached") as e:
+                stream_distributed(listed, scheduler=address, timeout=1)
+            assert "\n" not in str(e.value)
+            assert time.monotonic() - start < 20  # a hang, not a duration
+
+
+def test_a_scheduler_without_workers(listed):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0", silence_logs=50) as cluster:
+        with pytest.raises(InputError, match="has no workers"):
+            stream_distributed(listed, scheduler=cluster.scheduler_address, timeout=1)
+
+
+# --- memory, threads, leftovers ---
+
+
+def test_budgets_add_up():
+    for workers in (1, 3, 100):
+        for dim in (4, 700):
+            share = worker_budget("100GB", workers, dim)
+            own = 10**11 - workers * share
+            assert 2 * 8 * dim * dim < own < 2 * 8 * (dim * dim + 4 * dim) + 2**20 + workers
+            least = own - own % 1 + workers * least_bytes(dim)
+            assert worker_budget(least, workers, dim) >= least_bytes(dim)
+            with pytest.raises(ValueError, match="needed at least"):
+                worker_budget(least - 2 * workers - 1, workers, dim)
+    assert AHEAD == 2  # what the shares count on
+
+
+def blas_threads():
+    from threadpoolctl import threadpool_info
+
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+def test_blas_is_held_and_given_back():
+    before, inside, release = blas_threads(), threading.Event(), threading.Event()
+
+    def other():
+        with _one_thread():
+            inside.set()
+            release.wait()
+
+    with _one_thread():
+        thread = threading.Thread(target=other)
+        thread.start()
+        inside.wait()
+    assert blas_threads() == {1}  # the other one is still there
+    release.set()
+    thread.join()
+    assert blas_threads() == before
+
+
+def test_paths_for_workers_are_absolute(listed, monkeypatch):
+    monkeypatch.chdir(Path(listed[0].x).parent)
+    assert _absolute(shards(["0.npz"])[0]).x == listed[0].x
+
+
+def children():
+    return set(Path("/proc/self/task").glob("*/children"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_nothing_is_left_behind(listed, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    with local_workers(1) as client:
+        pids = list(client.run(os.getpid).values())
+        stream_distributed(listed, client=client)
+    assert not list((tmp_path / "tmp").iterdir())
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_own_client_is_closed_and_an_address_stays(client):
+    with _connected(client.scheduler.address, 5) as other:
+        assert other.status == "running"
+    assert (other.status, client.status) == ("closed", "running")
+
+
+def test_without_dask_the_error_says_how_to_get_it():
+    script = """if True:
+        import sys
+        sys.modules['distributed'] = None
+        from ctxlab.distributed import stream_distributed
+        from ctxlab.streaming import Shard
+        shard = Shard('a', 'a', 'a', 5, 4, 'float32', ((0, 0), (0, 0)))
+        for options in (dict(workers=1), dict(scheduler='tcp://127.0.0.1:9')):
+            try: stream_distributed([shard], **options)
+            except ImportError as e: print(e)"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "dask is not installed; pip install 'ctxlab[distributed]'\n" * 2
+
+
+def test_importing_the_module_does_not_load_dask():
+    script = "import sys, ctxlab.distributed; print({'dask', 'distributed', 'matplotlib'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
