@@ -532,7 +532,7 @@ NORM_LOCK = Claim('norm-lock', 'a mutex around a cached norm costs more than the
                   'confirmed if a hit behind a lock takes longer than computing, interval and control apart; refuted if less long; undecided if they meet',
                   '10_norm_cache', 'What it costs', 'time of a hit behind a lock in units of the norm', _lock_figures, each(_dearer), per_workload(lambda f: f"a locked hit takes {f['ratio'].median:.2g} x the norm"))
 
-# %% ../nbs/12_claims.ipynb #b6358bca
+# %% ../nbs/12_claims.ipynb #beded4dc
 def _cache_bytes() -> int:
     def one() -> Any:
         cache = DerivedValue(lambda: 1.5)
@@ -552,7 +552,7 @@ def _caching(f: Mapping[str, float]) -> str:
 NORM_GAIN = Claim('norm-gain', 'caching the norm gains 5-10 % and costs 0.5-1 MB',
                   'one part: an O(D) norm for each layer takes 5 % of a training step, so that much could be gained; the other: a cache holds 0.5 MB' + BOTH,
                   '10_norm_cache', 'The verdict', 'share, most: percent of a training step; bytes: held by a cache', _caching_figures, each(_caching),
-                  per_workload(lambda f: f"at most {f['most']:.2f}% to gain; a cache holds {f['bytes']} bytes"))
+                  per_workload(lambda f: f"at most {f['most']:.1g}% to gain; a cache holds {f['bytes']} bytes"))
 
 # %% ../nbs/12_claims.ipynb #7ffbe801
 LEDGER: list[Claim] = [*SITE_CLAIMS, COUNT, *ARITHMETIC, *PASSES, *SPEED, WHY, NUMERIC, *POOL, POW2, LAZY, NORM_COST, NORM_LOCK, NORM_GAIN, TOTAL, ALL_ARCHS]

@@ -202,7 +202,7 @@ def bench(args: argparse.Namespace) -> int: # exit code
           f'\nbeside PyTorch, one thread each\n\n{benchmark_table(peer)}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #be7d58f9
+# %% ../nbs/14_cli.ipynb #cac990c6
 JOBS: dict[str, Callable[[argparse.Namespace], int]] = {'report': report, 'claims': claims, 'bench': bench, 'context': exact.run}
 
 def _kept(args: argparse.Namespace) -> str:
@@ -222,7 +222,7 @@ def _run(args: argparse.Namespace) -> tuple[int, BaseException | None, str]: # e
         except BrokenPipeError as e: return 141, e, '' # the reader of our output has left, as in `| head`
         except (InputError, OSError) as e: return 2, e, f'error: {e}' + (_kept(args) if getattr(args, 'kept', 0) else '')
         except MemoryError as e: return 2, e, f'error: not enough memory for this size ({e})'
-    except KeyboardInterrupt as e: return 130, e, 'interrupted' + _kept(args)
+    except KeyboardInterrupt as e: return 130, e, 'interrupted' + (f'; {e}' if str(e) else _kept(args)) # a command may say itself what is kept
     except Exception as e: return 1, e, f'error: unexpected {type(e).__name__}: {e}' + ('' if args.debug else ' (--debug shows where)')
 
 def _close_output() -> None:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['AHEAD', 'worker_budget', 'local_workers', 'stream_distributed']
 
-# %% ../nbs/11a_distributed.ipynb #0e1d9a7c
+# %% ../nbs/11a_distributed.ipynb #5014a6ed
+import asyncio
 import functools
 import importlib
 import itertools
@@ -18,8 +19,9 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -42,26 +44,15 @@ def worker_budget(memory: int | str, # for the client and all workers, as for `p
     if have < least: raise ValueError(f'memory: {memory} is too little for {dim} features in {np.dtype(dtype)} on {workers} workers; needed at least {least} bytes ({least / 1e6:.1f} MB)')
     return (have - client) // workers
 
-# %% ../nbs/11a_distributed.ipynb #64f9f244
-_own, _lock, _limit = threading.local(), threading.Lock(), ExitStack()
-_users = [0] # tasks of this process that hold BLAS to one thread
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    "Hold BLAS to one thread, for all of this process."
-    with _lock:
-        if not _users[0]: _limit.enter_context(threadpool_limits(1, user_api='blas'))
-        _users[0] += 1
-    try: yield
-    finally:
-        with _lock:
-            _users[0] -= 1
-            if not _users[0]: _limit.close()
+# %% ../nbs/11a_distributed.ipynb #1312f0f1
+_own = threading.local()
 
 def _stats_of(shard: Shard, memory: int) -> ContextStats:
     "A task: the statistics of one shard."
-    if not hasattr(_own, 'workspace'): _own.workspace = Workspace(growth='exact')
-    with _one_thread(): return shard_stats(shard, memory, stats=ContextStats(shard.width, shard.dtype, workspace=_own.workspace))
+    if not hasattr(_own, 'workspace'):
+        threadpool_limits(1, user_api='blas')
+        _own.workspace = Workspace(growth='exact')
+    return shard_stats(shard, memory, stats=ContextStats(shard.width, shard.dtype, workspace=_own.workspace))
 
 # %% ../nbs/11a_distributed.ipynb #555dae37
 @contextmanager
@@ -94,7 +85,7 @@ def _ahead(client, left: Sequence[Shard], memory: int, ahead: int, tick: Callabl
     finally:
         if client.status == 'running': client.cancel([future for _, future in waiting], force=True)
 
-# %% ../nbs/11a_distributed.ipynb #f3ccd20c
+# %% ../nbs/11a_distributed.ipynb #966b0a7e
 def _dask():
     try: return importlib.import_module('distributed')
     except ImportError: raise ImportError("dask is not installed; pip install 'ctxlab[distributed]'") from None
@@ -105,6 +96,7 @@ def _shielded() -> Iterator[None]:
     if not hasattr(signal, 'pthread_sigmask'):
         yield
         return
+    resource_tracker.ensure_running() # it would be started with the first process, and lift the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -115,24 +107,32 @@ def local_workers(workers: int) -> Iterator[Any]: # a distributed.Client
     d = _dask()
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix='ctxlab-'))
+        stack.enter_context(importlib.import_module('dask').config.set({'temporary-directory': place}))
         with _shielded():
             cluster = stack.enter_context(d.LocalCluster(
                 n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address='127.0.0.1:0',
-                scheduler_kwargs={'dashboard': False}, local_directory=place, silence_logs=logging.CRITICAL))
+                scheduler_kwargs={'dashboard': False}, silence_logs=logging.CRITICAL))
             client = stack.enter_context(d.Client(cluster, set_as_default=False, direct_to_workers=True))
         yield client
 
-# %% ../nbs/11a_distributed.ipynb #d419c909
+# %% ../nbs/11a_distributed.ipynb #04031881
+def _check_answer(scheduler: str, timeout: float) -> None:
+    "An InputError if no scheduler speaks at the address in time."
+    connect = importlib.import_module('distributed.comm').connect
+    async def ask() -> None: await (await asyncio.wait_for(connect(scheduler, timeout=timeout), timeout)).close()
+    try:
+        with ThreadPoolExecutor(1) as own: own.submit(asyncio.run, ask()).result() # the caller may have a loop of its own
+    except (OSError, ValueError) as e:
+        raise InputError(f"scheduler: {scheduler} cannot be reached within {timeout:g} s ({(str(e) or 'no answer').splitlines()[0]})") from None
+
 @contextmanager
 def _connected(scheduler: str, timeout: float) -> Iterator[Any]: # a distributed.Client
     "A client of the scheduler at an address, or an InputError."
     d = _dask()
     with ExitStack() as stack:
         stack.enter_context(importlib.import_module('distributed.utils').silence_logging_cmgr(logging.CRITICAL))
-        try: client = stack.enter_context(d.Client(scheduler, timeout=timeout, set_as_default=False))
-        except (OSError, ValueError) as e:
-            raise InputError(f'scheduler: {scheduler} cannot be reached within {timeout:g} s ({(str(e) or type(e).__name__).splitlines()[0]})') from None
-        yield client
+        _check_answer(scheduler, timeout)
+        yield stack.enter_context(d.Client(scheduler, timeout=timeout, set_as_default=False))
 
 def _slots(client, timeout: float) -> int:
     "Threads of all workers; an InputError if there are none."
@@ -142,7 +142,7 @@ def _slots(client, timeout: float) -> int:
 
 def _absolute(shard: Shard) -> Shard: return shard._replace(x=os.path.abspath(shard.x), y=os.path.abspath(shard.y))
 
-# %% ../nbs/11a_distributed.ipynb #f9df376a
+# %% ../nbs/11a_distributed.ipynb #7216b8ff
 def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def stream_distributed(todo: Sequence[Shard], # from `shards`
@@ -172,4 +172,4 @@ def stream_distributed(todo: Sequence[Shard], # from `shards`
         else: budget = share(slots := min(_slots(client, timeout), len(todo)))
         bar = stack.enter_context(tqdm(total=rows, desc='rows', unit='row', unit_scale=True, disable=not progress, leave=False))
         parts = lambda left: _ahead(client, [_absolute(s) for s in left], budget, AHEAD * slots, bar.update)
-        with _one_thread(): return _join_in_order(todo, parts, checkpoint, every, resume, bar)
+        with threadpool_limits(1, user_api='blas'): return _join_in_order(todo, parts, checkpoint, every, resume, bar)

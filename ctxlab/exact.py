@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'DOTS', 'add_parser', 'result_arrays', 'figures_of', 'summary', 'thinned', 'picture', 'run']
 
-# %% ../nbs/11b_exact.ipynb #9771d68e
+# %% ../nbs/11b_exact.ipynb #96d393ff
 import argparse
 import json
 import os
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,7 +201,7 @@ def picture(context, count: int, floor: float) -> bytes: # PNG
         figure.savefig(buffer, format='png', dpi=144, bbox_inches='tight', metadata={'Software': None})
     return buffer.getvalue()
 
-# %% ../nbs/11b_exact.ipynb #188b215d
+# %% ../nbs/11b_exact.ipynb #07534015
 def _stats(args: argparse.Namespace, listed: list['Shard'], checkpoint: Path) -> 'ContextStats':
     "The statistics, here or on workers; each error is an InputError of one line."
     from ctxlab.data import InputError
@@ -214,11 +214,12 @@ def _stats(args: argparse.Namespace, listed: list['Shard'], checkpoint: Path) ->
         return stream_distributed(listed, workers=args.workers, scheduler=args.scheduler, **shared)
     except (ImportError, ValueError) as e: raise InputError(str(e)) from e
 
-def _computed(args: argparse.Namespace, listed: list['Shard'], checkpoint: Path) -> 'ContextStats':
-    "The statistics; an error or Ctrl-C says whether what was done is kept."
+@contextmanager
+def _hinting(checkpoint: Path) -> Iterator[None]:
+    "An error or Ctrl-C in the block says whether what was done is kept."
     from ctxlab.data import InputError
     hint = lambda: f'; what was done is in {checkpoint}, and --resume goes on from there' if checkpoint.exists() else ''
-    try: return _stats(args, listed, checkpoint)
+    try: yield
     except (InputError, OSError, MemoryError) as e:
         if 'checkpoint' in str(e) or not hint(): raise # it says what to do, or there is nothing to add
         raise InputError(f'{str(e) or type(e).__name__}{hint()}') from e
@@ -226,15 +227,16 @@ def _computed(args: argparse.Namespace, listed: list['Shard'], checkpoint: Path)
 
 def run(args: argparse.Namespace) -> int: # exit code
     "The command `context`."
-    from ctxlab.streaming import _write_npz, parse_bytes
+    from ctxlab.streaming import _write_npz
     start = time.perf_counter()
     out, image, checkpoint = _places(args)
     listed = _listed(args)
-    stats = _computed(args, listed, checkpoint)
-    arrays = result_arrays(stats, _about(args, listed, time.perf_counter() - start))
-    with _in_place(out, image) as (new, new_image):
-        _write_npz(new, arrays)
-        new_image.write_bytes(picture(arrays['context'], stats.count, float(arrays['noise_floor'])))
+    with _hinting(checkpoint):
+        stats = _stats(args, listed, checkpoint)
+        arrays = result_arrays(stats, _about(args, listed, time.perf_counter() - start))
+        with _in_place(out, image) as (new, new_image):
+            _write_npz(new, arrays)
+            new_image.write_bytes(picture(arrays['context'], stats.count, float(arrays['noise_floor'])))
     checkpoint.unlink(missing_ok=True)
     print(f"{summary(stats, arrays['context'], len(listed), time.perf_counter() - start)}\n\n{out} and {image} have the matrix and its picture.")
     return 0

@@ -320,8 +320,8 @@ def parse_bytes(size: int | str) -> int: # bytes
     if not 1 <= value < 2**63: raise ValueError(f'memory: {size!r} is out of range; needed at least one byte')
     return int(value)
 
-# %% ../nbs/11_streaming.ipynb #91309794
-PIECE = 2**18 # bytes that are read at a time
+# %% ../nbs/11_streaming.ipynb #c4e6d0d8
+PIECE = 2**16 # bytes that are read at a time; larger temporaries may be given back to the system each time
 SPARE = 2**20 # bytes for small things: vectors, headers, the reader's own buffers
 
 def _fixed_bytes(dim: int, dtype) -> int:

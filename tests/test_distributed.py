@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from ctxlab.data import InputError
 from ctxlab.distributed import (
@@ -19,7 +20,6 @@ from ctxlab.distributed import (
     _absolute,
     _ahead,
     _connected,
-    _one_thread,
     local_workers,
     stream_distributed,
     worker_budget,
@@ -51,7 +51,7 @@ def listed(tmp_path):
 
 
 def serial(listed, **options):
-    with _one_thread():
+    with threadpool_limits(1, user_api="blas"):
         return stream(listed, **options)
 
 
@@ -344,28 +344,15 @@ def test_budgets_add_up():
     assert AHEAD == 2  # what the shares count on
 
 
-def blas_threads():
-    from threadpoolctl import threadpool_info
-
+def blas_threads(dask_worker=None):
     return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
 
-def test_blas_is_held_and_given_back():
-    before, inside, release = blas_threads(), threading.Event(), threading.Event()
-
-    def other():
-        with _one_thread():
-            inside.set()
-            release.wait()
-
-    with _one_thread():
-        thread = threading.Thread(target=other)
-        thread.start()
-        inside.wait()
-    assert blas_threads() == {1}  # the other one is still there
-    release.set()
-    thread.join()
-    assert blas_threads() == before
+def test_the_threads_of_blas_are_given_back(listed, client):
+    with threadpool_limits(2, user_api="blas"):
+        stream_distributed(listed, client=client)
+        assert blas_threads() == {2}
+    assert [client.submit(blas_threads, pure=False).result() for _ in range(4)] == 4 * [{1}]
 
 
 def test_paths_for_workers_are_absolute(listed, monkeypatch):

@@ -1,228 +1,481 @@
-"""The command `ctxlab context`: its result, its picture, what it refuses, and what an interruption leaves."""
+"""The work of `ctxlab context`: what it writes, what it refuses, and what is left when it ends early."""
 
+import argparse
+import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ctxlab import __version__, streaming
+from ctxlab import exact, streaming
 from ctxlab.cli import main
-from ctxlab.exact import figures_of, thinned
+from ctxlab.data import InputError
 from ctxlab.reference import similarity
-from ctxlab.testing import assert_equiv
+from ctxlab.streaming import load_stats, noise_floor
 
-D, ROWS = 12, 2000  # more than is read with the headers
+DIM, ROWS = 10, (60, 60, 250, 130)
+CHECKPOINT = "context.checkpoint.npz"
+
+
+def parsed(*argv):
+    parser = argparse.ArgumentParser(prog="ctxlab")
+    exact.add_parser(parser.add_subparsers(dest="command", required=True))
+    return parser.parse_args(["context", *map(str, argv)])
+
+
+def run(*argv):
+    return exact.run(parsed(*argv, "--no-progress"))
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with five shards of related x and y, made the working folder."""
+def data():
     rng = np.random.default_rng(0)
-    (tmp_path / "run").mkdir()
-    mix = rng.standard_normal((D, D))
-    for i in range(5):
-        x = rng.standard_normal((ROWS + i, D))
-        y = x @ mix + rng.standard_normal(x.shape) + 100
-        np.savez(tmp_path / f"run/{i}.npz", x=x.astype(np.float32), y=y.astype(np.float32))
+    x = rng.standard_normal((sum(ROWS), DIM)).astype(np.float32) + 4
+    y = x @ rng.standard_normal((DIM, DIM)).astype(np.float32)
+    y[3, 4], x[499, 1] = np.inf, np.nan
+    return x, y
+
+
+@pytest.fixture
+def home(tmp_path, data, monkeypatch):
+    """A folder `run` of shards, and the same in other forms; the working folder beside it."""
     monkeypatch.chdir(tmp_path)
+    cuts = np.cumsum((0, *ROWS))
+    for name in ("run", "x", "y"):
+        Path(name).mkdir()
+    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+        x, y = (m[a:b] for m in data)
+        np.savez(f"run/{i}.npz", x=x, y=y)
+        np.save(f"x/layer3-{i}.npy", x)
+        np.save(f"y/layer4-{i}.npy", y)
     return tmp_path
 
 
-def rows_of(place):
-    loaded = [np.load(path) for path in sorted((place / "run").glob("*.npz"))]
-    return (np.concatenate([a[name] for a in loaded]) for name in "xy")
+def written():
+    return sorted(p.name for p in Path().iterdir() if p.name not in ("run", "x", "y"))
 
 
-def context(*argv):
-    return main(["context", *map(str, argv)])
+def result(path="context.npz"):
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
 
 
-def refused(capsys, *argv):
-    """The one line that a mistake ends with."""
-    code = context(*argv)
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, "")
-    assert err.startswith("ctxlab: error: ")
-    assert err.count("\n") == 1
-    return err
+# --- results ---
 
 
-def test_the_result_is_the_reference_on_all_rows(place, capsys):
-    assert context("run", "--out", "mine.npz") == 0
-    x, y = rows_of(place)
-    with np.load("mine.npz", allow_pickle=False) as a:
-        assert_equiv(a["context"], similarity(x, y, max_rows=None), depth=len(x), scale=1.0)
-        np.testing.assert_allclose(a["mean_y"], y.mean(axis=0, dtype=np.float64), rtol=1e-6)
-        np.testing.assert_allclose(a["std_x"], x.std(axis=0, dtype=np.float64), rtol=1e-5)
-        assert (a["count"], a["dim"], a["nonfinite_x"], a["nonfinite_y"]) == (len(x), D, 0, 0)
-        assert a["noise_floor"] == 1 / np.sqrt(len(x) - 1)
-        about = json.loads(str(a["about"]))
-    assert about["ctxlab"] == __version__
-    assert [f["bytes"] for f in about["files"]] == [
-        p.stat().st_size for p in sorted((place / "run").iterdir())
-    ]
-    assert (place / "mine.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in place.iterdir()) == ["mine.npz", "mine.png", "run"]
-    out = capsys.readouterr().out
-    assert f"{len(x):,} in 5 shards" in out
-    assert "mine.npz" in out
+def assert_right(got, data):
+    x, y = data
+    assert got["context"].dtype == x.dtype
+    np.testing.assert_allclose(got["context"], similarity(x, y, max_rows=None), atol=1e-5)
+    X, Y = (np.where(np.isfinite(a), a, 0).astype(np.float64) for a in data)
+    for name, want in dict(mean_x=X.mean(0), mean_y=Y.mean(0), std_x=X.std(0), std_y=Y.std(0)).items():
+        np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-6)
+    assert got["count"] == len(x)
+    assert got["dim"] == x.shape[1]
+    assert (got["nonfinite_x"], got["nonfinite_y"]) == (1, 1)
+    assert got["noise_floor"] == noise_floor(len(x))
 
 
-def test_files_of_x_and_y_are_paired(place):
-    for name in "xy":
-        (place / name).mkdir()
-    for i, path in enumerate(sorted((place / "run").iterdir())):
-        with np.load(path) as a:
-            np.save(place / f"x/{i}.npy", a["x"])
-            np.save(place / f"y/{i}.npy", a["y"])
-    assert context("run", "--out", "shards.npz") == 0
-    assert context("--x", "x", "--y", "y", "--out", "pairs.npz") == 0
-    with np.load("shards.npz") as a, np.load("pairs.npz") as b:
-        np.testing.assert_array_equal(a["context"], b["context"])
-
-
-def test_workers_give_the_same(place):
-    assert context("run", "--out", "here.npz") == 0
-    assert context("run", "--out", "there.npz", "--workers", "2") == 0
-    with np.load("here.npz") as a, np.load("there.npz") as b:
-        assert_equiv(b["context"], a["context"], depth=5, scale=1.0)
-        assert a["count"] == b["count"]
-
-
-def test_what_is_not_finite_is_counted(place, capsys):
-    with np.load(place / "run/1.npz") as a:
-        x, y = a["x"], a["y"]
-    x[3, 4], y[5, :2] = np.nan, np.inf
-    np.savez(place / "run/1.npz", x=x, y=y)
-    assert context("run") == 0
-    assert "1 in x, 2 in y" in capsys.readouterr().out
-    x, y = rows_of(place)
-    with np.load("context.npz") as a:
-        assert_equiv(a["context"], similarity(x, y, max_rows=None), depth=len(x), scale=1.0)
-
-
-def test_a_failing_shard_keeps_what_was_done(place, capsys):
-    assert context("run", "--out", "whole.npz") == 0
-    sound = (place / "run/3.npz").read_bytes()
-    middle = len(sound) * 3 // 4  # among the values of y
-    (place / "run/3.npz").write_bytes(sound[:middle] + bytes([sound[middle] ^ 1]) + sound[middle + 1 :])
-    capsys.readouterr()
-    line = refused(capsys, "run", "--out", "mine.npz")
-    assert "3.npz" in line
-    assert "--resume" in line
-    assert not (place / "mine.npz").exists()
-    (place / "run/3.npz").write_bytes(sound)
-    assert "exists; resume it" in refused(capsys, "run", "--out", "mine.npz")
-    assert context("run", "--out", "mine.npz", "--resume") == 0
-    assert not (place / "mine.checkpoint.npz").exists()
-    with np.load("whole.npz") as a, np.load("mine.npz") as b:
-        np.testing.assert_array_equal(a["context"], b["context"])
-
-
-def test_an_interruption_keeps_what_was_done_and_an_earlier_result(place, capsys, monkeypatch):
-    assert context("run") == 0
-    before, plain, calls = (place / "context.npz").read_bytes(), streaming.shard_stats, []
-
-    def interrupted(*args, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return plain(*args, **options)
-
-    monkeypatch.setattr(streaming, "shard_stats", interrupted)
-    capsys.readouterr()
-    assert context("run") == 130
-    err = capsys.readouterr().err
-    assert err.startswith(
-        "ctxlab: interrupted; no result was written; what was done is in context.checkpoint.npz"
-    )
-    assert err.count("\n") == 1
-    assert (place / "context.npz").read_bytes() == before
-    monkeypatch.undo()
-    monkeypatch.chdir(place)
-    assert context("run", "--resume") == 0
-    with np.load("context.npz") as a:
-        assert a["count"] == sum(ROWS + i for i in range(5))
-
-
-def save(place, **arrays):
-    np.savez(place / "bad.npz", **arrays)
-
-
-def grid(rows=4, width=D, dtype=np.float32):
-    return np.zeros((rows, width), dtype)
-
-
-BAD = {
-    "widths": (
-        lambda p: save(p, x=grid(width=D + 1), y=grid(width=D + 1)),
-        ["run", "bad.npz"],
-        "bad.npz: width",
-    ),
-    "dtypes": (
-        lambda p: save(p, x=grid(dtype=float), y=grid(dtype=float)),
-        ["run", "bad.npz"],
-        "bad.npz: dtype",
-    ),
-    "rows": (lambda p: save(p, x=grid(), y=grid(5)), ["bad.npz"], "bad.npz: x and y differ in rows: 4 and 5"),
-    "no rows": (lambda p: save(p, x=grid(0), y=grid(0)), ["bad.npz"], "bad.npz: 0 rows in all"),
-    "missing": (lambda p: None, ["run", "none.npz"], "none.npz: no such file"),
-    "cut short": (
-        lambda p: (p / "bad.npz").write_bytes((p / "run/0.npz").read_bytes()[:900]),
-        ["bad.npz"],
-        "bad.npz",
-    ),
-    "twice": (lambda p: None, ["run", "run/2.npz"], "is named twice"),
-    "nothing": (lambda p: None, [], "SHARDS: no files are named"),
-    "both ways": (lambda p: None, ["run", "--x", "a.npy", "--y", "b.npy"], "SHARDS: either name shards"),
-    "x alone": (lambda p: None, ["--x", "run"], "--y is missing"),
-    "memory": (lambda p: None, ["run", "--memory", "1KB"], "needed at least"),
-    "no size": (lambda p: None, ["run", "--memory", "lots"], "memory: 'lots'"),
-    "out is a folder": (lambda p: None, ["run", "--out", "run"], "--out: run is a folder"),
-    "out has no folder": (lambda p: None, ["run", "--out", "no/where.npz"], "--out: no is no folder"),
-    "out among the shards": (
-        lambda p: None,
-        ["run", "--out", "run/context.npz"],
-        "would lie among the shards",
-    ),
-    "out of another kind": (lambda p: None, ["run", "--out", "mine.csv"], "must end in .npz"),
-    "nobody there": (lambda p: None, ["run", "--scheduler", "tcp://127.0.0.1:9"], "cannot be reached"),
-    "checkpoint of another run": (
-        lambda p: np.savez(p / "context.checkpoint.npz", a=grid()),
-        ["run", "--resume"],
-        "context.checkpoint.npz is damaged, or none of a stream",
-    ),
+FORMS = {
+    "a folder": ["run"],
+    "files": [f"run/{i}.npz" for i in range(4)],
+    "x and y": ["--x", "x", "--y", "y"],
+    "x and y, file by file": ["--x", *(f"x/layer3-{i}.npy" for i in range(4)), "--y", "y"],
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_mistake_is_one_line_and_writes_nothing(name, place, capsys):
-    prepare, argv, says = BAD[name]
-    prepare(place)
-    before = {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()}
-    assert says in refused(capsys, *argv)
-    assert {p: p.stat().st_mtime_ns for p in place.rglob("*") if p.is_file()} == before
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_input(form, home, data, capsys):
+    assert run(*FORMS[form]) == 0
+    assert written() == ["context.npz", "context.png"]
+    got = result()
+    assert_right(got, data)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "500 in 4 shards" in out
+    assert out.splitlines()[-1].startswith("context.npz and context.png")
+    assert Path("context.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("argv", [["--workers", "0"], ["--workers", "2", "--scheduler", "tcp://a:1"]])
-def test_options_that_cannot_be(argv, place, capsys):
+def test_workers_give_the_same_result(home, data):
+    pytest.importorskip("distributed")
+    assert run("run", "--out", "here.npz") == 0
+    assert run("run", "--workers", 2, "--out", "there.npz") == 0
+    here, there = result("here.npz"), result("there.npz")
+    assert np.abs(here["context"] - there["context"]).max() < 1e-6
+    assert_right(there, data)
+    assert json.loads(str(there["about"]))["settings"]["workers"] == 2
+    assert written() == ["here.npz", "here.png", "there.npz", "there.png"]
+
+
+def test_it_says_where_it_comes_from(home):
+    run("run", "--memory", "50MB")
+    about = json.loads(str(result()["about"]))
+    assert about["ctxlab"] == exact.__version__
+    assert about["numpy"] == np.__version__
+    assert about["settings"] == dict(memory="50MB", workers=None, scheduler=None, resumed=False)
+    for i, f in enumerate(about["files"]):
+        facts = os.stat(f"run/{i}.npz")
+        assert f == dict(
+            path=str(home / f"run/{i}.npz"), bytes=facts.st_size, modified_ns=facts.st_mtime_ns
+        )
+
+
+def test_pairs_of_files_are_both_named(home):
+    run("--x", "x", "--y", "y")
+    files = json.loads(str(result()["about"]))["files"]
+    assert [Path(f["path"]).name for f in files][:2] == ["layer3-0.npy", "layer4-0.npy"]
+    assert len(files) == 8
+
+
+def test_float64_and_one_feature(home, capsys):
+    x = np.arange(6.0).reshape(6, 1)
+    np.savez("one.npz", x=x, y=-x)
+    assert run("one.npz") == 0
+    got = result()["context"]
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, [[np.tanh(-1)]])
+    assert "one feature only" in capsys.readouterr().out
+
+
+def test_an_earlier_result_is_replaced(home):
+    Path("context.npz").write_bytes(b"old")
+    Path("context.png").write_bytes(b"old")
+    run("run")
+    assert result()["count"] == 500
+    assert Path("context.png").read_bytes() != b"old"
+
+
+# --- the table and the picture ---
+
+
+def test_figures_by_hand():
+    f = exact.figures_of(np.array([[3.0, 0.0], [4.0, 1.0]]), 1.0)
+    assert f == dict(on=5**0.5, off=8**0.5, beyond=0.5)
+
+
+@pytest.mark.parametrize(("dim", "dots"), [(1, 512), (512, 512), (513, 512), (7, 3), (9, 3), (100, 7)])
+def test_a_dot_is_the_strongest_of_its_block(dim, dots):
+    a = np.random.default_rng(dim).standard_normal((dim, dim)).astype(np.float32)
+    got, step = exact.thinned(a, dots), -(-dim // dots)
+    assert len(got) <= dots
+    for i, row in enumerate(got):
+        for j, value in enumerate(row):
+            if (i + j) % 97 == 0:
+                block = a[i * step : (i + 1) * step, j * step : (j + 1) * step]
+                assert value == block.flat[np.argmax(np.abs(block))]
+
+
+@pytest.mark.parametrize("context", [np.zeros((3, 3)), np.eye(1), np.eye(1200, dtype=np.float32)])
+def test_pictures_of_extremes(context):
+    assert exact.picture(context, 5, 0.5).startswith(b"\x89PNG")
+
+
+def test_a_picture_leaves_the_plotting_state_alone():
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    exact.picture(np.eye(4), 5, 0.5)
+    assert dict(mpl.rcParams) == before
+
+
+# --- mistakes ---
+
+
+def spoil(**arrays):
+    np.savez("bad.npz", **arrays)
+
+
+def a(n, dim=DIM, dtype=np.float32):
+    return np.random.default_rng(1).standard_normal((n, dim)).astype(dtype)
+
+
+MISTAKES = {  # arguments, how to prepare, what the message holds
+    "nothing": ([], None, "no files are named"),
+    "both forms": (["run", "--x", "x", "--y", "y"], None, "not both"),
+    "both forms, halved": (["run", "--x", "x"], None, "not both"),
+    "x alone": (["--x", "x"], None, "--y is missing"),
+    "y alone": (["--y", "x"], None, "--x is missing"),
+    "fewer y": (["--x", "x", "--y", "y/layer4-0.npy"], None, "--y: 1 files, --x has 4"),
+    "no .npy": (["--x", "run", "--y", "y"], None, "holds no .npy"),
+    "an .npz as x": (["--x", "run/0.npz", "--y", "y/layer4-0.npy"], None, "is no .npy"),
+    "missing": (["none.npz"], None, "none.npz: no such file"),
+    "missing x": (["--x", "none.npy", "--y", "y/layer4-0.npy"], None, "none.npy: no such file"),
+    "empty folder": (["empty"], lambda: Path("empty").mkdir(), "the folder holds no"),
+    "twice": (["run", "run/2.npz"], None, "run/2.npz: is named twice"),
+    "rows differ": (["bad.npz"], lambda: spoil(x=a(5), y=a(6)), "bad.npz: x and y differ in rows"),
+    "widths differ": (["bad.npz"], lambda: spoil(x=a(5), y=a(5, 9)), "differ in features"),
+    "widths of shards": (["run", "bad.npz"], lambda: spoil(x=a(5, 9), y=a(5, 9)), "bad.npz: width 9"),
+    "dtypes": (["bad.npz"], lambda: spoil(x=a(5), y=a(5, dtype=np.float64)), "differ in dtype"),
+    "half": (["bad.npz"], lambda: spoil(x=a(5, dtype=np.float16), y=a(5)), "needed float32 or float64"),
+    "no rows": (["bad.npz"], lambda: spoil(x=a(0), y=a(0)), "0 rows in all"),
+    "one row": (["bad.npz"], lambda: spoil(x=a(1), y=a(1)), "1 rows in all"),
+    "text": (["bad.npz"], lambda: Path("bad.npz").write_text("hello"), "bad.npz: cannot be read"),
+    "too large": (["bad.npz"], lambda: spoil(x=a(5, 3, float) * 1e200, y=a(5, 3, float)), "bad.npz: x: "),
+    "little memory": (["run", "--memory", "1MB"], None, "needed at least"),
+    "little for workers": (["run", "--memory", "3MB", "--workers", "4"], None, "on 4 workers; needed"),
+    "no size": (["run", "--memory", "lots"], None, "memory: 'lots' is no size"),
+    "out is a folder": (["run", "--out", "x"], None, "--out: x is a folder"),
+    "out is no npz": (["run", "--out", "context.png"], None, "must end in .npz"),
+    "out in no folder": (["run", "--out", "no/context.npz"], None, "--out: no is no folder"),
+    "out in a file": (["run", "--out", "run/0.npz/context.npz"], None, "is no folder"),
+    "out among shards": (["run", "--out", "run/context.npz"], None, "would lie among the shards"),
+    "a folder for a picture": (["run"], lambda: Path("context.png").mkdir(), "context.png is a folder"),
+    "a folder for a checkpoint": (["run"], lambda: Path(CHECKPOINT).mkdir(), f"{CHECKPOINT} is a folder"),
+    "an unreadable place": (["run", "--out", "/proc/context.npz"], None, "cannot be written"),
+    "damaged checkpoint": (["run", "--resume"], lambda: Path(CHECKPOINT).write_text("?"), "is damaged"),
+    "unexpected checkpoint": (["run"], lambda: Path(CHECKPOINT).write_text("?"), "exists; resume it"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_mistakes(what, home, capsys):
+    if what == "an unreadable place" and sys.platform != "linux":
+        pytest.skip("needs /proc")
+    argv, prepare, said = MISTAKES[what]
+    if prepare:
+        prepare()
+    before = written()
+    with pytest.raises((InputError, OSError)) as e:
+        run(*argv)
+    assert said in str(e.value)
+    assert "\n" not in str(e.value)
+    assert written() == before
+    assert capsys.readouterr().out == ""
+
+
+def test_a_scheduler_that_does_not_answer(home):
+    pytest.importorskip("distributed")
+    with pytest.raises(InputError, match=r"scheduler: tcp://127\.0\.0\.1:9 cannot be reached within 5 s"):
+        run("run", "--scheduler", "tcp://127.0.0.1:9")
+    assert written() == []
+
+
+def test_without_dask(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(InputError, match=r"pip install 'ctxlab\[distributed\]'"):
+        run("run", "--workers", 2)
+
+
+@pytest.mark.parametrize(
+    "words", ["--workers 0", "--workers two", "--workers 2 --scheduler tcp://a:1", "--memory", "--null 3"]
+)
+def test_a_wrong_command_line(words, capsys):
     with pytest.raises(SystemExit) as e:
-        context("run", *argv)
+        parsed("run", *words.split())
     assert e.value.code == 2
-    assert "workers" in capsys.readouterr().err
+    assert "error:" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_picture_shows_the_strongest_of_each_block():
-    a = np.zeros((1000, 1000), np.float32)
-    a[3, 999], a[999, 0], a[500, 501] = -0.9, 0.8, 0.1
-    small = thinned(a, 100)
-    assert small.shape == (100, 100)
-    assert (small[0, 99], small[99, 0], small[50, 50]) == tuple(np.float32([-0.9, 0.8, 0.1]))
-    assert np.count_nonzero(small) == 3
-    assert thinned(a[:50, :50], 100).shape == (50, 50)
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    text = capsys.readouterr().out
+    parser = exact.add_parser(argparse.ArgumentParser().add_subparsers())
+    for action in parser._actions:
+        assert action.help
+        assert all(option in text for option in action.option_strings)
+    assert "examples:" in text
 
 
-def test_figures_of_a_matrix():
-    f = figures_of(np.array([[0.5, 0.1], [-0.1, 0.5]]), 0.1)
-    assert f == {"on": pytest.approx(0.5), "off": pytest.approx(0.1), "beyond": 0.5}
-    assert np.isnan(figures_of(np.array([[0.5]]), 0.1)["off"])
+# --- runs that end early ---
+
+
+def break_shard(i):
+    """Change a byte of the data, but neither size nor header; returns the way back."""
+    # In a small shard that would show when it is listed: reading the header reads it whole.
+    path = Path(f"run/{i}.npz")
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[len(good) // 4] ^= 1
+    path.write_bytes(bad)
+    return lambda: path.write_bytes(good)
+
+
+def straight(home):
+    run("run", "--out", "straight.npz")
+    got = result("straight.npz")
+    Path("straight.npz").unlink()
+    Path("straight.png").unlink()
+    return got
+
+
+@pytest.mark.parametrize("workers", [[], ["--workers", 1]])
+def test_work_done_is_kept_and_resumed(workers, home):
+    if workers:
+        pytest.importorskip("distributed")
+    want = straight(home)
+    Path("context.npz").write_bytes(b"old")
+    mend = break_shard(2)
+    with pytest.raises(InputError, match=r"run/2\.npz: .*; what was done is in .*, and --resume") as e:
+        run("run", *workers)
+    assert "\n" not in str(e.value)
+    assert written() == [CHECKPOINT, "context.npz"]
+    assert Path("context.npz").read_bytes() == b"old"
+    assert load_stats(CHECKPOINT, DIM).count == sum(ROWS[:2])
+    mend()
+    with pytest.raises(InputError, match=r"exists; resume it, or remove it first$"):
+        run("run", *workers)
+    assert run("run", "--resume", *workers) == 0
+    assert written() == ["context.npz", "context.png"]
+    got = result()
+    if workers:  # they have one thread of BLAS, and may round otherwise
+        assert np.abs(got["context"] - want["context"]).max() < 1e-6
+    else:
+        np.testing.assert_array_equal(got["context"], want["context"])
+    assert json.loads(str(got["about"]))["settings"]["resumed"] is True
+
+
+def test_an_error_in_the_first_shard_leaves_nothing(home):
+    break_shard(0)
+    with pytest.raises(InputError, match=r"run/0\.npz") as e:
+        run("run")
+    assert "--resume" not in str(e.value)
+    assert written() == []
+
+
+def test_checkpoints_of_other_runs(home):
+    break_shard(2)
+    with pytest.raises(InputError):
+        run("run")
+    kept = Path(CHECKPOINT).read_bytes()
+    with pytest.raises(InputError, match="of another run"):
+        run("run/1.npz", "run/3.npz", "--resume")
+    facts = os.stat("run/0.npz")
+    os.utime("run/0.npz", ns=(facts.st_atime_ns, facts.st_mtime_ns + 10**9))
+    with pytest.raises(InputError, match="has changed since it went into the checkpoint"):
+        run("run", "--resume")
+    assert Path(CHECKPOINT).read_bytes() == kept
+
+
+def test_a_failure_while_writing_keeps_everything(home, monkeypatch):
+    Path("context.npz").write_bytes(b"old")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exact, "picture", full)
+    with pytest.raises((InputError, OSError), match=r"No space left on device; .* --resume goes on"):
+        run("run")
+    assert Path("context.npz").read_bytes() == b"old"
+    assert written() == [CHECKPOINT, "context.npz"]
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    assert run("run", "--resume") == 0
+
+
+SCRIPT = """if True:
+    import argparse, sys
+    from ctxlab import exact, streaming
+    kept = streaming.shard_stats
+    def held(shard, *args, **options):
+        if shard.name == '2.npz':
+            import pathlib, time
+            pathlib.Path('reached').touch()
+            while True: time.sleep(0.05)
+        return kept(shard, *args, **options)
+    def main():
+        p = argparse.ArgumentParser()
+        exact.add_parser(p.add_subparsers(dest='command'))
+        try: return exact.run(p.parse_args(['context', *sys.argv[1:]]))
+        except KeyboardInterrupt as e: print('interrupted;', e, file=sys.stderr); return 130
+    if __name__ == '__main__': # in the processes of workers the file is loaded under another name
+        streaming.shard_stats = held
+        merge, merged = streaming.ContextStats.merge, []
+        def counted(self, other):
+            merge(self, other)
+            merged.append(open(f'merged{len(merged)}', 'w').close())
+        streaming.ContextStats.merge = counted
+        sys.exit(main())
+    import ctxlab.distributed
+    ctxlab.distributed.shard_stats = held
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+@pytest.mark.parametrize("workers", [[], ["--workers", "2"]])
+def test_ctrl_c_keeps_what_was_done(workers, home):
+    if workers:
+        pytest.importorskip("distributed")
+    Path("script.py").write_text(SCRIPT)
+    argv = [sys.executable, "script.py", "run", *workers]
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # children inherit what is ignored
+    try:
+        process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    with process:
+        deadline = time.monotonic() + 60
+        while not (Path("reached").exists() and Path("merged1").exists()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert err == (
+        f"interrupted; no result was written; what was done is in {CHECKPOINT}, "
+        "and --resume goes on from there\n"
+    )
+    assert load_stats(CHECKPOINT, DIM).count == sum(ROWS[:2])
+    assert run("run", "--resume") == 0
+    assert CHECKPOINT not in written()
+
+
+# --- as a command ---
+
+
+def test_the_command_writes_a_result(home, data, capsys):
+    assert main(["context", "run", "--out", "mine.npz"]) == 0
+    assert_right(result("mine.npz"), data)
+    out, err = capsys.readouterr()
+    assert "mine.npz and mine.png" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize("argv", [["no.npz"], ["run", "--memory", "1KB"], ["run", "--scheduler", "nowhere"]])
+def test_a_mistake_is_one_line_and_exit_code_2(argv, home, capsys):
+    assert main(["context", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ctxlab: error: ")
+    assert err.count("\n") == 1
+    assert written() == []
+
+
+def test_an_interruption_is_one_line_and_exit_code_130(home, capsys, monkeypatch):
+    kept = streaming.shard_stats
+
+    def interrupted(shard, *args, **options):
+        if shard.name == "2.npz":
+            raise KeyboardInterrupt
+        return kept(shard, *args, **options)
+
+    Path("context.npz").write_bytes(b"old")
+    monkeypatch.setattr(streaming, "shard_stats", interrupted)
+    assert main(["context", "run"]) == 130
+    out, err = capsys.readouterr()
+    assert (out, Path("context.npz").read_bytes()) == ("", b"old")
+    assert err == (
+        f"ctxlab: interrupted; no result was written; what was done is in {CHECKPOINT}, "
+        "and --resume goes on from there\n"
+    )
+
+
+# --- as a library ---
+
+
+def test_the_parser_is_light():
+    script = (
+        "import argparse, sys; from ctxlab import exact; "
+        "exact.add_parser(argparse.ArgumentParser().add_subparsers()); "
+        "print({'numpy', 'dask', 'matplotlib', 'tqdm', 'threadpoolctl'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
