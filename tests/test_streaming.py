@@ -617,8 +617,12 @@ def test_ctrl_c_waits_for_a_join():
             steps.append(1)
         steps.append(2)
 
-    with pytest.raises(KeyboardInterrupt):
-        block()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            block()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert steps == [1]
     thread = threading.Thread(target=lambda: streaming._uninterrupted().__enter__())
     thread.start()
