@@ -37,7 +37,7 @@ DIRECTIVES = re.compile(r"\A(?:[ \t]*#[ \t]*\|.*\n?|\s*\n)+")
 DIRECTIVE = re.compile(r"#[ \t]*\|[ \t]*([\w-]+):?[ \t]*(.*)")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 NAME = re.compile(r"(?<![`\[{}\\])`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])")  # in inline code, and not in a link
-LABEL = re.compile(r"\b(?:set_)?(title|xlabel|ylabel)(?:=|\()'([^'{}]+)'")
+LABEL = re.compile(r"\b(?:set_)?(title|xlabel|ylabel)(?:=|\()f?'([^']+)'")
 IMAGES = {".png", ".svg", ".jpg"}
 
 
@@ -356,8 +356,9 @@ def alt_text(source: str, heading: str) -> str:
     """What a plot shows, in the words of its own title and axes; `heading` is for one without a title."""
     words: dict[str, list[str]] = {"title": [], "xlabel": [], "ylabel": []}
     for kind, text in LABEL.findall(source):
-        text = text.replace("\\n", " ")
-        if text not in words[kind]:
+        # Of an f-string, the parts between commas and colons that hold no value.
+        text = ", ".join(part for part in re.split(r"[,:] *", text.replace("\\n", " ")) if "{" not in part)
+        if text and text not in words[kind]:
             words[kind].append(text)
     parts = ["Plot: " + "; ".join(words["title"] or [heading])]
     parts += [f"{axis}: {'; '.join(words[kind])}" for kind, axis in (("xlabel", "across"), ("ylabel", "up"))
