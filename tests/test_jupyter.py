@@ -1,0 +1,87 @@
+"""In Jupyter: the index opens, its links lead to notebooks, and each notebook runs alone in a new kernel."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# 20_bench holds hours of measurements, and says so in its front matter.
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "20_bench")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def without_slow(cell):
+    return cell.cell_type != "code" or not re.search(r"^#\|\s*slow\b", cell.source, re.MULTILINE)
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.filterwarnings("default")  # those of Jupyter's own libraries are not ours
+def test_a_notebook_runs_alone_in_a_new_kernel(path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    nb = nbformat.read(path, as_version=4)
+    nb.cells = list(filter(without_slow, nb.cells))
+    start = time.perf_counter()
+    # Raises at the first error. The limit is for a cell that hangs; time is printed, and not judged here.
+    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    print(f"{path.stem}: {time.perf_counter() - start:.1f} s")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of `jupyter lab nbs/`, with its token."""
+    home = tmp_path_factory.mktemp("jupyter")
+    log = (home / "log").open("w+")
+    command = [sys.executable, "-m", "jupyterlab", str(ROOT / "nbs"), "--no-browser", "--allow-root", "--port=0",
+               f"--LabApp.workspaces_dir={home}", f"--LabApp.user_settings_dir={home}"]  # fmt: skip
+    server = subprocess.Popen(command, stdout=log, stderr=log, cwd=home)
+    try:
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/lab\S*\?token=(\w+)", (home / "log").read_text())):
+            assert server.poll() is None and time.monotonic() < deadline, (home / "log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{found[1]}", f"token={found[2]}"
+    finally:
+        server.terminate()
+        server.wait(60)
+        log.close()
+
+
+def test_every_link_of_the_index_opens_from_the_folder_of_the_notebooks(lab):
+    address, token = lab
+
+    def contents(name):
+        with urlopen(f"{address}/api/contents/{name}?{token}") as answer:
+            return json.load(answer)
+
+    text = "\n".join(cell["source"] for cell in contents("index.ipynb")["content"]["cells"])
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    assert {path.name for path in (ROOT / "nbs").glob("*.ipynb")} - {"index.ipynb"} <= set(links)
+    for link in links:  # a link out of the folder would be one that the server refuses
+        assert contents(link)["type"] == "notebook", link
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="needs pip install -e '.[docs]'")
+def test_a_click_in_the_index_opens_the_notebook(lab):
+    from playwright.sync_api import sync_playwright
+
+    address, token = lab
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = chromium.new_page()
+        tab.goto(f"{address}/lab/tree/index.ipynb?{token}")
+        tab.locator(".jp-RenderedMarkdown a", has_text="05_context").first.click(timeout=60_000)
+        tab.locator(".lm-TabBar-tabLabel", has_text="05_context.ipynb").first.wait_for(timeout=60_000)
+        assert tab.locator(".jp-Notebook:visible").count() == 1
+        chromium.close()
