@@ -22,6 +22,15 @@ def without_slow(cell):
     return cell.cell_type != "code" or not re.search(r"^#\|\s*slow\b", cell.source, re.MULTILINE)
 
 
+def shown(nb):
+    """What a reader sees as Markdown: cells of text, and tables that code has written."""
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "markdown":
+            yield cell["source"]
+        for output in cell.get("outputs", []):
+            yield "".join(output.get("data", {}).get("text/markdown", ""))
+
+
 @pytest.mark.release
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 @pytest.mark.filterwarnings("default")  # those of Jupyter's own libraries are not ours
@@ -32,8 +41,9 @@ def test_a_notebook_runs_alone_in_a_new_kernel(path):
     nb = nbformat.read(path, as_version=4)
     nb.cells = list(filter(without_slow, nb.cells))
     start = time.perf_counter()
+    where = {"metadata": {"path": path.parent}}
     # Raises at the first error. The limit is for a cell that hangs; time is printed, and not judged here.
-    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    NotebookClient(nb, timeout=300, kernel_name="python3", resources=where).execute()
     print(f"{path.stem}: {time.perf_counter() - start:.1f} s")
 
 
@@ -41,20 +51,21 @@ def test_a_notebook_runs_alone_in_a_new_kernel(path):
 def lab(tmp_path_factory):
     """The address of `jupyter lab nbs/`, with its token."""
     home = tmp_path_factory.mktemp("jupyter")
-    log = (home / "log").open("w+")
-    command = [sys.executable, "-m", "jupyterlab", str(ROOT / "nbs"), "--no-browser", "--allow-root", "--port=0",
-               f"--LabApp.workspaces_dir={home}", f"--LabApp.user_settings_dir={home}"]  # fmt: skip
-    server = subprocess.Popen(command, stdout=log, stderr=log, cwd=home)
+    log, deadline = home / "log", time.monotonic() + 120
+    own = [f"--LabApp.{kind}_dir={home}" for kind in ("workspaces", "user_settings")]
+    options = "--no-browser", "--allow-root", "--port=0", *own
+    command = [sys.executable, "-m", "jupyterlab", ROOT / "nbs", *options]
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, cwd=home)
     try:
-        deadline = time.monotonic() + 120
-        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/lab\S*\?token=(\w+)", (home / "log").read_text())):
-            assert server.poll() is None and time.monotonic() < deadline, (home / "log").read_text()
+        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/lab\S*\?token=(\w+)", log.read_text())):
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(log.read_text())
             time.sleep(0.1)
         yield f"http://127.0.0.1:{found[1]}", f"token={found[2]}"
     finally:
         server.terminate()
         server.wait(60)
-        log.close()
 
 
 def test_every_link_of_the_index_opens_from_the_folder_of_the_notebooks(lab):
@@ -64,8 +75,7 @@ def test_every_link_of_the_index_opens_from_the_folder_of_the_notebooks(lab):
         with urlopen(f"{address}/api/contents/{name}?{token}") as answer:
             return json.load(answer)
 
-    text = "\n".join(cell["source"] for cell in contents("index.ipynb")["content"]["cells"])
-    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", "\n".join(shown(contents("index.ipynb")["content"])))
     assert {path.name for path in (ROOT / "nbs").glob("*.ipynb")} - {"index.ipynb"} <= set(links)
     for link in links:  # a link out of the folder would be one that the server refuses
         assert contents(link)["type"] == "notebook", link
