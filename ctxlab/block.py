@@ -39,7 +39,7 @@ def initialise(parameters: Mapping[str, np.ndarray], rng: np.random.Generator) -
         if p.ndim == 2: p[...] = rng.standard_normal(p.shape) / math.sqrt(p.shape[1])
         else: p.fill(1.0 if name.endswith('weight') else 0.0)
 
-# %% ../nbs/06b_block.ipynb #d7cefac1
+# %% ../nbs/06b_block.ipynb #6e55c2d0
 def check_size(name: str, n: Any) -> int: # at least 1
     "Return a dimension as an integer, or raise an error that names it."
     try: size = operator.index(n)
@@ -51,15 +51,21 @@ def _as_array(value: Any) -> np.ndarray: # of objects, where the value is no arr
     try: return np.asarray(value)
     except (TypeError, ValueError): return np.empty((), object)
 
+def _unfit(name: str, a: np.ndarray, shape: tuple[int, ...]) -> str: # empty where it fits
+    if a.dtype.kind not in 'fiu': return f'{name} is {a.dtype}, needed numbers'
+    return f'{name} has shape {a.shape}, needed {shape}' if a.shape != shape else ''
+
+def _few(names: list[str], shown: int = 4) -> str: # a block has a dozen entries, a line has not
+    return ', '.join(names[:shown]) + (f' and {len(names) - shown} more' if len(names) > shown else '')
+
 def check_state(state: Mapping[str, Any], shapes: Shapes, optional: Shapes | None = None) -> None:
-    "A ValueError that names all missing, extra and misshapen entries, and those that are no numbers."
+    "A ValueError that names misshapen entries, those that are no numbers, and of missing and extra ones the first few."
     if not isinstance(state, Mapping): raise TypeError(f'state: {type(state).__name__} is no mapping of names to arrays')
     known = shapes | (optional or {})
-    wrong = [f'missing {name}' for name in shapes if name not in state]
-    wrong += [f'extra {name}' for name in state if name not in known]
     found = {name: _as_array(state[name]) for name in known if name in state}
-    wrong += [f'{name} is {a.dtype}, needed numbers' for name, a in found.items() if a.dtype.kind not in 'fiu']
-    wrong += [f'{name} has shape {a.shape}, needed {known[name]}' for name, a in found.items() if a.dtype.kind in 'fiu' and a.shape != known[name]]
+    absent, extra = [name for name in shapes if name not in state], [str(name) for name in state if name not in known]
+    wrong = [f'{kind} {_few(names)}' for kind, names in (('missing', absent), ('extra', extra)) if names]
+    wrong += [fault for name, a in found.items() if (fault := _unfit(name, a, known[name]))]
     if wrong: raise ValueError(f"state: {'; '.join(wrong)}")
 
 def converted(state: Mapping[str, Any], names: Iterable[str], dtype: np.dtype) -> dict[str, np.ndarray]: # all of them, or a ValueError

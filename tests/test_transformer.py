@@ -1012,8 +1012,7 @@ def wrong_state(block):
     state["linear1.bias"] = np.zeros(20, complex)
     state["linear2.bias"] = np.zeros(12, bool)
     return state, [
-        "missing linear1.weight",
-        "missing norm2.bias",
+        "missing linear1.weight, norm2.bias;",
         "extra linear1.wieght",
         "linear2.weight has shape (20, 12), needed (12, 20)",
         "norm1.weight is <U1, needed numbers",
@@ -1039,13 +1038,20 @@ def test_a_state_that_does_not_fit_is_named_in_full_and_not_loaded(mixes):
         ]
     else:
         state["context.strength"] = np.zeros(1)
-        complaints += ["extra context.strength"]
+        complaints += ["extra linear1.wieght, context.strength;"]
     before = block.state_dict()
     with pytest.raises(ValueError, match=r"^state: ") as caught:
         block.load_state_dict(state)
     for complaint in complaints:
         assert complaint in str(caught.value)
     same(block.state_dict(), before)
+
+
+def test_a_state_of_something_else_is_refused_in_a_short_line():
+    block = block_of()
+    line = r"^state: missing (\S+, ){3}\S+ and 8 more; extra a, b, c, d and 2 more$"
+    with pytest.raises(ValueError, match=line):
+        block.load_state_dict(dict.fromkeys("abcdef", np.zeros(3)))
 
 
 BAD_ENTRIES = {
