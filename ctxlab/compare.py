@@ -6,7 +6,7 @@
 __all__ = ['READABLE', 'PARTIAL', 'revived', 'Verdict', 'Report', 'read_report', 'differences', 'compare', 'changes_table',
            'changes_html', 'run_facts', 'save_partial', 'read_partial', 'claims_list', 'find_claim', 'explained']
 
-# %% ../nbs/13a_compare.ipynb #3b7b9123
+# %% ../nbs/13a_compare.ipynb #c87cc12e
 import difflib
 import hashlib
 import html
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .claims import LEDGER, Bench, Claim, Figures, Finding
+from .claims import LEDGER, SEVERAL, SMALL, Bench, Claim, Figures, Finding, words
 from .data import InputError
 from .measure import AGAIN, Comparison, Interval, Timings, apart, machine
 from .report import SCHEMA, SCHEMA_VERSION, badge, board, paragraph, plain, plain_timings
@@ -114,7 +114,7 @@ def read_report(path: str | Path, # claims.json, or the folder that holds it
             raise InputError(f'{path}: version {reprlib.repr(version)} of the schema; this ctxlab reads {readable}, so make that report again')
         return _report(data)
 
-# %% ../nbs/13a_compare.ipynb #7729b38b
+# %% ../nbs/13a_compare.ipynb #e09dc3f2
 def _half(interval: Any) -> float: return (interval.high - interval.low) / 2 if isinstance(interval, Interval) else 0.0
 
 def _moved(before: Figures, after: Figures) -> bool:
@@ -127,12 +127,24 @@ def _moved(before: Figures, after: Figures) -> bool:
             if max(a.low, z.low) - min(a.high, z.high) > slack: return True
     return False
 
+def _recounted(before: Figures, after: Figures) -> bool:
+    "Did a number of bytes change by more than Python's own objects take?"
+    shared = ((before[w][k], after[w][k]) for w in before.keys() & after.keys() for k in before[w].keys() & after[w].keys())
+    return any(isinstance(a, int) and isinstance(z, int) and abs(a - z) >= SMALL for a, z in shared)
+
+# %% ../nbs/13a_compare.ipynb #35745836
+def _figures_change(before: Verdict, after: Verdict, timed: bool) -> str:
+    "What happened to the figures of one claim; '' for nothing."
+    if timed and _moved(before.figures, after.figures): return 'beyond noise'
+    if before.figures.keys() != after.figures.keys(): return 'other workload'
+    if _recounted(before.figures, after.figures) if timed else before.measured != after.measured: return 'other figures'
+    return ''
+
 def _change(before: Verdict | None, after: Verdict | None) -> str:
     "What happened to one claim, in a few words; '' for nothing."
     if before is None or after is None: return 'new' if before is None else 'no longer there'
     timed = any(isinstance(v, Interval) for f in (*before.figures.values(), *after.figures.values()) for v in f.values())
-    if timed: figures = 'beyond noise' if _moved(before.figures, after.figures) else ''
-    else: figures = 'other figures' if before.measured != after.measured else ''
+    figures = _figures_change(before, after, timed)
     if before.verdict == after.verdict: return figures
     return f"verdict, {figures or ('within noise' if timed else 'same figures, another rule')}"
 
@@ -177,14 +189,14 @@ def compare(before: Report, data: Mapping[str, Any], # claims.json of the later 
                            measured_before=a and a.measured, measured_after=z and z.measured))
     return dict(created=before.facts['created'], differs=differences(before.facts, after.facts), claims=claims, timings=_timed_changes(before, after))
 
-# %% ../nbs/13a_compare.ipynb #fca7402f
+# %% ../nbs/13a_compare.ipynb #8d5f3f9c
 def _times(t: Mapping[str, Any]) -> tuple[str, str]:
     "Before and after, with what the control strayed."
     def one(r: Mapping[str, float], c: Mapping[str, float]) -> str:
         return f"{r['median']:.3g} [{r['low']:.3g}, {r['high']:.3g}], control [{c['low']:.3g}, {c['high']:.3g}]"
     return one(t['before'], t['before_control']), one(t['after'], t['after_control'])
 
-def _named(t: Mapping[str, Any]) -> str: return f"{t['name']}: {t['what'] + ', ' if t['what'] else ''}{t['workload']}"
+def _named(t: Mapping[str, Any]) -> str: return f"{t['name']} ({t['what'] + ', ' if t['what'] else ''}{t['workload']})"
 
 def _printable(text: str) -> str: return ''.join(c if c.isprintable() else '?' for c in text)
 
@@ -202,16 +214,16 @@ def changes_table(changes: Mapping[str, Any], # from `compare`
         lines.append(f"{c['id']:15} {verdicts:25} {c['change'] or 'as before'}")
     lines.append(_noise_count(changes))
     for t in changes['timings']:
-        if t['change'] != 'same within noise': lines.append('  {} {} x {}: before {}; now {}'.format(_named(t), t['change'], t['unit'], *_times(t)))
+        if t['change'] != 'same within noise': lines.append('  {}: {}, in units of {}: before {}; now {}'.format(t['change'], _named(t), t['unit'], *_times(t)))
     return '\n'.join(line if len(line) <= width else paragraph(line, width, '') for line in map(_printable, lines))
 
-# %% ../nbs/13a_compare.ipynb #465d9de1
+# %% ../nbs/13a_compare.ipynb #a1eebc96
 def changes_html(changes: Mapping[str, Any]) -> str: # HTML
     "What changed, as a section of the page."
     esc = html.escape
     claims = [(f'<a href="#{c["id"]}">{c["id"]}</a>' if c['after'] else esc(c['id']), badge(c['before'] or 'none'), badge(c['after'] or 'none'),
                esc(c['change'] or 'as before')) for c in changes['claims']]
-    times = [(esc(_named(t)), esc(f"{t['change']} (x {t['unit']})"), *map(esc, _times(t))) for t in changes['timings']]
+    times = [(esc(_named(t)), esc(f"{t['change']}, in units of {t['unit']}"), *map(esc, _times(t))) for t in changes['timings']]
     differs = ''.join(f'<li>{esc(d)}</li>' for d in changes['differs'])
     return (f"<p>Compared with the report of {esc(changes['created'])}.</p>" + (f'<p>Made under other conditions:</p><ul>{differs}</ul>' if differs else '')
             + board('Verdicts', ('Claim', 'Before', 'Now', 'Change'), claims)
@@ -259,7 +271,7 @@ def read_partial(target: Path, # where the report will be
     b.timings.update(timings)
     return figures
 
-# %% ../nbs/13a_compare.ipynb #6eb12e56
+# %% ../nbs/13a_compare.ipynb #39226b61
 def claims_list(width: int = 100, stored: Report | None = None) -> str:
     "Every claim: id, notebook, the verdict where it is stored, and what it says."
     def line(c: Claim) -> str:
@@ -276,9 +288,11 @@ def find_claim(id: str) -> Claim:
     raise InputError(f'{id}: no such claim; ' + (f'did you mean {" or ".join(near)}?' if near else '`ctxlab claims` lists them'))
 
 def explained(claim: Claim, width: int = 100, stored: Report | None = None) -> str:
-    "One claim: what the report says, the rule, where it is explained, and the verdict where it is stored."
-    facts = {'the report says': claim.says, 'rule': claim.rule, 'figures': claim.units,
-             'explained in': f'nbs/{claim.notebook}.ipynb, section "{claim.section}"', 'the original': claim.original or 'has no figure of it'}
+    "One claim: what the report says, the rule and its words, where it is explained, and the verdict where it is stored."
+    facts = {'the report says': claim.says, 'rule': claim.rule, 'several workloads': SEVERAL, 'figures': claim.units}
+    facts |= {'words': '; '.join(f'{word} = {means}' for word, means in words(claim).items())} if words(claim) else {}
+    facts |= {'in the compiled original': claim.original} if claim.original else {}
+    facts['explained in'] = f'nbs/{claim.notebook}.ipynb, section "{claim.section}"'
     if stored and claim.id in stored.claims:
         v = stored.claims[claim.id]
         facts |= {'verdict': f"{v.verdict}: {v.measured} ({stored.facts['created']})"}

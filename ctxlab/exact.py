@@ -93,7 +93,7 @@ def _listed(args: argparse.Namespace) -> list['Shard']:
     if (rows := sum(s.rows for s in listed)) < 2: raise InputError(f'{listed[0].x}: {rows} rows in all; a correlation needs at least 2')
     return listed
 
-# %% ../nbs/11b_exact.ipynb #6e4b2f38
+# %% ../nbs/11b_exact.ipynb #dd38aa27
 def _places(args: argparse.Namespace) -> tuple[Path, Path, Path]: # result, picture, checkpoint
     "Where things go, or an InputError if they cannot."
     from ctxlab.data import InputError
@@ -111,6 +111,14 @@ def _places(args: argparse.Namespace) -> tuple[Path, Path, Path]: # result, pict
     except OSError as e: raise InputError(f'--out: {out} cannot be written ({e.strerror})') from None
     return places
 
+def _check_apart(places: Sequence[Path], listed: Sequence['Shard']) -> None:
+    "An InputError if something would be written over a shard."
+    from ctxlab.data import InputError
+    for path in filter(os.path.exists, places):
+        if any(os.path.samefile(path, source) for s in listed for source in (s.x, s.y)):
+            raise InputError(f'--out: {path} is one of the shards; choose another name')
+
+# %% ../nbs/11b_exact.ipynb #c39b0278
 @contextmanager
 def _in_place(*paths: Path) -> Iterator[list[Path]]:
     "Temporary names to write to; all of them are renamed to `paths` when the block succeeds, and removed when it fails."
@@ -201,7 +209,7 @@ def picture(context, count: int, floor: float) -> bytes: # PNG
         figure.savefig(buffer, format='png', dpi=144, bbox_inches='tight', metadata={'Software': None})
     return buffer.getvalue()
 
-# %% ../nbs/11b_exact.ipynb #07534015
+# %% ../nbs/11b_exact.ipynb #f4bc97e2
 def _stats(args: argparse.Namespace, listed: list['Shard'], checkpoint: Path) -> 'ContextStats':
     "The statistics, here or on workers; each error is an InputError of one line."
     from ctxlab.data import InputError
@@ -231,6 +239,7 @@ def run(args: argparse.Namespace) -> int: # exit code
     start = time.perf_counter()
     out, image, checkpoint = _places(args)
     listed = _listed(args)
+    _check_apart((out, image, checkpoint), listed)
     with _hinting(checkpoint):
         stats = _stats(args, listed, checkpoint)
         arrays = result_arrays(stats, _about(args, listed, time.perf_counter() - start))

@@ -177,7 +177,7 @@ def _situation(history: list[tuple], shared: dict[Any, Any]) -> Any: # can be co
         followed += 1
     return known, tuple(lies)
 
-# %% ../nbs/09b_interleave.ipynb #620a930b
+# %% ../nbs/09b_interleave.ipynb #002f8c48
 def _short(value: Any) -> str: # the same in every run
     if isinstance(value, list): return f'[{list.__len__(value)}]'
     if value is None or isinstance(value, (bool, int, float, str)): return repr(value)
@@ -201,14 +201,18 @@ class _List(list, _Traced):
             return item
         self._step('append', act, lies=self.contents)
     def __iter__(self) -> Iterator: return iter(self[:])
+    def __reversed__(self) -> Iterator: return iter(self[::-1])
 
 def _operation(name: str, what: str) -> Callable[..., Any]:
     def operation(self: _List, *args: Any, **options: Any) -> Any:
         return self._step(what, lambda: getattr(list, name)(self, *args, **options), lies=self.contents)
     return operation
 
-for _name in ('__getitem__', '__len__', '__contains__', '__add__', '__mul__', '__eq__', 'copy', 'count', 'index'): setattr(_List, _name, _operation(_name, 'load'))
-for _name in ('__setitem__', '__delitem__', '__iadd__', 'extend', 'insert', 'pop', 'remove', 'clear', 'sort', 'reverse'): setattr(_List, _name, _operation(_name, 'store'))
+_LOADS = ('__getitem__', '__len__', '__contains__', '__add__', '__mul__', '__rmul__', '__eq__', '__ne__', '__lt__', '__le__', '__gt__', '__ge__',
+          'copy', 'count', 'index')
+_STORES = '__setitem__', '__delitem__', '__iadd__', '__imul__', 'extend', 'insert', 'pop', 'remove', 'clear', 'sort', 'reverse'
+for _name in _LOADS: setattr(_List, _name, _operation(_name, 'load'))
+for _name in _STORES: setattr(_List, _name, _operation(_name, 'store'))
 
 # %% ../nbs/09b_interleave.ipynb #ba7e8394
 class _Lock(_Traced):
@@ -238,7 +242,7 @@ _WAITING = threading.Event, threading.Condition, threading.Semaphore, threading.
 def _constant(value: Any) -> bool: # what nobody stores to once it is there
     return callable(value) or isinstance(value, (_Lock, threading.local))
 
-# %% ../nbs/09b_interleave.ipynb #02bcfe11
+# %% ../nbs/09b_interleave.ipynb #87500484
 @lru_cache
 def _stepping(cls: type) -> type:
     "`cls`, with every access to an instance's attributes as a step."
@@ -267,6 +271,7 @@ def _stepping(cls: type) -> type:
             schedule.step((label, name), f'{cls.__name__}.{name}', 'store', lambda: super(Stepping, self).__delattr__(name), lies=lambda: ('deleted',))
     return Stepping
 
+# %% ../nbs/09b_interleave.ipynb #144d7756
 class Sharing(Schedule):
     "A schedule that makes the objects whose accesses are its steps."
     _made = 0
@@ -322,7 +327,7 @@ class Explored:
         if not self.races: raise ValueError('races: there is none')
         return min(self.races, key=lambda r: (r.switches, len(r.path)))
 
-# %% ../nbs/09b_interleave.ipynb #7643fe13
+# %% ../nbs/09b_interleave.ipynb #4b76935b
 def _paths(graph: dict, root: Any) -> int:
     "Ways through the graph of situations, from its root to an end."
     ways, todo = {None: 1}, [root]
@@ -344,6 +349,7 @@ def _one_core() -> Iterator[None]:
     try: yield
     finally: os.sched_setaffinity(0, cores)
 
+# %% ../nbs/09b_interleave.ipynb #793acb85
 @_one_core()
 def explore(scenario: Scenario, # builds shared objects with `schedule.share`, and gives the bodies of the threads
             *,

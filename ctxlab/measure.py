@@ -109,7 +109,7 @@ def _calls_per_sample(fns, least: float) -> int:
     quickest = min(_sample(fn, 2) for fn in fns)
     return max(1, int(np.ceil(least / max(quickest, 1e-9))))
 
-# %% ../nbs/01_measure.ipynb #f418d9a7
+# %% ../nbs/01_measure.ipynb #f63a6cbc
 def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; each is called without arguments
                 *,
                 control: str | None = None, # timed twice; default: the first
@@ -121,7 +121,8 @@ def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; e
     "Time functions in turn, in random order, round after round, for `budget` seconds."
     if not fns: raise ValueError('fns: is empty; needed at least one function to time')
     if bad := [name for name in fns if name.endswith(AGAIN)]: raise ValueError(f'fns: {bad[0]!r} ends like the name of a control')
-    control = control or next(iter(fns))
+    if control is None: control = next(iter(fns))
+    if control not in fns: raise ValueError(f"control: {control!r}, needed one of {', '.join(fns)}")
     timed = dict(fns) | {control + AGAIN: fns[control]}
     calls = _calls_per_sample(list(timed.values()), least)
     names, rng = list(timed), np.random.default_rng(seed)

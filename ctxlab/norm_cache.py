@@ -210,10 +210,28 @@ def search(variant: Callable[[Callable[[], Any]], Any], # of VARIANTS
     "Every order of every pair of words."
     return {words: explore(asking(variant, words)) for words in pairs}
 
-# %% ../nbs/10_norm_cache.ipynb #9b15389c
+# %% ../nbs/10_norm_cache.ipynb #002ef68c
 def _check_number(name: str, n: int, least: int) -> None:
     if not isinstance(n, int) or n < least: raise ValueError(f'{name}: {n!r}, needed a whole number of at least {least}')
 
+def _together(bodies: Sequence[Callable[[], Any]], interval: float | None = None) -> float: # seconds till the last has ended
+    "Run every body in a thread of its own. The first error of one is raised here."
+    errors: list[BaseException] = []
+    def guarded(body: Callable[[], Any]) -> None:
+        try: body()
+        except BaseException as e: errors.append(e)
+    threads, before = [threading.Thread(target=guarded, args=(body,)) for body in bodies], sys.getswitchinterval()
+    if interval is not None: sys.setswitchinterval(interval)
+    try:
+        begin = time.perf_counter()
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        seconds = time.perf_counter() - begin
+    finally: sys.setswitchinterval(before)
+    if errors: raise errors[0]
+    return seconds
+
+# %% ../nbs/10_norm_cache.ipynb #2dda1e34
 class Stress(NamedTuple):
     "What came of many operations by free-running threads."
     operations: int # reads and writes in all
@@ -254,23 +272,6 @@ def stress(variant: Callable[[Callable[[], Any]], Any], # of VARIANTS
     seconds = _together([partial(write, i) for i in range(writers)] + [partial(read, i) for i in range(readers)], interval)
     return Stress(each * (readers + writers), each * readers, sum(stale), seconds)
 
-def _together(bodies: Sequence[Callable[[], Any]], interval: float | None = None) -> float: # seconds till the last has ended
-    "Run every body in a thread of its own. The first error of one is raised here."
-    errors: list[BaseException] = []
-    def guarded(body: Callable[[], Any]) -> None:
-        try: body()
-        except BaseException as e: errors.append(e)
-    threads, before = [threading.Thread(target=guarded, args=(body,)) for body in bodies], sys.getswitchinterval()
-    if interval is not None: sys.setswitchinterval(interval)
-    try:
-        begin = time.perf_counter()
-        for thread in threads: thread.start()
-        for thread in threads: thread.join()
-        seconds = time.perf_counter() - begin
-    finally: sys.setswitchinterval(before)
-    if errors: raise errors[0]
-    return seconds
-
 # %% ../nbs/10_norm_cache.ipynb #aeb98ec4
 def interpreter_line() -> str:
     "Whether this Python has a global interpreter lock, and what that means for races, in one line."
@@ -280,7 +281,7 @@ def interpreter_line() -> str:
         return f'{version} with a global lock{build}: threads switch between instructions, and races are rarer than they could be'
     return f'{version} without a global lock: threads run at the same time, and races show at their full rate'
 
-# %% ../nbs/10_norm_cache.ipynb #cb1adf74
+# %% ../nbs/10_norm_cache.ipynb #4cfbac2f
 def nothing() -> None:
     "The cheapest thing to compute."
 
@@ -291,6 +292,7 @@ def costs(names: Iterable[str] = tuple(VARIANTS), # of VARIANTS
           ) -> Timings: # of 'compute', and for each name of 'NAME hit', 'NAME invalidate' and 'NAME cycle'
     "Time the operations of each variant in turn, with `nothing` to compute."
     fns: dict[str, Callable[[], Any]] = {'compute': nothing}
+    names = tuple(names)
     if unknown := [name for name in names if name not in VARIANTS]: raise ValueError(f"names: {unknown[0]!r}, needed some of {', '.join(VARIANTS)}")
     for name in names:
         kept, changing = VARIANTS[name](nothing), VARIANTS[name](nothing)

@@ -133,7 +133,7 @@ def _absorb_wide(s: 'ContextStats', x: np.ndarray, y: np.ndarray) -> None:
     _join(s, n, base + mean, np.einsum('ij,ij->j', w, w))
     s.nonfinite_x, s.nonfinite_y = s.nonfinite_x + bad_x, s.nonfinite_y + bad_y
 
-# %% ../nbs/11_streaming.ipynb #73730090
+# %% ../nbs/11_streaming.ipynb #d33b2a62
 def _squares_into(w: np.ndarray, parts: np.ndarray) -> np.ndarray: # rows of `parts` that were written
     "Sums of squares (2 D,) of every BLOCK rows of the panel `w`."
     whole = len(w) // BLOCK
@@ -143,6 +143,7 @@ def _squares_into(w: np.ndarray, parts: np.ndarray) -> np.ndarray: # rows of `pa
     np.einsum('ij,ij->j', rest, rest, out=parts[whole])
     return parts[:whole + 1]
 
+# %% ../nbs/11_streaming.ipynb #c29d2134
 def _product_into(s: 'ContextStats', x: np.ndarray, y: np.ndarray, shift: np.ndarray, P: np.ndarray, sums: np.ndarray,
                   ) -> tuple[int, list[slice]]: # rows that are in P, and panels that are not
     "Products (D, D), and sums and squares (2, 2 D), of `x - shift` and `y - shift`, of all panels that are in order."
@@ -169,6 +170,7 @@ def _product_into(s: 'ContextStats', x: np.ndarray, y: np.ndarray, shift: np.nda
         else: odd.append(rows)
     return kept, odd
 
+# %% ../nbs/11_streaming.ipynb #3a89ba28
 def _add_into(P: np.ndarray, out: np.ndarray) -> None:
     "`out += P` with `out` in float64, cast in pieces of 16 KB."
     size = np.setbufsize(2048)
@@ -320,7 +322,7 @@ def parse_bytes(size: int | str) -> int: # bytes
     if not 1 <= value < 2**63: raise ValueError(f'memory: {size!r} is out of range; needed at least one byte')
     return int(value)
 
-# %% ../nbs/11_streaming.ipynb #c4e6d0d8
+# %% ../nbs/11_streaming.ipynb #dcc0a035
 PIECE = 2**16 # bytes that are read at a time; larger temporaries may be given back to the system each time
 SPARE = 2**20 # bytes for small things: vectors, headers, the reader's own buffers
 
@@ -328,7 +330,7 @@ def _fixed_bytes(dim: int, dtype) -> int:
     "Bytes of a run without the buffers of rows."
     p, item = panel_rows(dim, dtype), np.dtype(dtype).itemsize
     sums = 2 * 8 * (dim * dim + 4 * dim)
-    scratch = dim * dim * item + 2 * dim * (p * (item + 8 + 1) + (p // BLOCK + 2) * (item + 8) + 64 * 8 + 32 * 8) + p * item
+    scratch = dim * dim * item + 2 * dim * (p * (item + 8 + 1) + (p // BLOCK + 2) * (item + 8) + SAMPLE * 8 + 32 * 8) + p * item # 32: vectors
     return sums + scratch + SPARE
 
 def least_bytes(dim: int, dtype=np.float32) -> int:
@@ -438,7 +440,7 @@ def shards(paths: str | Path | Iterable, # a folder, a file, or several: folders
             if (mine := getattr(s, what)) != (first := getattr(found[0], what)): raise InputError(f'{s.x}: {what} {mine}, that of {found[0].x} is {first}')
     return found
 
-# %% ../nbs/11_streaming.ipynb #dad679cf
+# %% ../nbs/11_streaming.ipynb #e45d4a42
 def _check_unchanged(shard: Shard) -> None:
     for path, known in zip((shard.x, shard.y), shard.fingerprint):
         with _naming(path): now = _fingerprint(path)
@@ -452,6 +454,7 @@ def _fill(f, out: np.ndarray) -> None:
         if not n: raise EOFError('it ends too early')
         left = left[n:]
 
+# %% ../nbs/11_streaming.ipynb #1937220e
 def read_chunks(shard: Shard,
                 rows: int, # at most, of a chunk
                 ws: Workspace, # for the two buffers
@@ -473,6 +476,7 @@ def read_chunks(shard: Shard,
         raise
     _check_unchanged(shard)
 
+# %% ../nbs/11_streaming.ipynb #3bf9db86
 def shard_stats(shard: Shard,
                 memory: int | str = '1GB', # budget, see `chunk_rows`
                 *,
@@ -551,7 +555,7 @@ def _resume(path: str | Path, stats: ContextStats, todo: Sequence[Shard]) -> int
     if (n := sum(s.rows for s in todo[:len(done)])) != stats.count: raise InputError(f'checkpoint: {path} is damaged ({stats.count} rows of {n})')
     return len(done)
 
-# %% ../nbs/11_streaming.ipynb #e2ac79bc
+# %% ../nbs/11_streaming.ipynb #49fd6da1
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     "Hold back Ctrl-C until the end of the block."
@@ -565,6 +569,7 @@ def _uninterrupted() -> Iterator[None]:
     finally: signal.signal(signal.SIGINT, before)
     if came: before(*came[0])
 
+# %% ../nbs/11_streaming.ipynb #c40e1208
 def _of_pairs(pairs: Iterable, memory, bar) -> ContextStats:
     "Statistics of arrays that a caller hands over one pair after the other."
     total = None
@@ -580,7 +585,7 @@ def _of_pairs(pairs: Iterable, memory, bar) -> ContextStats:
     if total is None or not total.count: raise InputError('source: there are no rows in it')
     return total
 
-# %% ../nbs/11_streaming.ipynb #4eca4895
+# %% ../nbs/11_streaming.ipynb #9c18d985
 def _check_run(rows: int | None, checkpoint, every: int, resume: bool) -> None:
     "Refuse what cannot work, before any."
     if operator.index(every) < 1: raise ValueError(f'every: {every}, needed at least 1')
@@ -594,6 +599,7 @@ def _each(left: list[Shard], memory, tick) -> Generator[ContextStats, None, None
     part = ContextStats(left[0].width, left[0].dtype) if left else None
     for shard in left: yield shard_stats(shard, memory, stats=part, tick=tick)
 
+# %% ../nbs/11_streaming.ipynb #ba4dbacd
 def _join_in_order(todo: list[Shard],
                    parts: Callable[[list[Shard]], Generator[ContextStats, None, None]], # of those that are left
                    checkpoint, every: int, resume: bool, bar) -> ContextStats:
@@ -617,6 +623,7 @@ def _join_in_order(todo: list[Shard],
         if checkpoint is not None and done > saved and whole: save_stats(checkpoint, total, todo[:done])
     return total
 
+# %% ../nbs/11_streaming.ipynb #a0221e18
 def stream(source: Iterable, # list of `Shard`, or pairs (x, y) of arrays or memory maps
            *,
            memory: int | str = '1GB', # budget for sums, scratch and buffers, see `chunk_rows`
@@ -635,7 +642,7 @@ def stream(source: Iterable, # list of `Shard`, or pairs (x, y) of arrays or mem
         if todo is None: return _of_pairs(source, memory, bar)
         return _join_in_order(todo, lambda left: _each(left, memory, bar.update), checkpoint, every, resume, bar)
 
-# %% ../nbs/11_streaming.ipynb #cc83e324
+# %% ../nbs/11_streaming.ipynb #b57ebfef
 def noise_floor(n: int) -> float:
     "Standard deviation of a correlation of `n` independent rows, `1/sqrt(n - 1)`."
     if n < 2: raise ValueError(f'n: {n}, needed at least 2 rows')
@@ -659,6 +666,7 @@ def _unit_columns(a: np.ndarray) -> np.ndarray: # float64
     norms = np.linalg.norm(A, axis=0)
     return np.divide(A, norms, out=np.zeros_like(A), where=norms > 0)
 
+# %% ../nbs/11_streaming.ipynb #f21fb118
 def permutation_null(x: np.ndarray, # (n, D) in memory
                      y: np.ndarray, # (n, D)
                      rounds: int = 20, # permutations of the rows of y

@@ -175,6 +175,8 @@ def kinds(*spans):
     return gains | {f"{kind} control": quiet for kind in KINDS}
 
 
+OWN_OUTPUT = dict(result=10**6, intermediate=0)  # a product allocates what it returns
+
 EDGES = [  # claim, figures, verdict: at the bound, and one step beyond
     ("site-cov", dict(dot=100, shipped=50, result=100), CONFIRMED),
     ("site-cov", dict(dot=100, shipped=51, result=100), REFUTED),
@@ -203,6 +205,10 @@ EDGES = [  # claim, figures, verdict: at the bound, and one step beyond
     ("mem-forward", dict(dot=2e7 + 5, shipped=5, traffic=0), CONFIRMED),
     ("mem-forward", dict(dot=2e7 + 4, shipped=5, traffic=2e7), PARTLY),
     ("mem-forward", dict(dot=2e7 + 4, shipped=5, traffic=2e7 - 1), REFUTED),
+    ("why-faster", dict(OWN_OUTPUT, outcome="faster", ratio=Interval(0.9, 0.8, 0.95)), PARTLY),
+    ("why-faster", dict(OWN_OUTPUT, outcome="slower", ratio=Interval(1.1, 1.05, 1.2)), REFUTED),
+    ("why-faster", dict(OWN_OUTPUT, outcome="no difference", ratio=Interval(1, 0.971, 1.1)), REFUTED),
+    ("why-faster", dict(OWN_OUTPUT, outcome="no difference", ratio=Interval(1, 0.970, 1.1)), UNDECIDED),
     ("speed-forward", dict(shipped=Interval(4, 3, 5), control=quiet), CONFIRMED),
     ("speed-forward", dict(shipped=Interval(4, 3, 5), control=Interval(0, -3, 3)), UNDECIDED),
     ("speed-forward", dict(shipped=Interval(2, 1, 3), control=quiet), UNDECIDED),

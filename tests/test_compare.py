@@ -12,7 +12,7 @@ from test_claims import small_bench
 from test_report import HOSTILE, Page
 
 from ctxlab import compare
-from ctxlab.claims import LEDGER, run_ledger
+from ctxlab.claims import LEDGER, run_ledger, words
 from ctxlab.compare import (
     PARTIAL,
     READABLE,
@@ -156,6 +156,30 @@ def test_what_happened_to_a_claim(data, tmp_path):
     assert change_of(before, data, "novel") == "new"
 
 
+@pytest.mark.parametrize(("id", "name"), [("total", "planned"), ("why-faster", "intermediate")])
+def test_counted_bytes_beside_a_timed_figure_may_change_too(id, name, data, tmp_path):
+    before = stored(tmp_path, data)
+    for f in claim(data, id)["figures"].values():
+        f[name] += 500  # objects of Python
+    assert change_of(before, data, id) == ""
+    for f in claim(data, id)["figures"].values():
+        f[name] += 10**6
+    assert change_of(before, data, id) == "other figures"
+    claim(data, id)["verdict"] = "none"
+    assert change_of(before, data, id) == "verdict, other figures"
+
+
+@pytest.mark.parametrize("id", ["pool-speed", "speed-forward", "pool-mem"])
+def test_another_workload_is_no_change_within_noise(id, data, tmp_path):
+    before = stored(tmp_path, data)
+    figures = claim(data, id)["figures"]
+    figures["renamed"] = figures.pop(next(iter(figures)))
+    claim(data, id)["measured"] += " (renamed)"
+    assert change_of(before, data, id) == "other workload"
+    claim(data, id)["verdict"] = "none"
+    assert change_of(before, data, id) == "verdict, other workload"
+
+
 def test_what_differs_is_listed(data, tmp_path):
     before = stored(tmp_path, data)
     data["settings"] |= {"seed": 4, "threads": 2}
@@ -297,5 +321,6 @@ def test_each_claim_can_be_explained(entry, data, tmp_path):
     assert max(map(len, text.splitlines())) <= 40
     whole = "".join(text.split())
     verdict = claim(data, entry.id)["verdict"]
-    for part in (entry.says, entry.rule, entry.section, entry.original, f"verdict: {verdict}"):
+    told = (entry.says, entry.rule, entry.section, entry.original, f"verdict: {verdict}")
+    for part in (*told, *words(entry).values()):
         assert "".join(part.split()) in whole

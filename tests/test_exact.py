@@ -226,6 +226,9 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
     "out in no folder": (["run", "--out", "no/context.npz"], None, "--out: no is no folder"),
     "out in a file": (["run", "--out", "run/0.npz/context.npz"], None, "is no folder"),
     "out among shards": (["run", "--out", "run/context.npz"], None, "would lie among the shards"),
+    "out is a shard": (["run/0.npz", "run/1.npz", "--out", "run/1.npz"], None, "1.npz is one of the shards"),
+    "a shard as checkpoint": (["c.checkpoint.npz", "--out", "c.npz", "--resume"],
+                              lambda: Path("run/0.npz").rename("c.checkpoint.npz"), "is one of the shards"),
     "a folder for a picture": (["run"], lambda: Path("context.png").mkdir(), "context.png is a folder"),
     "a folder for a checkpoint": (["run"], lambda: Path(CHECKPOINT).mkdir(), f"{CHECKPOINT} is a folder"),
     "an unreadable place": (["run", "--out", "/proc/context.npz"], None, "cannot be written"),
@@ -241,12 +244,14 @@ def test_mistakes(what, home, capsys):
     argv, prepare, said = MISTAKES[what]
     if prepare:
         prepare()
+    shards = {p: p.read_bytes() for p in Path("run").iterdir()}
     before = written()
     with pytest.raises((InputError, OSError)) as e:
         run(*argv)
     assert said in str(e.value)
     assert "\n" not in str(e.value)
     assert written() == before
+    assert {p: p.read_bytes() for p in Path("run").iterdir()} == shards
     assert capsys.readouterr().out == ""
 
 

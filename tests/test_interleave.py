@@ -898,6 +898,15 @@ OPERATIONS = {
     "copy": lambda c: c.copy(),
     "add": lambda c: c.__add__([2]),
     "equal": lambda c: c == [1],
+    "unequal": lambda c: c != [1],
+    "less": lambda c: c < [1],
+    "greater, from the other side": lambda c: [1] < c,
+    "at least": lambda c: c >= [1],
+    "at most": lambda c: c <= [1],
+    "reversed": lambda c: [*reversed(c)],
+    "times": lambda c: c * 2,
+    "times, from the other side": lambda c: 2 * c,
+    "repeat in place": lambda c: c.__imul__(2),
 }
 
 

@@ -633,8 +633,9 @@ def test_norms_are_norms():
     assert found["7 x 7 matrix"]() == pytest.approx(np.linalg.norm(m), rel=1e-5)
 
 
-def test_costs_are_timed_for_each_name():
-    found = costs(["snapshot swap"], budget=0.01)
+@pytest.mark.parametrize("names", [list, iter])
+def test_costs_are_timed_for_each_name(names):
+    found = costs(names(["snapshot swap"]), budget=0.01)
     assert {"compute", *(f"snapshot swap {what}" for what in ("hit", "invalidate", "cycle"))} <= set(
         found.seconds
     )
