@@ -381,7 +381,7 @@ def _speed(path: str, low: float, high: float, original: str) -> Claim:
 SPEED = [_speed('forward', 3, 5, 'apply takes 4.6 bare products of NumPy, or 1.06 with OpenBLAS under it'),
          _speed('backward', 5, 8, 'gradients take 9.6 bare products of NumPy, or 2.96 with OpenBLAS under it')]
 
-# %% ../nbs/12_claims.ipynb #7018d3fa
+# %% ../nbs/12_claims.ipynb #39aa4962
 SMALL = 4096 # bytes; less than that is Python's own objects, not an array
 
 def _why_figures(b: Bench) -> Figures:
@@ -398,7 +398,7 @@ def _why(f: Mapping[str, Any]) -> str:
 
 WHY = Claim('why-faster', '.dot() allocates an intermediate; a buffer improves locality and vectorisation',
             'one part: dot allocates half a result more than it returns; the other: zeros + gemm is faster than dot, beyond the control'
-            f'{BOTH}; undecided if it is not, and its interval holds a gain of 3 % all the same',
+            f'{BOTH}; undecided if the time shows no difference, but its interval holds a gain of 3 %',
             '03_gemm', 'A hot path in three forms', 'result, intermediate: bytes of dot; ratio: time of zeros + gemm in units of dot, and its control', _why_figures, each(_why),
             per_workload(lambda f: f"intermediate {megabytes(f['intermediate'])}; zeros + gemm: {f['outcome']} ({f['ratio'].median:.2f} x dot)"),
             'dot allocates its own output and nothing else')
