@@ -135,8 +135,8 @@ def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; e
             samples[names[i]].append(_sample(timed[names[i]], calls))
     return Timings({name: np.array(s) for name, s in samples.items()}, control, calls)
 
-# %% ../nbs/01_measure.ipynb #a48a8944
-def time_placed(place: Callable[[np.random.Generator], Mapping[str, Callable[[], Any]]], # functions on newly placed data
+# %% ../nbs/01_measure.ipynb #28afdc2d
+def time_placed(place: 'Callable[[np.random.Generator], Mapping[str, Callable[[], Any]]]', # functions on newly placed data
                 *,
                 blocks: int = 7, # placements; 6 is the least for an interval at 95 %
                 budget: float = 1.0, # seconds for all of them

@@ -24,13 +24,14 @@ FACTS = settings["DEFAULT"]
 @pytest.mark.parametrize("module", ["ctxlab", "ctxlab.context", "ctxlab.data", "ctxlab.measure"])
 def test_imports_stay_light(module):
     # Only a fresh process can tell what an import drags in.
-    code = f"import sys, {module}; print(*sys.modules)"
+    code = f"import sys, numpy; before = {{*sys.modules}}; import {module}; print(*sys.modules.keys() - before)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     heavy = {"matplotlib", "tqdm", "scipy", "hypothesis", "pytest", "nbdev", "fastcore", "IPython", "pandas"}
     assert module in loaded
     assert heavy.isdisjoint(name.partition(".")[0] for name in loaded)
+    assert "numpy.random" not in loaded  # NumPy itself loads it when it is used
 
 
 def requirement_names():
