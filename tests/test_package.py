@@ -24,7 +24,7 @@ FACTS = settings["DEFAULT"]
 @pytest.mark.parametrize("module", ["ctxlab", "ctxlab.context", "ctxlab.data", "ctxlab.measure"])
 def test_imports_stay_light(module):
     # Only a fresh process can tell what an import drags in.
-    code = f"import sys, numpy; before = {{*sys.modules}}; import {module}; print(*sys.modules.keys() - before)"
+    code = f"import sys, numpy; old = {{*sys.modules}}; import {module}; print(*sys.modules.keys() - old)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
