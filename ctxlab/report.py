@@ -358,7 +358,7 @@ def _article(f: Finding, picture: str) -> str:
     return (f'<article id="{c.id}" aria-labelledby="{c.id}-name"><h3 id="{c.id}-name">{c.id} {badge(f.verdict)}</h3>'
             f'<dl>{listed}</dl>{_figures_table(f)}{picture}{_code(c)}</article>')
 
-# %% ../nbs/13_report.ipynb #096f53ae
+# %% ../nbs/13_report.ipynb #26268cf1
 def _scoreboard(findings: Sequence[Finding], loud: Sequence[Mapping[str, Any]], comparisons: int) -> str:
     "Counts, the table of verdicts, and a warning where the machine was too noisy."
     count, esc = Counter(f.verdict for f in findings), html.escape
@@ -366,7 +366,7 @@ def _scoreboard(findings: Sequence[Finding], loud: Sequence[Mapping[str, Any]], 
     rows = [(f'<a href="#{f.claim.id}">{f.claim.id}</a>', esc(f.claim.says), esc(f.told), badge(f.verdict)) for f in findings]
     names = '; '.join(esc(f"{n['what']}, {n['workload']}" if n['what'] else n['workload']) for n in loud)
     note = (f'<p class="note" role="note"><strong>Too noisy to decide.</strong> In {len(loud)} of {comparisons} comparisons the control strays by '
-            f'{NOTICEABLE:.0%} or more, so a gain of that size cannot be told from none: {names}.</p>') if loud else ''
+            f'more than {NOTICEABLE:.0%}, so a gain of that size cannot be told from none: {names}.</p>') if loud else ''
     return (f'<ul class="tiles" aria-label="{len(findings)} claims by verdict">{tiles}</ul>{note}'
             + board(f'{len(findings)} claims: {scoreboard(findings)}', ('Claim', 'The report says', 'Measured here', 'Verdict'), rows))
 
