@@ -1,4 +1,5 @@
 """Packaging: every fact comes from settings.ini, so that no second list can drift from it."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -37,6 +38,8 @@ setup(
     packages=["ctxlab"],
     package_data={"ctxlab": ["py.typed", "*.mplstyle", "assets/*"]},
     install_requires=facts["requirements"].split(),
-    extras_require={key.removesuffix(SUFFIX): facts[key].split() for key in facts if key.endswith(SUFFIX)},
+    extras_require={
+        key.removesuffix(SUFFIX): facts[key].split() for key in facts if key.endswith(SUFFIX)
+    },
     entry_points={"console_scripts": facts["console_scripts"].split()},
 )

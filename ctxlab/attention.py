@@ -17,107 +17,162 @@ from .gemm import PANEL_BYTES, gemm
 from .workspace import Buffer, Requirement, Workspace, all_of
 
 # %% ../nbs/06a_attention.ipynb #37182616
-def visible(S: int, causal: bool, keep: np.ndarray | None) -> np.ndarray: # broadcasts to (B, H, S, S), True: may be seen
+def visible(
+    S: int, causal: bool, keep: np.ndarray | None
+) -> np.ndarray:  # broadcasts to (B, H, S, S), True: may be seen
     "Which key (last axis) a query (last but one) may see."
     seen = np.tri(S, dtype=bool) if causal else np.ones((S, S), bool)
     return seen if keep is None else seen & keep[:, None, None, :]
 
-def attention(q: np.ndarray, # (B, H, S, E)
-              k: np.ndarray, # same shape
-              v: np.ndarray, # same shape
-              *,
-              causal: bool = False, # no token sees a later one
-              keep: np.ndarray | None = None, # (B, S) bool, False: padding
-              ) -> np.ndarray: # (B, H, S, E)
+
+def attention(
+    q: np.ndarray,  # (B, H, S, E)
+    k: np.ndarray,  # same shape
+    v: np.ndarray,  # same shape
+    *,
+    causal: bool = False,  # no token sees a later one
+    keep: np.ndarray | None = None,  # (B, S) bool, False: padding
+) -> np.ndarray:  # (B, H, S, E)
     "`softmax(q k^T / sqrt(E)) v`; the clear and allocating form."
     scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1], dtype=q.dtype)
     scores = np.where(visible(q.shape[2], causal, keep), scores, -np.inf)
-    top = np.maximum(scores.max(axis=-1, keepdims=True), np.finfo(q.dtype).min) # finite also where nothing is visible
+    top = np.maximum(
+        scores.max(axis=-1, keepdims=True), np.finfo(q.dtype).min
+    )  # finite also where nothing is visible
     weights = np.exp(scores - top)
     return weights / np.maximum(weights.sum(axis=-1, keepdims=True), np.finfo(q.dtype).tiny) @ v
 
 # %% ../nbs/06a_attention.ipynb #1c2cf0bf
-def _blocks(S: int, itemsize: int) -> list[slice]: # the last first
+def _blocks(S: int, itemsize: int) -> list[slice]:  # the last first
     "Blocks of rows whose scores fill a panel."
     step = min(max(1, PANEL_BYTES // max(S * itemsize, 1)), max(S, 1))
     return [slice(i, min(i + step, S)) for i in range(0, S, step)][::-1]
 
+
 def _part(scratch: np.ndarray, rows: slice, columns: int) -> np.ndarray:
     "A contiguous matrix out of flat scratch."
     n = rows.stop - rows.start
-    return scratch[:n * columns].reshape(n, columns)
+    return scratch[: n * columns].reshape(n, columns)
 
-def _scores_into(q: np.ndarray, k: np.ndarray, block: np.ndarray, rows: slice, later: np.ndarray, hidden: np.ndarray | None) -> None:
+
+def _scores_into(
+    q: np.ndarray,
+    k: np.ndarray,
+    block: np.ndarray,
+    rows: slice,
+    later: np.ndarray,
+    hidden: np.ndarray | None,
+) -> None:
     "Scaled and masked scores of the rows of one head; `later` is the triangle that causality hides, `hidden` marks padding."
     n, columns = block.shape
     np.matmul(q[rows], k[:columns].T, out=block)
     block *= block.dtype.type(1 / math.sqrt(q.shape[1]))
-    if len(later): np.copyto(block[:, rows.start:], -np.inf, where=later[:n, :columns - rows.start])
-    if hidden is not None: np.copyto(block, -np.inf, where=hidden[:columns])
+    if len(later):
+        np.copyto(block[:, rows.start :], -np.inf, where=later[:n, : columns - rows.start])
+    if hidden is not None:
+        np.copyto(block, -np.inf, where=hidden[:columns])
 
 # %% ../nbs/06a_attention.ipynb #bb7dca9b
-def _heads(B: int, H: int) -> Iterator[tuple[int, int]]: return ((b, h) for b in range(B) for h in range(H))
+def _heads(B: int, H: int) -> Iterator[tuple[int, int]]:
+    return ((b, h) for b in range(B) for h in range(H))
 
-def _masks(ws: Workspace, S: int, step: int, causal: bool, keep: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+
+def _masks(
+    ws: Workspace, S: int, step: int, causal: bool, keep: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     "The triangle above the diagonal of a block, empty if nothing is hidden, and what is padding."
-    later = ws.take('attention.later', (step, step) if causal else (0, 0), np.bool_)
-    for i, row in enumerate(later): row[:i + 1], row[i + 1:] = False, True
-    return later, None if keep is None else np.logical_not(keep, out=ws.take('attention.hidden', keep.shape, np.bool_))
+    later = ws.take("attention.later", (step, step) if causal else (0, 0), np.bool_)
+    for i, row in enumerate(later):
+        row[: i + 1], row[i + 1 :] = False, True
+    return later, None if keep is None else np.logical_not(
+        keep, out=ws.take("attention.hidden", keep.shape, np.bool_)
+    )
 
-def attention_requirement(dtype: DTypeLike = np.float32, backward: bool = False, causal: bool = False, keep: bool = False) -> Requirement:
+
+def attention_requirement(
+    dtype: DTypeLike = np.float32, backward: bool = False, causal: bool = False, keep: bool = False
+) -> Requirement:
     "Scratch of one call, in r (rows of a block, see `block_rows`), S and B."
-    blocks = ['attention.block', 'attention.gradient'] if backward else ['attention.block']
-    parts = [Buffer(name, ('r', 'S'), dtype) for name in blocks] + [Buffer('attention.row', ('r',), dtype)]
-    if causal: parts.append(Buffer('attention.later', ('r', 'r'), np.bool_))
-    if keep: parts.append(Buffer('attention.hidden', ('B', 'S'), np.bool_))
+    blocks = ["attention.block", "attention.gradient"] if backward else ["attention.block"]
+    parts = [Buffer(name, ("r", "S"), dtype) for name in blocks] + [
+        Buffer("attention.row", ("r",), dtype)
+    ]
+    if causal:
+        parts.append(Buffer("attention.later", ("r", "r"), np.bool_))
+    if keep:
+        parts.append(Buffer("attention.hidden", ("B", "S"), np.bool_))
     return all_of(*parts)
+
 
 def block_rows(S: int, dtype: DTypeLike = np.float32) -> int:
     "Rows of the largest block for sequences of length S."
     return max((rows.stop - rows.start for rows in _blocks(S, np.dtype(dtype).itemsize)), default=0)
 
 # %% ../nbs/06a_attention.ipynb #d5a914e2
-def attention_into(q: np.ndarray, # (B, H, S, E), any strides with the last axis contiguous
-                   k: np.ndarray, # same shape
-                   v: np.ndarray, # same shape
-                   out: np.ndarray, # same shape
-                   lse: np.ndarray, # (B, H, S), receives the log of the sum of exponentials of each row
-                   ws: Workspace, # for `attention_requirement`
-                   *,
-                   weights: np.ndarray | None = None, # (B, H, S, S), receives the weights; None: they are not kept
-                   causal: bool = False, # no token sees a later one
-                   keep: np.ndarray | None = None, # (B, S) bool, False: padding
-                   ) -> np.ndarray: # out
+def attention_into(
+    q: np.ndarray,  # (B, H, S, E), any strides with the last axis contiguous
+    k: np.ndarray,  # same shape
+    v: np.ndarray,  # same shape
+    out: np.ndarray,  # same shape
+    lse: np.ndarray,  # (B, H, S), receives the log of the sum of exponentials of each row
+    ws: Workspace,  # for `attention_requirement`
+    *,
+    weights: np.ndarray
+    | None = None,  # (B, H, S, S), receives the weights; None: they are not kept
+    causal: bool = False,  # no token sees a later one
+    keep: np.ndarray | None = None,  # (B, S) bool, False: padding
+) -> np.ndarray:  # out
     "`attention`, a block of rows at a time."
     B, H, S, E = q.shape
     blocks, step, tiny = _blocks(S, q.itemsize), block_rows(S, q.dtype), np.finfo(q.dtype).tiny
-    if weights is not None and causal: weights.fill(0)
+    if weights is not None and causal:
+        weights.fill(0)
     with ws.scope():
         later, hidden = _masks(ws, S, step, causal, keep)
-        scratch, row = ws.take('attention.block', (step * S,), q.dtype), ws.take('attention.row', (step,), q.dtype)
+        scratch, row = (
+            ws.take("attention.block", (step * S,), q.dtype),
+            ws.take("attention.row", (step,), q.dtype),
+        )
         for b, h in _heads(B, H):
             for rows in blocks:
                 columns = rows.stop if causal else S
-                P = _part(scratch, rows, columns) if weights is None else weights[b, h, rows, :columns]
-                top, total = lse[b, h, rows], row[:len(P)]
-                _scores_into(q[b, h], k[b, h], P, rows, later, None if hidden is None else hidden[b])
+                P = (
+                    _part(scratch, rows, columns)
+                    if weights is None
+                    else weights[b, h, rows, :columns]
+                )
+                top, total = lse[b, h, rows], row[: len(P)]
+                _scores_into(
+                    q[b, h], k[b, h], P, rows, later, None if hidden is None else hidden[b]
+                )
                 np.maximum.reduce(P, axis=1, out=top)
-                np.maximum(top, np.finfo(q.dtype).min, out=top) # finite also where nothing is visible
+                np.maximum(
+                    top, np.finfo(q.dtype).min, out=top
+                )  # finite also where nothing is visible
                 P -= top[:, None]
                 np.exp(P, out=P)
                 np.add.reduce(P, axis=1, out=total)
                 np.maximum(total, tiny, out=total)
                 O = out[b, h, rows]
-                if weights is not None: P /= total[:, None]
+                if weights is not None:
+                    P /= total[:, None]
                 np.matmul(P, v[b, h, :columns], out=O)
-                if weights is None: O /= total[:, None]
+                if weights is None:
+                    O /= total[:, None]
                 np.log(total, out=total)
                 top += total
     return out
 
 # %% ../nbs/06a_attention.ipynb #b99f3de7
-def attention_vjp(q: np.ndarray, k: np.ndarray, v: np.ndarray, grad_out: np.ndarray, *, causal: bool = False,
-                  keep: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (B, H, S, E) each
+def attention_vjp(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    grad_out: np.ndarray,
+    *,
+    causal: bool = False,
+    keep: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (B, H, S, E) each
     "Gradients of `attention` for q, k and v; clear and allocating."
     scale = 1 / np.sqrt(q.shape[-1], dtype=q.dtype)
     scores = np.where(visible(q.shape[2], causal, keep), q @ k.swapaxes(-1, -2) * scale, -np.inf)
@@ -128,37 +183,51 @@ def attention_vjp(q: np.ndarray, k: np.ndarray, v: np.ndarray, grad_out: np.ndar
     return grad_scores @ k, grad_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ grad_out
 
 # %% ../nbs/06a_attention.ipynb #0c89b6e7
-def attention_backward_into(q: np.ndarray, # (B, H, S, E) as in the forward pass
-                            k: np.ndarray,
-                            v: np.ndarray,
-                            o: np.ndarray, # its result
-                            lse: np.ndarray, # (B, H, S) from it
-                            grad_out: np.ndarray, # (B, H, S, E)
-                            grad_q: np.ndarray, # (B, H, S, E), receives dL/dq
-                            grad_k: np.ndarray,
-                            grad_v: np.ndarray,
-                            ws: Workspace, # for `attention_requirement(backward=True)`
-                            *,
-                            weights: np.ndarray | None = None, # (B, H, S, S) if they were kept
-                            causal: bool = False,
-                            keep: np.ndarray | None = None,
-                            ) -> None:
+def attention_backward_into(
+    q: np.ndarray,  # (B, H, S, E) as in the forward pass
+    k: np.ndarray,
+    v: np.ndarray,
+    o: np.ndarray,  # its result
+    lse: np.ndarray,  # (B, H, S) from it
+    grad_out: np.ndarray,  # (B, H, S, E)
+    grad_q: np.ndarray,  # (B, H, S, E), receives dL/dq
+    grad_k: np.ndarray,
+    grad_v: np.ndarray,
+    ws: Workspace,  # for `attention_requirement(backward=True)`
+    *,
+    weights: np.ndarray | None = None,  # (B, H, S, S) if they were kept
+    causal: bool = False,
+    keep: np.ndarray | None = None,
+) -> None:
     "Gradients of `attention_into`, a block of rows at a time."
     B, H, S, E = q.shape
-    blocks, step, scale = _blocks(S, q.itemsize), block_rows(S, q.dtype), q.dtype.type(1 / math.sqrt(E))
+    blocks, step, scale = (
+        _blocks(S, q.itemsize),
+        block_rows(S, q.dtype),
+        q.dtype.type(1 / math.sqrt(E)),
+    )
     with ws.scope():
         later, hidden = _masks(ws, S, step, causal, keep)
-        scratch, gradient = (ws.take(f'attention.{name}', (step * S,), q.dtype) for name in ('block', 'gradient'))
-        row = ws.take('attention.row', (step,), q.dtype)
+        scratch, gradient = (
+            ws.take(f"attention.{name}", (step * S,), q.dtype) for name in ("block", "gradient")
+        )
+        row = ws.take("attention.row", (step,), q.dtype)
         for b, h in _heads(B, H):
             for rows in blocks:
                 columns = rows.stop if causal else S
-                G, beta, delta = grad_out[b, h, rows], float(rows.stop < S), row[:rows.stop - rows.start]
+                G, beta, delta = (
+                    grad_out[b, h, rows],
+                    float(rows.stop < S),
+                    row[: rows.stop - rows.start],
+                )
                 np.vecdot(G, o[b, h, rows], out=delta)
-                if weights is not None: P = weights[b, h, rows, :columns]
+                if weights is not None:
+                    P = weights[b, h, rows, :columns]
                 else:
                     P = _part(scratch, rows, columns)
-                    _scores_into(q[b, h], k[b, h], P, rows, later, None if hidden is None else hidden[b])
+                    _scores_into(
+                        q[b, h], k[b, h], P, rows, later, None if hidden is None else hidden[b]
+                    )
                     P -= lse[b, h, rows, None]
                     np.exp(P, out=P)
                 gemm(P.T, G, grad_v[b, h, :columns], beta=beta)

@@ -26,64 +26,99 @@ from .testing import assert_equiv, numeric_gradient
 from .workspace import Buffer, Dim, Requirement, Workspace, all_of, any_of
 
 # %% ../nbs/06b_block.ipynb #d4cbe37a
-Shapes = dict[str, tuple[int, ...]] # parameter -> shape
+Shapes = dict[str, tuple[int, ...]]  # parameter -> shape
+
 
 def _views(flat: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
     "Consecutive parts of `flat`, by name."
     ends = list(itertools.accumulate(map(math.prod, shapes.values())))
-    return {name: flat[end - math.prod(shape):end].reshape(shape) for (name, shape), end in zip(shapes.items(), ends)}
+    return {
+        name: flat[end - math.prod(shape) : end].reshape(shape)
+        for (name, shape), end in zip(shapes.items(), ends)
+    }
+
 
 def initialise(parameters: Mapping[str, np.ndarray], rng: np.random.Generator) -> None:
     "Matrices from N(0, 1/inputs), vectors named `weight` 1, all else 0."
     for name, p in parameters.items():
-        if p.ndim == 2: p[...] = rng.standard_normal(p.shape) / math.sqrt(p.shape[1])
-        else: p.fill(1.0 if name.endswith('weight') else 0.0)
+        if p.ndim == 2:
+            p[...] = rng.standard_normal(p.shape) / math.sqrt(p.shape[1])
+        else:
+            p.fill(1.0 if name.endswith("weight") else 0.0)
 
 # %% ../nbs/06b_block.ipynb #6e55c2d0
-def check_size(name: str, n: Any) -> int: # at least 1
+def check_size(name: str, n: Any) -> int:  # at least 1
     "Return a dimension as an integer, or raise an error that names it."
-    try: size = operator.index(n)
-    except TypeError: raise TypeError(f'{name}: {n!r} is not an integer') from None
-    if size < 1: raise ValueError(f'{name}: {size}, needed at least 1')
+    try:
+        size = operator.index(n)
+    except TypeError:
+        raise TypeError(f"{name}: {n!r} is not an integer") from None
+    if size < 1:
+        raise ValueError(f"{name}: {size}, needed at least 1")
     return size
 
-def _as_array(value: Any) -> np.ndarray: # of objects, where the value is no array
-    try: return np.asarray(value)
-    except (TypeError, ValueError): return np.empty((), object)
 
-def _unfit(name: str, a: np.ndarray, shape: tuple[int, ...]) -> str: # empty where it fits
-    if a.dtype.kind not in 'fiu': return f'{name} is {a.dtype}, needed numbers'
-    return f'{name} has shape {a.shape}, needed {shape}' if a.shape != shape else ''
+def _as_array(value: Any) -> np.ndarray:  # of objects, where the value is no array
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        return np.empty((), object)
 
-def _few(names: list[str], shown: int = 4) -> str: # a block has a dozen entries, a line has not
-    return ', '.join(names[:shown]) + (f' and {len(names) - shown} more' if len(names) > shown else '')
+
+def _unfit(name: str, a: np.ndarray, shape: tuple[int, ...]) -> str:  # empty where it fits
+    if a.dtype.kind not in "fiu":
+        return f"{name} is {a.dtype}, needed numbers"
+    return f"{name} has shape {a.shape}, needed {shape}" if a.shape != shape else ""
+
+
+def _few(names: list[str], shown: int = 4) -> str:  # a block has a dozen entries, a line has not
+    return ", ".join(names[:shown]) + (
+        f" and {len(names) - shown} more" if len(names) > shown else ""
+    )
+
 
 def check_state(state: Mapping[str, Any], shapes: Shapes, optional: Shapes | None = None) -> None:
     "A ValueError that names misshapen entries, those that are no numbers, and of missing and extra ones the first few."
-    if not isinstance(state, Mapping): raise TypeError(f'state: {type(state).__name__} is no mapping of names to arrays')
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: {type(state).__name__} is no mapping of names to arrays")
     known = shapes | (optional or {})
     found = {name: _as_array(state[name]) for name in known if name in state}
-    absent, extra = [name for name in shapes if name not in state], [str(name) for name in state if name not in known]
-    wrong = [f'{kind} {_few(names)}' for kind, names in (('missing', absent), ('extra', extra)) if names]
+    absent, extra = (
+        [name for name in shapes if name not in state],
+        [str(name) for name in state if name not in known],
+    )
+    wrong = [
+        f"{kind} {_few(names)}" for kind, names in (("missing", absent), ("extra", extra)) if names
+    ]
     wrong += [fault for name, a in found.items() if (fault := _unfit(name, a, known[name]))]
-    if wrong: raise ValueError(f"state: {'; '.join(wrong)}")
+    if wrong:
+        raise ValueError(f"state: {'; '.join(wrong)}")
 
-def converted(state: Mapping[str, Any], names: Iterable[str], dtype: np.dtype) -> dict[str, np.ndarray]: # all of them, or a ValueError
+
+def converted(
+    state: Mapping[str, Any], names: Iterable[str], dtype: np.dtype
+) -> dict[str, np.ndarray]:  # all of them, or a ValueError
     "Entries of a checked state in another precision."
     arrays = {}
     for name in names:
         given = np.asarray(state[name])
-        with np.errstate(over='ignore'): arrays[name] = given.astype(dtype)
-        if np.isinf(arrays[name]).sum() > np.isinf(given).sum(): raise ValueError(f'state: {name} holds numbers too large for {dtype}')
+        with np.errstate(over="ignore"):
+            arrays[name] = given.astype(dtype)
+        if np.isinf(arrays[name]).sum() > np.isinf(given).sum():
+            raise ValueError(f"state: {name} holds numbers too large for {dtype}")
     return arrays
 
 # %% ../nbs/06b_block.ipynb #44adf1ec
-_numbers = itertools.count() # so that two blocks never share a name
+_numbers = itertools.count()  # so that two blocks never share a name
 
-def _buffer(name: str, prefix: str, *shape: Dim, dtype: DTypeLike) -> Buffer: return Buffer(f'{prefix}.{name}', shape, dtype)
+
+def _buffer(name: str, prefix: str, *shape: Dim, dtype: DTypeLike) -> Buffer:
+    return Buffer(f"{prefix}.{name}", shape, dtype)
+
 
 class Parametric:
     "Something with named parameters and their gradients."
+
     _parameters: dict[str, np.ndarray]
     _gradients: dict[str, np.ndarray]
 
@@ -96,92 +131,154 @@ class Parametric:
         return dict(self._gradients)
 
     @property
-    def parameter_count(self) -> int: return sum(p.size for p in self._parameters.values())
+    def parameter_count(self) -> int:
+        return sum(p.size for p in self._parameters.values())
+
 
 class _Parts(Parametric):
     "The state of a block."
-    def __init__(self, dim: int, shapes: Shapes, *, rng: np.random.Generator | None, dtype: DTypeLike, context: SharedAttentionContext | None,
-                 workspace: Workspace | None, max_len: int | None = None):
-        self.dtype = check_array('dtype', np.empty((0, 0), dtype)).dtype
+
+    def __init__(
+        self,
+        dim: int,
+        shapes: Shapes,
+        *,
+        rng: np.random.Generator | None,
+        dtype: DTypeLike,
+        context: SharedAttentionContext | None,
+        workspace: Workspace | None,
+        max_len: int | None = None,
+    ):
+        self.dtype = check_array("dtype", np.empty((0, 0), dtype)).dtype
         if context is not None and context.dtype != self.dtype:
-            raise TypeError(f'context: {context.dtype}, but the block is {self.dtype}')
+            raise TypeError(f"context: {context.dtype}, but the block is {self.dtype}")
         if not isinstance(workspace, Workspace | None):
-            raise TypeError(f'workspace: {type(workspace).__name__} is no ctxlab.workspace.Workspace')
+            raise TypeError(
+                f"workspace: {type(workspace).__name__} is no ctxlab.workspace.Workspace"
+            )
         self.dim, self.context, self.max_len = dim, context, max_len
-        self.workspace = Workspace(growth='exact') if workspace is None else workspace
-        self._owns, self.name = workspace is None, f'{type(self).__name__}{next(_numbers)}'
-        self._shapes = shapes | ({'context.strength': (1,)} if context is not None else {})
-        flats = [aligned_empty((sum(map(math.prod, self._shapes.values())),), self.dtype) for _ in range(2)]
+        self.workspace = Workspace(growth="exact") if workspace is None else workspace
+        self._owns, self.name = workspace is None, f"{type(self).__name__}{next(_numbers)}"
+        self._shapes = shapes | ({"context.strength": (1,)} if context is not None else {})
+        flats = [
+            aligned_empty((sum(map(math.prod, self._shapes.values())),), self.dtype)
+            for _ in range(2)
+        ]
         self._parameters, self._gradients = (_views(flat, self._shapes) for flat in flats)
         initialise(self._parameters, np.random.default_rng() if rng is None else rng)
-        for g in self._gradients.values(): g.fill(0)
-        if context is not None: self._parameters['context.strength'].fill(context.strength)
-        self._saved: Any = None # what backward needs; None: no forward pass to follow
+        for g in self._gradients.values():
+            g.fill(0)
+        if context is not None:
+            self._parameters["context.strength"].fill(context.strength)
+        self._saved: Any = None  # what backward needs; None: no forward pass to follow
 
 # %% ../nbs/06b_block.ipynb #602b0bb6
 class _Stateful(_Parts):
     "Saving and loading."
+
     def state_dict(self) -> dict[str, np.ndarray]:
         "Copies of the parameters, and of the contexts if there are any."
-        learned = {} if self.context is None else {n: a for n, a in self.context.state_dict().items() if n in ('incoming', 'outgoing')}
-        return {n: p.copy() for n, p in self._parameters.items()} | {f'context.{n}': a for n, a in learned.items()}
+        learned = (
+            {}
+            if self.context is None
+            else {
+                n: a for n, a in self.context.state_dict().items() if n in ("incoming", "outgoing")
+            }
+        )
+        return {n: p.copy() for n, p in self._parameters.items()} | {
+            f"context.{n}": a for n, a in learned.items()
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: # as from `state_dict`, or an opened .npz
+    def load_state_dict(
+        self, state: Mapping[str, Any]
+    ) -> None:  # as from `state_dict`, or an opened .npz
         "Restore parameters (and contexts); a ValueError names all that does not fit, and nothing is loaded."
-        contexts: Shapes = {} if self.context is None else {f'context.{n}': (self.dim, self.dim) for n in ('incoming', 'outgoing')}
+        contexts: Shapes = (
+            {}
+            if self.context is None
+            else {f"context.{n}": (self.dim, self.dim) for n in ("incoming", "outgoing")}
+        )
         check_state(state, self._shapes, contexts)
         arrays = converted(state, [n for n in (*self._shapes, *contexts) if n in state], self.dtype)
         if self.context is not None:
-            old = self.context.state_dict() | {'strength': float(arrays['context.strength'][0])}
-            learned = {n.removeprefix('context.'): arrays[n] for n in contexts if n in arrays}
-            self.context.load_state_dict({n: old[n] for n in ('strength', 'update_rate', 'max_rows')} | learned)
-        for name, p in self._parameters.items(): p[...] = arrays[name]
+            old = self.context.state_dict() | {"strength": float(arrays["context.strength"][0])}
+            learned = {n.removeprefix("context."): arrays[n] for n in contexts if n in arrays}
+            self.context.load_state_dict(
+                {n: old[n] for n in ("strength", "update_rate", "max_rows")} | learned
+            )
+        for name, p in self._parameters.items():
+            p[...] = arrays[name]
 
 # %% ../nbs/06b_block.ipynb #54ba281a
 class Block(_Stateful):
     "A layer with a shared context: forward, then backward, in buffers of one workspace."
-    def forward(self,
-                x: np.ndarray, # (B, S, D); must stay as it is until backward, and so must arrays among the options
-                out: np.ndarray | None = None, # same shape; default: a buffer that is valid in this generation
-                **options: Any) -> np.ndarray: # (B, S, D)
+
+    def forward(
+        self,
+        x: np.ndarray,  # (B, S, D); must stay as it is until backward, and so must arrays among the options
+        out: np.ndarray
+        | None = None,  # same shape; default: a buffer that is valid in this generation
+        **options: Any,
+    ) -> np.ndarray:  # (B, S, D)
         "Mix the context in, compute, let the context learn from input and output."
         x = self._check_input(x)
-        if out is not None: self._check_out(out, {'x': x})
+        if out is not None:
+            self._check_out(out, {"x": x})
         self._check_options(x.shape, **options)
         self._saved = None
-        if self._owns: self.workspace.next_generation()
-        out = self._out('y', out, {'x': x})
+        if self._owns:
+            self.workspace.next_generation()
+        out = self._out("y", out, {"x": x})
         with unbuffered():
             h = self._mix(x)
             kept = self._forward(self._rows(h), self._rows(out), x.shape, **options)
-            if self.context is not None: self.context.update(self._rows(x), self._rows(out))
-        self._saved = x, h, kept, self.workspace.generation, None if self.context is None else self.context.strength
+            if self.context is not None:
+                self.context.update(self._rows(x), self._rows(out))
+        self._saved = (
+            x,
+            h,
+            kept,
+            self.workspace.generation,
+            None if self.context is None else self.context.strength,
+        )
         return out
 
-    def backward(self,
-                 grad_out: np.ndarray, # (B, S, D) dL/dy
-                 out: np.ndarray | None = None, # same shape; default: a buffer that is valid in this generation
-                 ) -> np.ndarray: # dL/dx
+    def backward(
+        self,
+        grad_out: np.ndarray,  # (B, S, D) dL/dy
+        out: np.ndarray
+        | None = None,  # same shape; default: a buffer that is valid in this generation
+    ) -> np.ndarray:  # dL/dx
         "Gradients of the last forward pass; those of the parameters are in `gradients()`."
-        if self._saved is None: raise RuntimeError('backward: there is no forward pass to follow; call forward() before each backward()')
+        if self._saved is None:
+            raise RuntimeError(
+                "backward: there is no forward pass to follow; call forward() before each backward()"
+            )
         x, h, kept, generation, strength = self._saved
         if generation != self.workspace.generation:
-            raise RuntimeError(f'backward: the forward pass was in generation {generation} of the workspace, now is {self.workspace.generation}')
-        G = check_array('grad_out', grad_out, ndim=(3,), dtype=self.dtype)
-        check_same_shape('grad_out', G, 'x', x)
-        if not G.flags.c_contiguous: raise ValueError('grad_out: is not C-contiguous; pass np.ascontiguousarray(grad_out)')
-        out, self._saved = self._out('dx', out, {'x': x, 'grad_out': G}), None
+            raise RuntimeError(
+                f"backward: the forward pass was in generation {generation} of the workspace, now is {self.workspace.generation}"
+            )
+        G = check_array("grad_out", grad_out, ndim=(3,), dtype=self.dtype)
+        check_same_shape("grad_out", G, "x", x)
+        if not G.flags.c_contiguous:
+            raise ValueError("grad_out: is not C-contiguous; pass np.ascontiguousarray(grad_out)")
+        out, self._saved = self._out("dx", out, {"x": x, "grad_out": G}), None
         if self.context is not None:
-            self._gradients['context.strength'].fill(0)
-            if self.context.strength != strength: self.context.strength = strength # another block may share the context
+            self._gradients["context.strength"].fill(0)
+            if self.context.strength != strength:
+                self.context.strength = strength  # another block may share the context
         with unbuffered():
-            if h is x: self._backward(self._rows(h), kept, self._rows(G), self._rows(out), x.shape)
+            if h is x:
+                self._backward(self._rows(h), kept, self._rows(G), self._rows(out), x.shape)
             else:
                 with self.workspace.scope():
-                    grad_h = self.workspace.take('block.grad_h', x.shape, self.dtype)
+                    grad_h = self.workspace.take("block.grad_h", x.shape, self.dtype)
                     self._backward(self._rows(h), kept, self._rows(G), self._rows(grad_h), x.shape)
-                    assert self.context is not None # it made h
-                    self._gradients['context.strength'][0] = self.context.backward(x, grad_h, out=out)[1]
+                    assert self.context is not None  # it made h
+                    self._gradients["context.strength"][0] = self.context.backward(
+                        x, grad_h, out=out
+                    )[1]
         return out
 
     def forget(self) -> None:
@@ -189,79 +286,141 @@ class Block(_Stateful):
         self._saved = None
 
     def _check_input(self, x: Any) -> np.ndarray:
-        x = check_array('x', x, ndim=(3,), dtype=self.dtype)
-        if x.shape[2] != self.dim: raise ValueError(f'x: shape {x.shape}, needed (B, S, {self.dim})')
-        if not x.size: raise ValueError(f'x: shape {x.shape} is empty; needed at least one token')
+        x = check_array("x", x, ndim=(3,), dtype=self.dtype)
+        if x.shape[2] != self.dim:
+            raise ValueError(f"x: shape {x.shape}, needed (B, S, {self.dim})")
+        if not x.size:
+            raise ValueError(f"x: shape {x.shape} is empty; needed at least one token")
         if self.max_len is not None and x.shape[1] > self.max_len:
-            raise ValueError(f'x: {x.shape[1]} tokens in a sequence, at most {self.max_len} were declared')
-        if not x.flags.c_contiguous: raise ValueError('x: is not C-contiguous; pass np.ascontiguousarray(x)')
+            raise ValueError(
+                f"x: {x.shape[1]} tokens in a sequence, at most {self.max_len} were declared"
+            )
+        if not x.flags.c_contiguous:
+            raise ValueError("x: is not C-contiguous; pass np.ascontiguousarray(x)")
         return x
 
     def _out(self, name: str, out: np.ndarray | None, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        shape = inputs['x'].shape
+        shape = inputs["x"].shape
         if out is None:
-            out = self.workspace.take(f'{self.name}.{name}', shape, self.dtype)
+            out = self.workspace.take(f"{self.name}.{name}", shape, self.dtype)
             for given, a in inputs.items():
-                if np.shares_memory(out, a): raise ValueError(f"{given}: is this block's own buffer of this generation; pass another, or `out`")
+                if np.shares_memory(out, a):
+                    raise ValueError(
+                        f"{given}: is this block's own buffer of this generation; pass another, or `out`"
+                    )
             return out
         return self._check_out(out, inputs)
 
     def _check_out(self, out: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        out = check_out(out, inputs['x'].shape, self.dtype, inputs)
-        if not out.flags.c_contiguous: raise ValueError('out: is not C-contiguous')
+        out = check_out(out, inputs["x"].shape, self.dtype, inputs)
+        if not out.flags.c_contiguous:
+            raise ValueError("out: is not C-contiguous")
         return out
 
-    def _mix(self, x: np.ndarray) -> np.ndarray: # the input with the context in it; `x` itself without one
-        if self.context is None: return x
-        strength = float(self._parameters['context.strength'][0])
-        if strength != self.context.strength: self.context.strength = strength
-        if self.context.incoming is None: return x
-        return self.context.apply(x, out=self.workspace.take(f'{self.name}.mixed', x.shape, self.dtype))
+    def _mix(
+        self, x: np.ndarray
+    ) -> np.ndarray:  # the input with the context in it; `x` itself without one
+        if self.context is None:
+            return x
+        strength = float(self._parameters["context.strength"][0])
+        if strength != self.context.strength:
+            self.context.strength = strength
+        if self.context.incoming is None:
+            return x
+        return self.context.apply(
+            x, out=self.workspace.take(f"{self.name}.mixed", x.shape, self.dtype)
+        )
 
-    def _rows(self, a: np.ndarray) -> np.ndarray: return a.reshape(-1, self.dim) # (B, S, D) -> (N, D), never a copy
+    def _rows(self, a: np.ndarray) -> np.ndarray:
+        return a.reshape(-1, self.dim)  # (B, S, D) -> (N, D), never a copy
 
-    def _check_options(self, *args: Any, **options: Any) -> None: # before anything changes
+    def _check_options(self, *args: Any, **options: Any) -> None:  # before anything changes
         pass
 
-    def _forward(self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], *args: Any, **options: Any) -> Any:
-        raise TypeError # pragma: no cover -- every kind has its own
+    def _forward(
+        self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], *args: Any, **options: Any
+    ) -> Any:
+        raise TypeError  # pragma: no cover -- every kind has its own
 
-    def _backward(self, h: np.ndarray, kept: Any, G: np.ndarray, grad_h: np.ndarray, shape: tuple[int, ...]) -> None:
-        raise TypeError # pragma: no cover -- as above
+    def _backward(
+        self, h: np.ndarray, kept: Any, G: np.ndarray, grad_h: np.ndarray, shape: tuple[int, ...]
+    ) -> None:
+        raise TypeError  # pragma: no cover -- as above
 
 # %% ../nbs/06b_block.ipynb #c607d4c2
 class SizedBlock(Block):
     "A block that knows what it takes from its workspace."
-    def _kept(self) -> list[Buffer]: raise TypeError # pragma: no cover -- what stays until backward
-    def _forward_scratch(self, *args: Any, **options: Any) -> Requirement: raise TypeError # pragma: no cover
-    def _backward_scratch(self, *args: Any, **options: Any) -> Requirement: raise TypeError # pragma: no cover
-    def _sizes(self, batch: int, seq_len: int) -> dict[str, int]: raise TypeError # pragma: no cover -- of the letters
 
-    def requirement(self, **options: bool) -> Requirement: # in the block's letters; `str` of it is the formula
+    def _kept(self) -> list[Buffer]:
+        raise TypeError  # pragma: no cover -- what stays until backward
+
+    def _forward_scratch(self, *args: Any, **options: Any) -> Requirement:
+        raise TypeError  # pragma: no cover
+
+    def _backward_scratch(self, *args: Any, **options: Any) -> Requirement:
+        raise TypeError  # pragma: no cover
+
+    def _sizes(self, batch: int, seq_len: int) -> dict[str, int]:
+        raise TypeError  # pragma: no cover -- of the letters
+
+    def requirement(
+        self, **options: bool
+    ) -> Requirement:  # in the block's letters; `str` of it is the formula
         "What forward and backward take when no `out` is given; options of forward that take scratch (keep=True) are named."
-        buffer = lambda name: _buffer(name, self.name, 'B', 'S', 'D', dtype=self.dtype)
+        buffer = lambda name: _buffer(name, self.name, "B", "S", "D", dtype=self.dtype)
         mixes = self.context is not None and self.context.incoming is not None
-        kept, forward, backward = [buffer('y'), *self._kept()], [self._forward_scratch(**options)], [self._backward_scratch(**options)]
-        if mixes: kept, backward = [*kept, buffer('mixed')], [Buffer('block.grad_h', ('B', 'S', 'D'), self.dtype), *backward]
-        if self.context is not None and self.context.workspace is self.workspace: forward.append(update_requirement(self.dtype, steps=False))
-        return all_of(*kept, any_of(any_of(*forward), all_of(buffer('dx'), *backward)))
+        kept, forward, backward = (
+            [buffer("y"), *self._kept()],
+            [self._forward_scratch(**options)],
+            [self._backward_scratch(**options)],
+        )
+        if mixes:
+            kept, backward = (
+                [*kept, buffer("mixed")],
+                [Buffer("block.grad_h", ("B", "S", "D"), self.dtype), *backward],
+            )
+        if self.context is not None and self.context.workspace is self.workspace:
+            forward.append(update_requirement(self.dtype, steps=False))
+        return all_of(*kept, any_of(any_of(*forward), all_of(buffer("dx"), *backward)))
 
-    def workspace_bytes(self, batch: int, seq_len: int, **options: bool) -> int: # as for `requirement`
+    def workspace_bytes(
+        self, batch: int, seq_len: int, **options: bool
+    ) -> int:  # as for `requirement`
         "Most bytes that forward and backward take from the workspace, for sequences of this length."
-        rows = batch * seq_len if self.context is None or self.context.max_rows is None else min(batch * seq_len, self.context.max_rows)
-        shared = dict(B=batch, S=seq_len, D=self.dim, N=batch * seq_len, n=rows, p=panel_shape(self.dim, self.dtype)[0])
+        rows = (
+            batch * seq_len
+            if self.context is None or self.context.max_rows is None
+            else min(batch * seq_len, self.context.max_rows)
+        )
+        shared = dict(
+            B=batch,
+            S=seq_len,
+            D=self.dim,
+            N=batch * seq_len,
+            n=rows,
+            p=panel_shape(self.dim, self.dtype)[0],
+        )
         return self.requirement(**options).nbytes(**shared | self._sizes(batch, seq_len))
 
-    def _take_kept(self, shape: tuple[int, ...], **more: Any) -> SimpleNamespace: # (B, S, D); buffers under the names of `_kept`
+    def _take_kept(
+        self, shape: tuple[int, ...], **more: Any
+    ) -> SimpleNamespace:  # (B, S, D); buffers under the names of `_kept`
         "What stays until backward."
         B, S, D = shape
         sizes = dict(B=B, S=S, D=D, N=B * S) | self._sizes(B, S)
-        return SimpleNamespace(**more | {b.name.removeprefix(f'{self.name}.'): b.take(self.workspace, sizes) for b in self._kept()})
+        return SimpleNamespace(
+            **more
+            | {
+                b.name.removeprefix(f"{self.name}."): b.take(self.workspace, sizes)
+                for b in self._kept()
+            }
+        )
 
 # %% ../nbs/06b_block.ipynb #262cc67f
 class FreshWorkspace(Workspace):
     "A workspace that does not pool, to compare with: every `take` is a new array."
-    taken_bytes = taken_count = 0 # so far
+
+    taken_bytes = taken_count = 0  # so far
 
     def take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
         "A new array, aligned as a pooled one."
@@ -271,22 +430,32 @@ class FreshWorkspace(Workspace):
         return new
 
 # %% ../nbs/06b_block.ipynb #bd2c2b17
-def check_gradients(block: Block, # float64
-                    x: np.ndarray, # (B, S, D)
-                    G: np.ndarray, # (B, S, D), dL/dy
-                    **options: Any, # of forward; each pass gets copies
-                    ) -> dict[str, np.ndarray]: # 'x' and parameters -> gradient
+def check_gradients(
+    block: Block,  # float64
+    x: np.ndarray,  # (B, S, D)
+    G: np.ndarray,  # (B, S, D), dL/dy
+    **options: Any,  # of forward; each pass gets copies
+) -> dict[str, np.ndarray]:  # 'x' and parameters -> gradient
     "Gradients from `backward` for the input and every parameter, after they agree with central differences."
     x = x.copy()
-    arrays = {'x': x} | block.parameters()
-    def loss(array: np.ndarray, value: np.ndarray) -> float: # with other numbers in one array
+    arrays = {"x": x} | block.parameters()
+
+    def loss(array: np.ndarray, value: np.ndarray) -> float:  # with other numbers in one array
         before = array.copy()
         array[...] = value
         y = block.forward(x, **{name: copy(option) for name, option in options.items()})
         array[...] = before
         return float(np.sum(G * y))
+
     loss(x, x)
-    found = {'x': block.backward(G).copy()} | {name: g.copy() for name, g in block.gradients().items()}
+    found = {"x": block.backward(G).copy()} | {
+        name: g.copy() for name, g in block.gradients().items()
+    }
     for name, gradient in found.items():
-        assert_equiv(gradient, numeric_gradient(partial(loss, arrays[name]), arrays[name]), c=1e8, scale=max(1.0, np.abs(gradient).max()))
+        assert_equiv(
+            gradient,
+            numeric_gradient(partial(loss, arrays[name]), arrays[name]),
+            c=1e8,
+            scale=max(1.0, np.abs(gradient).max()),
+        )
     return found

@@ -34,207 +34,291 @@ from .stack import KINDS, Memory, memory, versions
 @dataclass(frozen=True)
 class Workload:
     "Arrays for one run of every path."
+
     name: str
-    X: np.ndarray # (S, D) float32
-    Y: np.ndarray # (S, D)
-    G: np.ndarray # (S, D)
-    C: np.ndarray # (D, D)
+    X: np.ndarray  # (S, D) float32
+    Y: np.ndarray  # (S, D)
+    G: np.ndarray  # (S, D)
+    C: np.ndarray  # (D, D)
     s: float = 0.5
 
-    def moved(self, rng: np.random.Generator) -> 'Workload':
+    def moved(self, rng: np.random.Generator) -> "Workload":
         "The same data in other places in memory."
+
         def copy(a: np.ndarray) -> np.ndarray:
             place = aligned_empty(a.shape, a.dtype, offset=16 * int(rng.integers(256)))
             place[...] = a
             return place
+
         return Workload(self.name, copy(self.X), copy(self.Y), copy(self.G), copy(self.C), self.s)
 
-PRODUCT_FLOP = 5e9 # rows are cut so that one product stays below this, and a report on wide layers ends
+
+PRODUCT_FLOP = (
+    5e9  # rows are cut so that one product stays below this, and a report on wide layers ends
+)
+
 
 def workload(name: str, pair: Pair, rng: np.random.Generator) -> Workload:
     "The first rows of a pair (at most 2 048, fewer for wide layers), with its own context and a random gradient."
     D = pair.x.shape[1]
     rows = int(np.clip(PRODUCT_FLOP / (2 * D * D), 32, 2048))
     X, Y = pair.x[:rows], pair.y[:rows]
-    label = ''.join(c if c.isascii() and c.isprintable() and c not in '$\\' else '?' for c in name) # any plot can show it
-    return Workload(label if len(label) <= 24 else f'{label[:21]}...', X, Y, rng.standard_normal(X.shape, np.float32), similarity(X, Y))
+    label = "".join(
+        c if c.isascii() and c.isprintable() and c not in "$\\" else "?" for c in name
+    )  # any plot can show it
+    return Workload(
+        label if len(label) <= 24 else f"{label[:21]}...",
+        X,
+        Y,
+        rng.standard_normal(X.shape, np.float32),
+        similarity(X, Y),
+    )
+
 
 def report_size(rng: np.random.Generator) -> Workload:
     "Random data at S = 512, D = 768."
     x, y = rng.standard_normal((2, 512, 768), np.float32)
-    return workload('512 x 768', Pair('random', x, y), rng)
+    return workload("512 x 768", Pair("random", x, y), rng)
 
 # %% ../nbs/12_claims.ipynb #df5eeba9
-def batch_sites(w: Workload) -> dict[str, tuple[np.ndarray, np.ndarray]]: # site -> its operands
+def batch_sites(w: Workload) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # site -> its operands
     "The five matrix products of one forward, backward and update."
-    return {site: operands for site, operands in sites(w.X, w.Y, w.G, w.C, w.s).items() if site != 'step'}
+    return {
+        site: operands
+        for site, operands in sites(w.X, w.Y, w.G, w.C, w.s).items()
+        if site != "step"
+    }
 
 # %% ../nbs/12_claims.ipynb #eac68cd9
 def _norm_calls(rng: np.random.Generator) -> dict[str, Callable[[], Any]]:
     "The norms, on objects in new places."
-    contexts = {'|s|': SharedAttentionContext(0.5), '|s| at a quarter': SharedAttentionContext(0.5)}
-    for context, D in zip(contexts.values(), (1024, 256)): context.set_incoming(np.zeros((D, D), np.float32))
-    calls: dict[str, Callable[[], Any]] = {name: context.weight_norm for name, context in contexts.items()}
-    return calls | {'vector of 768': norms(768, rng)['vector of 768'], 'locked hit': LockedFlag(lambda: 1.5).get}
+    contexts = {"|s|": SharedAttentionContext(0.5), "|s| at a quarter": SharedAttentionContext(0.5)}
+    for context, D in zip(contexts.values(), (1024, 256)):
+        context.set_incoming(np.zeros((D, D), np.float32))
+    calls: dict[str, Callable[[], Any]] = {
+        name: context.weight_norm for name, context in contexts.items()
+    }
+    return calls | {
+        "vector of 768": norms(768, rng)["vector of 768"],
+        "locked hit": LockedFlag(lambda: 1.5).get,
+    }
 
-LAYERS = 2 # of the stacks of blocks that are measured
+
+LAYERS = 2  # of the stacks of blocks that are measured
 
 # %% ../nbs/12_claims.ipynb #79000c18
 @dataclass
 class Bench:
     "Measurements on some workloads, each taken once."
+
     workloads: list[Workload]
-    pairs: list[Pair] # all layers, for the check of equality
-    budget: float = 4.0 # seconds for one comparison
-    seed: int = 0 # of the order of timings
-    tick: Callable[[str], Any] = str # called with what was compared, when it is done
-    blocks: tuple[int, int, int] = (1, 512, 768) # (B, S, D) of the input of whole blocks
+    pairs: list[Pair]  # all layers, for the check of equality
+    budget: float = 4.0  # seconds for one comparison
+    seed: int = 0  # of the order of timings
+    tick: Callable[[str], Any] = str  # called with what was compared, when it is done
+    blocks: tuple[int, int, int] = (1, 512, 768)  # (B, S, D) of the input of whole blocks
     timings: dict[tuple[str, str], Timings] = field(default_factory=dict)
     _peaks: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
     _memory: dict[bool, Memory] = field(default_factory=dict)
 
     def paths(self, w: Workload, what: str) -> dict[str, Callable[[], Any]]:
         "A path or a site in the three forms."
-        if what == 'forward': return {form: partial(forward, p, w.X, w.C, w.s) for form, p in forms().items()}
-        if what == 'backward': return {form: partial(backward, p, w.X, w.C, w.s, w.G) for form, p in forms().items()}
+        if what == "forward":
+            return {form: partial(forward, p, w.X, w.C, w.s) for form, p in forms().items()}
+        if what == "backward":
+            return {form: partial(backward, p, w.X, w.C, w.s, w.G) for form, p in forms().items()}
         return {form: partial(p, what, *batch_sites(w)[what]) for form, p in forms().items()}
 
     def timed(self, w: Workload, what: str) -> Timings:
         "The three forms of a path or site, timed in turn."
         if (w.name, what) not in self.timings:
-            self.timings[w.name, what] = time_placed(lambda rng: self.paths(w.moved(rng), what), control='dot',
-                                                     budget=self.budget, seed=self.seed, least=self.least)
-            self.tick(f'{what}, {w.name}')
+            self.timings[w.name, what] = time_placed(
+                lambda rng: self.paths(w.moved(rng), what),
+                control="dot",
+                budget=self.budget,
+                seed=self.seed,
+                least=self.least,
+            )
+            self.tick(f"{what}, {w.name}")
         return self.timings[w.name, what]
 
     @property
-    def least(self) -> float: return min(1e-3, self.budget / 100) # seconds of one sample; a single call where there is no time at all
+    def least(self) -> float:
+        return min(
+            1e-3, self.budget / 100
+        )  # seconds of one sample; a single call where there is no time at all
 
     @property
-    def timed_blocks(self) -> str: # what stacks are timed on: half the size each way, as that of the packaged activations
-        return '{} x {}'.format(*(n // 2 for n in self.blocks[1:]))
+    def timed_blocks(
+        self,
+    ) -> (
+        str
+    ):  # what stacks are timed on: half the size each way, as that of the packaged activations
+        return "{} x {}".format(*(n // 2 for n in self.blocks[1:]))
 
     def stacked(self, kind: str, backward: bool) -> Timings:
         "Two layers with and without a pool, timed in turn."
-        (B, S, D), name, what = self.blocks, self.timed_blocks, f"{kind} {'step' if backward else 'forward'}"
+        (B, S, D), name, what = (
+            self.blocks,
+            self.timed_blocks,
+            f"{kind} {'step' if backward else 'forward'}",
+        )
         if (name, what) not in self.timings:
-            self.timings[name, what] = time_placed(versions(kind, LAYERS, (B, S // 2, D // 2), backward=backward), control='not pooled',
-                                                   budget=self.budget, seed=self.seed, least=self.least)
-            self.tick(f'{what}, {name}')
+            self.timings[name, what] = time_placed(
+                versions(kind, LAYERS, (B, S // 2, D // 2), backward=backward),
+                control="not pooled",
+                budget=self.budget,
+                seed=self.seed,
+                least=self.least,
+            )
+            self.tick(f"{what}, {name}")
         return self.timings[name, what]
 
     def norms(self) -> Timings:
         "The norm of a context's parameters at two sizes, that of a vector, and a hit of a cache behind a lock, timed in turn."
-        if ('norms', '') not in self.timings:
-            self.timings['norms', ''] = time_placed(_norm_calls, budget=self.budget, seed=self.seed, least=self.least / 5)
-            self.tick('norms')
-        return self.timings['norms', '']
+        if ("norms", "") not in self.timings:
+            self.timings["norms", ""] = time_placed(
+                _norm_calls, budget=self.budget, seed=self.seed, least=self.least / 5
+            )
+            self.tick("norms")
+        return self.timings["norms", ""]
 
     def memory(self, backward: bool) -> Memory:
         "Bytes of two Transformer layers."
-        if backward not in self._memory: self._memory[backward] = memory('Transformer', LAYERS, self.blocks, backward=backward)
+        if backward not in self._memory:
+            self._memory[backward] = memory("Transformer", LAYERS, self.blocks, backward=backward)
         return self._memory[backward]
 
     def peaks(self, w: Workload, what: str) -> dict[str, int]:
         "Traced peak of each form, in bytes."
         if (w.name, what) not in self._peaks:
-            self._peaks[w.name, what] = {form: traced_peak(call) for form, call in self.paths(w, what).items()}
+            self._peaks[w.name, what] = {
+                form: traced_peak(call) for form, call in self.paths(w, what).items()
+            }
         return self._peaks[w.name, what]
 
 # %% ../nbs/12_claims.ipynb #e9e1b0f9
-def bench(pairs: Iterable[Pair] | None = None, # default: the packaged activations
-          name: str = 'activations', # of the workload made from them
-          *,
-          budget: float = 4.0, # seconds for one comparison
-          seed: int = 0, # of random data and of the order of timings
-          tick: Callable[[str], Any] = str, # called with what was compared, when it is done
-          blocks: tuple[int, int, int] = (1, 512, 768), # (B, S, D) of the input of whole blocks
-          ) -> Bench:
+def bench(
+    pairs: Iterable[Pair] | None = None,  # default: the packaged activations
+    name: str = "activations",  # of the workload made from them
+    *,
+    budget: float = 4.0,  # seconds for one comparison
+    seed: int = 0,  # of random data and of the order of timings
+    tick: Callable[[str], Any] = str,  # called with what was compared, when it is done
+    blocks: tuple[int, int, int] = (1, 512, 768),  # (B, S, D) of the input of whole blocks
+) -> Bench:
     "A bench on the middle one of `pairs` and on random data at the report's size."
     pairs, rng = list(load_pairs() if pairs is None else pairs), np.random.default_rng(seed)
     real, at_size = workload(name, pairs[len(pairs) // 2], rng), report_size(rng)
-    if real.name == at_size.name: real = replace(real, name=f'{real.name} (own)')
+    if real.name == at_size.name:
+        real = replace(real, name=f"{real.name} (own)")
     return Bench([real, at_size], pairs, budget, seed, tick, blocks)
 
 # %% ../nbs/12_claims.ipynb #d25d29cd
-Figures = dict[str, dict[str, Any]] # workload -> name of the figure -> number or Interval
-CONFIRMED, REFUTED, PARTLY, UNDECIDED = 'confirmed', 'refuted', 'partly', 'undecided'
+Figures = dict[str, dict[str, Any]]  # workload -> name of the figure -> number or Interval
+CONFIRMED, REFUTED, PARTLY, UNDECIDED = "confirmed", "refuted", "partly", "undecided"
+
 
 @dataclass(frozen=True)
 class Claim:
     "One claim of the report, and how it is audited."
+
     id: str
-    says: str # the claim
-    rule: str # which figure decides, and what would have given another verdict
-    notebook: str # where it is explained
-    section: str # heading in that notebook
-    units: str # of the figures
+    says: str  # the claim
+    rule: str  # which figure decides, and what would have given another verdict
+    notebook: str  # where it is explained
+    section: str  # heading in that notebook
+    units: str  # of the figures
     measure: Callable[[Bench], Figures]
-    judge: Callable[[Figures], str] # figures -> verdict; a pure function
-    tell: Callable[[Figures], str] # figures -> what was measured, in one line
-    original: str = '' # what was counted in the compiled original, where it was
+    judge: Callable[[Figures], str]  # figures -> verdict; a pure function
+    tell: Callable[[Figures], str]  # figures -> what was measured, in one line
+    original: str = ""  # what was counted in the compiled original, where it was
+
 
 @dataclass(frozen=True)
 class Finding:
     "A claim with its figures and verdict."
+
     claim: Claim
     figures: Figures
     verdict: str
     told: str
 
+
 def found(claim: Claim, figures: Figures) -> Finding:
     "Judge, tell."
     return Finding(claim, figures, claim.judge(figures), claim.tell(figures))
 
+
 def audit(claim: Claim, b: Bench) -> Finding:
     "Measure, judge, tell."
-    with np.errstate(all='ignore'): return found(claim, claim.measure(b)) # a reader's activations may overflow a product
+    with np.errstate(all="ignore"):
+        return found(claim, claim.measure(b))  # a reader's activations may overflow a product
 
 # %% ../nbs/12_claims.ipynb #402292ce
-SEVERAL = 'Each workload is judged by itself. Where those verdicts differ, the claim is undecided if one of them is, else partly.'
+SEVERAL = "Each workload is judged by itself. Where those verdicts differ, the claim is undecided if one of them is, else partly."
+
 
 def together(verdicts: Iterable[str]) -> str:
     "One verdict for several workloads: the common one; undecided if any is; partly if they differ otherwise."
     seen = set(verdicts)
-    if len(seen) == 1: return seen.pop()
+    if len(seen) == 1:
+        return seen.pop()
     return UNDECIDED if UNDECIDED in seen else PARTLY
 
-def _judge_each(rule: Callable[[dict[str, Any]], str], figures: Figures) -> str: return together(rule(f) for f in figures.values())
+
+def _judge_each(rule: Callable[[dict[str, Any]], str], figures: Figures) -> str:
+    return together(rule(f) for f in figures.values())
+
 
 def each(rule: Callable[[dict[str, Any]], str]) -> Callable[[Figures], str]:
     "Judge every workload by `rule`, then all together."
     return partial(_judge_each, rule)
 
+
 def per_workload(text: Callable[[dict[str, Any]], str]) -> Callable[[Figures], str]:
     "What was measured, workload by workload; said once where it is the same."
+
     def tell(figures: Figures) -> str:
         texts = {name: text(f) for name, f in figures.items()}
-        if len(set(texts.values())) == 1: return next(iter(texts.values()))
-        return '; '.join(f'{t} ({name})' for name, t in texts.items())
+        if len(set(texts.values())) == 1:
+            return next(iter(texts.values()))
+        return "; ".join(f"{t} ({name})" for name, t in texts.items())
+
     return tell
 
-BOTH = '; confirmed if both hold, partly if one does, refuted if neither' # ends the rule of a claim with two parts
+
+BOTH = "; confirmed if both hold, partly if one does, refuted if neither"  # ends the rule of a claim with two parts
 
 # %% ../nbs/12_claims.ipynb #74ba0ccb
-WORDS = {'dot': 'a product that returns a fresh array',
-         'zeros + gemm': 'zeros are allocated and multiplied into',
-         'reused out': 'the product is written into an array that is kept from call to call',
-         'shipped': 'after the change that the report made or proposes',
-         'X, Y': "a layer's input and output, S x D",
-         'C, G': 'the context, D x D, and the gradient of an output, S x D',
-         'S, D': 'rows and features',
-         'traffic': 'the sum of all that is allocated, one after the other',
-         'peak': 'the most that is held at a time',
-         'interval': 'of a median, at 95 %, over placements of the data in memory',
-         'control': 'a function timed against itself: how far that strays is noise'}
+WORDS = {
+    "dot": "a product that returns a fresh array",
+    "zeros + gemm": "zeros are allocated and multiplied into",
+    "reused out": "the product is written into an array that is kept from call to call",
+    "shipped": "after the change that the report made or proposes",
+    "X, Y": "a layer's input and output, S x D",
+    "C, G": "the context, D x D, and the gradient of an output, S x D",
+    "S, D": "rows and features",
+    "traffic": "the sum of all that is allocated, one after the other",
+    "peak": "the most that is held at a time",
+    "interval": "of a median, at 95 %, over placements of the data in memory",
+    "control": "a function timed against itself: how far that strays is noise",
+}
+
 
 def words(claim: Claim) -> dict[str, str]:
     "The words that need telling in a claim, its rule and its units."
-    text = f'{claim.says} {claim.rule} {claim.units}'
-    return {word: means for word, means in WORDS.items() if any(re.search(rf'\b{re.escape(w)}\b', text) for w in word.split(', '))}
+    text = f"{claim.says} {claim.rule} {claim.units}"
+    return {
+        word: means
+        for word, means in WORDS.items()
+        if any(re.search(rf"\b{re.escape(w)}\b", text) for w in word.split(", "))
+    }
 
 # %% ../nbs/12_claims.ipynb #dcba3df5
-def core(f: Callable) -> tuple[Callable, list[Any]]: # the function, and arguments that are filled in
+def core(
+    f: Callable,
+) -> tuple[Callable, list[Any]]:  # the function, and arguments that are filled in
     "The named function at the heart of a measurement or a rule."
     given: list[Any] = []
     while isinstance(f, partial):
@@ -243,171 +327,345 @@ def core(f: Callable) -> tuple[Callable, list[Any]]: # the function, and argumen
     return f, given
 
 # %% ../nbs/12_claims.ipynb #990824b5
-SHIPPED = {'cov': 'reused out', 'denom': 'reused out', # prepared once and kept
-           'apply': 'zeros + gemm', 'mixed': 'zeros + gemm', 'corr': 'zeros + gemm'}
+SHIPPED = {
+    "cov": "reused out",
+    "denom": "reused out",  # prepared once and kept
+    "apply": "zeros + gemm",
+    "mixed": "zeros + gemm",
+    "corr": "zeros + gemm",
+}
 
-def _site_figures(site: str, b: Bench) -> Figures: # bytes
+
+def _site_figures(site: str, b: Bench) -> Figures:  # bytes
     def of(w: Workload) -> dict[str, Any]:
         a, c = batch_sites(w)[site]
-        b.timed(w, site) # for the plot of times
-        return {'result': a.shape[0] * c.shape[1] * a.itemsize, 'shipped': b.peaks(w, site)[SHIPPED[site]], **b.peaks(w, site)}
+        b.timed(w, site)  # for the plot of times
+        return {
+            "result": a.shape[0] * c.shape[1] * a.itemsize,
+            "shipped": b.peaks(w, site)[SHIPPED[site]],
+            **b.peaks(w, site),
+        }
+
     return {w.name: of(w) for w in b.workloads}
 
+
 def _saves(f: Mapping[str, Any]) -> str:
-    return CONFIRMED if f['dot'] - f['shipped'] >= f['result'] / 2 else REFUTED
+    return CONFIRMED if f["dot"] - f["shipped"] >= f["result"] / 2 else REFUTED
 
 # %% ../nbs/12_claims.ipynb #9f5c8bf9
 def _tell_site(site: str) -> Callable[[dict[str, Any]], str]:
     def text(f: dict[str, Any]) -> str:
-        saved = {form: megabytes(f['dot'] - f[form]) for form in ('zeros + gemm', 'reused out')}
-        if SHIPPED[site] == 'reused out': return f"a kept buffer saves {saved['reused out']} of {megabytes(f['dot'])}"
+        saved = {form: megabytes(f["dot"] - f[form]) for form in ("zeros + gemm", "reused out")}
+        if SHIPPED[site] == "reused out":
+            return f"a kept buffer saves {saved['reused out']} of {megabytes(f['dot'])}"
         return f"zeros + gemm saves {saved['zeros + gemm']}, a reused out {saved['reused out']}"
+
     return text
 
-def _site(site: str, says: str, original: str) -> Claim:
-    rule = f'confirmed if the shipped form, {SHIPPED[site]}, allocates less than dot by half the result or more; refuted if not'
-    units = 'bytes; result: its size; shipped, dot, zeros + gemm, reused out: peak of one call in that form'
-    return Claim(f'site-{site}', says, rule, '03_gemm', 'A hot path in three forms', units,
-                 partial(_site_figures, site), each(_saves), per_workload(_tell_site(site)), original)
 
-UPDATE = 'update: 16 allocations before, 11 after; 5,130,624 bytes before, 215,168 after' # the compiled original, at S = 512, D = 768
-APPLY = 'apply: 1 allocation of 1,572,864 bytes before and after'
-GRADIENTS = 'gradients: 4 allocations, 4,718,596 bytes, before and after'
+def _site(site: str, says: str, original: str) -> Claim:
+    rule = f"confirmed if the shipped form, {SHIPPED[site]}, allocates less than dot by half the result or more; refuted if not"
+    units = "bytes; result: its size; shipped, dot, zeros + gemm, reused out: peak of one call in that form"
+    return Claim(
+        f"site-{site}",
+        says,
+        rule,
+        "03_gemm",
+        "A hot path in three forms",
+        units,
+        partial(_site_figures, site),
+        each(_saves),
+        per_workload(_tell_site(site)),
+        original,
+    )
+
+
+UPDATE = "update: 16 allocations before, 11 after; 5,130,624 bytes before, 215,168 after"  # the compiled original, at S = 512, D = 768
+APPLY = "apply: 1 allocation of 1,572,864 bytes before and after"
+GRADIENTS = "gradients: 4 allocations, 4,718,596 bytes, before and after"
 
 # %% ../nbs/12_claims.ipynb #a059dc75
 SITE_CLAIMS = [
-    _site('cov', 'X^T Y into a prepared D x D buffer saves an allocation per update', UPDATE),
-    _site('denom', 'the outer product of norms into a prepared buffer saves one, too', f'{UPDATE} (with site-cov)'),
-    _site('apply', 'X C into a buffer saves S x D per forward call', APPLY),
-    _site('mixed', 'X C into a buffer saves S x D in the backward pass', GRADIENTS),
-    _site('corr', 'G C^T into a buffer saves S x D in the backward pass', f'{GRADIENTS} (with site-mixed)'),
+    _site("cov", "X^T Y into a prepared D x D buffer saves an allocation per update", UPDATE),
+    _site(
+        "denom",
+        "the outer product of norms into a prepared buffer saves one, too",
+        f"{UPDATE} (with site-cov)",
+    ),
+    _site("apply", "X C into a buffer saves S x D per forward call", APPLY),
+    _site("mixed", "X C into a buffer saves S x D in the backward pass", GRADIENTS),
+    _site(
+        "corr",
+        "G C^T into a buffer saves S x D in the backward pass",
+        f"{GRADIENTS} (with site-mixed)",
+    ),
 ]
 
 # %% ../nbs/12_claims.ipynb #6f455bae
 def _count_figures(b: Bench) -> Figures:
-    return {w.name: {'batch': len(batch_sites(w)), 'with the token form': len(sites(w.X, w.Y, w.G, w.C, w.s))} for w in b.workloads}
+    return {
+        w.name: {
+            "batch": len(batch_sites(w)),
+            "with the token form": len(sites(w.X, w.Y, w.G, w.C, w.s)),
+        }
+        for w in b.workloads
+    }
 
-def _counted(f: Mapping[str, int]) -> str: return PARTLY if f['batch'] in (5, 6) else REFUTED
+
+def _counted(f: Mapping[str, int]) -> str:
+    return PARTLY if f["batch"] in (5, 6) else REFUTED
+
 
 COUNT = Claim(
-    'count-sites', '"6 hot-path multiplications" in one place, "5 hot paths" in another',
-    'partly if the batch paths have one of the two numbers, refuted if neither; they cannot have both', '03a_original',
-    'Where it multiplies', 'matrix products', _count_figures, each(_counted),
-    per_workload(lambda f: f"{f['batch']} products on the batch paths, {f['with the token form']} with the token form"))
+    "count-sites",
+    '"6 hot-path multiplications" in one place, "5 hot paths" in another',
+    "partly if the batch paths have one of the two numbers, refuted if neither; they cannot have both",
+    "03a_original",
+    "Where it multiplies",
+    "matrix products",
+    _count_figures,
+    each(_counted),
+    per_workload(
+        lambda f: (
+            f"{f['batch']} products on the batch paths, {f['with the token form']} with the token form"
+        )
+    ),
+)
 
 # %% ../nbs/12_claims.ipynb #911a3087
 MB = 1e6
 
+
 def _within_a_tenth(f: Mapping[str, float]) -> str:
     "Compare claimed with actual bytes, reading the claim in MB and in MiB."
-    return CONFIRMED if any(abs(f['claimed'] * unit / f['actual'] - 1) <= 0.1 for unit in (1.0, 2**20 / MB)) else REFUTED
+    return (
+        CONFIRMED
+        if any(abs(f["claimed"] * unit / f["actual"] - 1) <= 0.1 for unit in (1.0, 2**20 / MB))
+        else REFUTED
+    )
+
 
 def _arithmetic_figures(claimed: float, S: int, D: int, floats: int, b: Bench) -> Figures:
-    return {f'S = {S}, D = {D}': {'claimed': claimed, 'actual': 4 * floats}}
+    return {f"S = {S}, D = {D}": {"claimed": claimed, "actual": 4 * floats}}
+
 
 def _tell_bytes(f: Mapping[str, float]) -> str:
-    return f"traffic of {megabytes(f['actual'])}" + (f", not {megabytes(f['claimed'])}" if _within_a_tenth(f) == REFUTED else '')
+    return f"traffic of {megabytes(f['actual'])}" + (
+        f", not {megabytes(f['claimed'])}" if _within_a_tenth(f) == REFUTED else ""
+    )
+
 
 def _arithmetic(id: str, says: str, claimed: float, floats: int, original: str) -> Claim:
     "A claim of bytes, at S = 512, D = 768."
-    return Claim(id, says, 'confirmed if the claimed bytes are within a tenth of the actual, in MB or in MiB; refuted if further off',
-                 '12_claims', 'Memory: arithmetic', 'bytes of traffic; actual: 4 for each float',
-                 partial(_arithmetic_figures, claimed, 512, 768, floats), each(_within_a_tenth), per_workload(_tell_bytes), original)
+    return Claim(
+        id,
+        says,
+        "confirmed if the claimed bytes are within a tenth of the actual, in MB or in MiB; refuted if further off",
+        "12_claims",
+        "Memory: arithmetic",
+        "bytes of traffic; actual: 4 for each float",
+        partial(_arithmetic_figures, claimed, 512, 768, floats),
+        each(_within_a_tenth),
+        per_workload(_tell_bytes),
+        original,
+    )
 
 # %% ../nbs/12_claims.ipynb #9dc90262
 ARITHMETIC = [
-    _arithmetic('mem-update', '2 D^2 floats saved per update are ~8.4 MB at D = 768', 8.4 * MB, 2 * 768**2, UPDATE),
-    _arithmetic('mem-apply', 'S D floats saved per apply are ~2 MB at S = 512, D = 768', 2 * MB, 512 * 768, APPLY),
+    _arithmetic(
+        "mem-update",
+        "2 D^2 floats saved per update are ~8.4 MB at D = 768",
+        8.4 * MB,
+        2 * 768**2,
+        UPDATE,
+    ),
+    _arithmetic(
+        "mem-apply",
+        "S D floats saved per apply are ~2 MB at S = 512, D = 768",
+        2 * MB,
+        512 * 768,
+        APPLY,
+    ),
 ]
 
 # %% ../nbs/12_claims.ipynb #38e1edf5
 def _pass_figures(calls: int, b: Bench) -> Figures:
     w = b.workloads[-1]
+
     def run(form: str) -> int:
-        call = b.paths(w, 'forward')[form]
+        call = b.paths(w, "forward")[form]
+
         def repeat():
-            for _ in range(calls): call()
+            for _ in range(calls):
+                call()
+
         return traced_peak(repeat)
-    peaks = {form: run(form) for form in ('dot', 'zeros + gemm', 'reused out')}
+
+    peaks = {form: run(form) for form in ("dot", "zeros + gemm", "reused out")}
     m, batch = b.memory(backward=False), calls // 20
-    model = {name: batch * bytes for name, bytes in (('traffic', m.traffic), ('dot', m.fresh), ('shipped', m.planned))}
-    return {w.name: {'calls': calls, 'traffic': calls * w.X.nbytes, 'shipped': peaks['zeros + gemm'], **peaks},
-            f'{LAYERS} layers, pooled': {'calls': LAYERS * batch} | model}
+    model = {
+        name: batch * bytes
+        for name, bytes in (("traffic", m.traffic), ("dot", m.fresh), ("shipped", m.planned))
+    }
+    return {
+        w.name: {
+            "calls": calls,
+            "traffic": calls * w.X.nbytes,
+            "shipped": peaks["zeros + gemm"],
+            **peaks,
+        },
+        f"{LAYERS} layers, pooled": {"calls": LAYERS * batch} | model,
+    }
+
 
 def _tell_pass(f: Mapping[str, Any]) -> str:
     return f"{f['calls']} calls: traffic {megabytes(f['traffic'])}; peak {megabytes(f['dot'])} before, {megabytes(f['shipped'])} after"
 
+
 def _peak_falls(least: float, f: Mapping[str, Any]) -> str:
-    if f['dot'] - f['shipped'] >= least: return CONFIRMED
-    return PARTLY if f['traffic'] >= least else REFUTED
+    if f["dot"] - f["shipped"] >= least:
+        return CONFIRMED
+    return PARTLY if f["traffic"] >= least else REFUTED
+
 
 def _pass(id: str, says: str, calls: int, least: float) -> Claim:
-    return Claim(id, says, f'confirmed if the peak falls by {megabytes(least)} or more; partly if only the traffic is as much; refuted if that is less, too',
-                 '12_claims', 'Memory: traffic is not a peak',
-                 'calls: how many, of forward or of whole layers; all else in bytes; dot, shipped: peak before and after (of layers: not pooled, pooled); '
-                 'zeros + gemm, reused out: peak in that form',
-                 partial(_pass_figures, calls), each(partial(_peak_falls, least)), per_workload(_tell_pass), f'{APPLY}: nothing saved')
+    return Claim(
+        id,
+        says,
+        f"confirmed if the peak falls by {megabytes(least)} or more; partly if only the traffic is as much; refuted if that is less, too",
+        "12_claims",
+        "Memory: traffic is not a peak",
+        "calls: how many, of forward or of whole layers; all else in bytes; dot, shipped: peak before and after (of layers: not pooled, pooled); "
+        "zeros + gemm, reused out: peak in that form",
+        partial(_pass_figures, calls),
+        each(partial(_peak_falls, least)),
+        per_workload(_tell_pass),
+        f"{APPLY}: nothing saved",
+    )
 
-PASSES = [_pass('mem-forward', '10-20 calls of 2-3 MB each save 20-60 MB per forward pass', 20, 20 * MB),
-          _pass('mem-batch', 'a batch of four saves 80-240 MB', 80, 80 * MB)]
+
+PASSES = [
+    _pass("mem-forward", "10-20 calls of 2-3 MB each save 20-60 MB per forward pass", 20, 20 * MB),
+    _pass("mem-batch", "a batch of four saves 80-240 MB", 80, 80 * MB),
+]
 
 # %% ../nbs/12_claims.ipynb #9d73379c
 def _speed_figures(path: str, b: Bench) -> Figures:
     def of(w: Workload) -> dict[str, Any]:
         t = b.timed(w, path)
-        gain = {form: t.ratio('dot', form).scaled(100, -100) for form in ('zeros + gemm', 'reused out')}
-        return {'shipped': gain['zeros + gemm'], 'control': t.compare('dot').control.scaled(100, -100), **gain}
+        gain = {
+            form: t.ratio("dot", form).scaled(100, -100) for form in ("zeros + gemm", "reused out")
+        }
+        return {
+            "shipped": gain["zeros + gemm"],
+            "control": t.compare("dot").control.scaled(100, -100),
+            **gain,
+        }
+
     return {w.name: of(w) for w in b.workloads}
 
+
 def _at_least(percent: float, f: Mapping[str, Any]) -> str:
-    if f['shipped'].low >= percent and f['shipped'].low > f['control'].high: return CONFIRMED
-    return REFUTED if f['shipped'].high < percent else UNDECIDED
+    if f["shipped"].low >= percent and f["shipped"].low > f["control"].high:
+        return CONFIRMED
+    return REFUTED if f["shipped"].high < percent else UNDECIDED
+
 
 def _gain_rule(percent: float) -> str:
-    return (f'confirmed if the interval of the gain lies above {percent:.0f} % and above the control; refuted if it lies below {percent:.0f} %; '
-            'undecided otherwise')
+    return (
+        f"confirmed if the interval of the gain lies above {percent:.0f} % and above the control; refuted if it lies below {percent:.0f} %; "
+        "undecided otherwise"
+    )
+
 
 def percent(i: Interval) -> str:
     "An interval in percent, '+1.2% [+0.8, +1.5]'."
-    return f'{i.median:+.1f}% [{i.low:+.1f}, {i.high:+.1f}]'
+    return f"{i.median:+.1f}% [{i.low:+.1f}, {i.high:+.1f}]"
 
-GAIN_UNITS = 'percent of throughput gained, as median and interval'
+
+GAIN_UNITS = "percent of throughput gained, as median and interval"
+
 
 def _speed(path: str, low: float, high: float, original: str) -> Claim:
-    return Claim(f'speed-{path}', f'{path} throughput rises by {low:.0f}-{high:.0f} %', _gain_rule(low), '03_gemm', 'A hot path in three forms',
-                 f'{GAIN_UNITS}, over dot; shipped: zeros + gemm; control: of dot', partial(_speed_figures, path), each(partial(_at_least, low)), per_workload(lambda f: percent(f['shipped'])),
-                 f'time before and after equal within noise: {original}')
+    return Claim(
+        f"speed-{path}",
+        f"{path} throughput rises by {low:.0f}-{high:.0f} %",
+        _gain_rule(low),
+        "03_gemm",
+        "A hot path in three forms",
+        f"{GAIN_UNITS}, over dot; shipped: zeros + gemm; control: of dot",
+        partial(_speed_figures, path),
+        each(partial(_at_least, low)),
+        per_workload(lambda f: percent(f["shipped"])),
+        f"time before and after equal within noise: {original}",
+    )
 
-SPEED = [_speed('forward', 3, 5, 'apply takes 4.6 bare products of NumPy, or 1.06 with OpenBLAS under it'),
-         _speed('backward', 5, 8, 'gradients take 9.6 bare products of NumPy, or 2.96 with OpenBLAS under it')]
+
+SPEED = [
+    _speed(
+        "forward", 3, 5, "apply takes 4.6 bare products of NumPy, or 1.06 with OpenBLAS under it"
+    ),
+    _speed(
+        "backward",
+        5,
+        8,
+        "gradients take 9.6 bare products of NumPy, or 2.96 with OpenBLAS under it",
+    ),
+]
 
 # %% ../nbs/12_claims.ipynb #39aa4962
-SMALL = 4096 # bytes; less than that is Python's own objects, not an array
+SMALL = 4096  # bytes; less than that is Python's own objects, not an array
+
 
 def _why_figures(b: Bench) -> Figures:
     def of(w: Workload) -> dict[str, Any]:
-        t, peak = b.timed(w, 'apply'), b.peaks(w, 'apply')['dot']
-        return {'result': w.X.nbytes, 'intermediate': max(0, peak - w.X.nbytes),
-                'outcome': t.compare('zeros + gemm').outcome, 'ratio': t.ratio('zeros + gemm', 'dot'), 'control': t.compare('dot').control}
+        t, peak = b.timed(w, "apply"), b.peaks(w, "apply")["dot"]
+        return {
+            "result": w.X.nbytes,
+            "intermediate": max(0, peak - w.X.nbytes),
+            "outcome": t.compare("zeros + gemm").outcome,
+            "ratio": t.ratio("zeros + gemm", "dot"),
+            "control": t.compare("dot").control,
+        }
+
     return {w.name: of(w) for w in b.workloads}
 
+
 def _why(f: Mapping[str, Any]) -> str:
-    if f['outcome'] == 'no difference' and f['ratio'].low <= 1 / 1.03: return UNDECIDED
-    parts = (f['intermediate'] >= max(f['result'] / 2, SMALL)) + (f['outcome'] == 'faster')
+    if f["outcome"] == "no difference" and f["ratio"].low <= 1 / 1.03:
+        return UNDECIDED
+    parts = (f["intermediate"] >= max(f["result"] / 2, SMALL)) + (f["outcome"] == "faster")
     return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[parts]
 
-WHY = Claim('why-faster', '.dot() allocates an intermediate; a buffer improves locality and vectorisation',
-            'one part: dot allocates half a result more than it returns; the other: zeros + gemm is faster than dot, beyond the control'
-            f'{BOTH}; undecided if the time shows no difference, but its interval holds a gain of 3 %',
-            '03_gemm', 'A hot path in three forms', 'result, intermediate: bytes of dot; ratio: time of zeros + gemm in units of dot, and its control', _why_figures, each(_why),
-            per_workload(lambda f: f"intermediate {megabytes(f['intermediate'])}; zeros + gemm: {f['outcome']} ({f['ratio'].median:.2f} x dot)"),
-            'dot allocates its own output and nothing else')
+
+WHY = Claim(
+    "why-faster",
+    ".dot() allocates an intermediate; a buffer improves locality and vectorisation",
+    "one part: dot allocates half a result more than it returns; the other: zeros + gemm is faster than dot, beyond the control"
+    f"{BOTH}; undecided if the time shows no difference, but its interval holds a gain of 3 %",
+    "03_gemm",
+    "A hot path in three forms",
+    "result, intermediate: bytes of dot; ratio: time of zeros + gemm in units of dot, and its control",
+    _why_figures,
+    each(_why),
+    per_workload(
+        lambda f: (
+            f"intermediate {megabytes(f['intermediate'])}; zeros + gemm: {f['outcome']} ({f['ratio'].median:.2f} x dot)"
+        )
+    ),
+    "dot allocates its own output and nothing else",
+)
 
 # %% ../nbs/12_claims.ipynb #5b48b8d6
-def _largest_difference(a: np.ndarray, b: np.ndarray) -> float: # finite
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:  # finite
     "Largest |a - b|; 0 where both are NaN or the same infinity, and huge where only one of them is not finite."
     same = (a == b) | (np.isnan(a) & np.isnan(b))
-    return float(np.max(np.nan_to_num(np.abs(a - b), nan=np.inf), where=~same, initial=0.0).clip(max=np.finfo(np.float64).max))
+    return float(
+        np.max(np.nan_to_num(np.abs(a - b), nan=np.inf), where=~same, initial=0.0).clip(
+            max=np.finfo(np.float64).max
+        )
+    )
+
 
 def _numeric_figures(b: Bench) -> Figures:
     def difference(w: Workload) -> float:
@@ -416,16 +674,33 @@ def _numeric_figures(b: Bench) -> Figures:
             first, *others = (form(site, a, c) for form in forms().values())
             worst = max(worst, *(_largest_difference(first, other) for other in others))
         return worst
+
     real, at_size = b.workloads
-    layers = [Workload(p.name, p.x[:len(real.X)], p.y[:len(real.X)], real.G, real.C) for p in b.pairs]
-    return {real.name: {'difference': max(map(difference, layers)), 'layers': len(layers)},
-            at_size.name: {'difference': difference(at_size), 'layers': 1}}
+    layers = [
+        Workload(p.name, p.x[: len(real.X)], p.y[: len(real.X)], real.G, real.C) for p in b.pairs
+    ]
+    return {
+        real.name: {"difference": max(map(difference, layers)), "layers": len(layers)},
+        at_size.name: {"difference": difference(at_size), "layers": 1},
+    }
 
-def _equal(f: Mapping[str, float]) -> str: return CONFIRMED if f['difference'] <= 1e-5 else REFUTED
 
-NUMERIC = Claim('numeric', 'results before and after are equal within 1e-5', 'confirmed if no entry differs by more than 1e-5, refuted if one does',
-                '05_context', "The original's six tests", 'difference: the largest of any entry; layers: how many were compared', _numeric_figures, each(_equal),
-                per_workload(lambda f: f"largest difference {f['difference']:.1g}"), 'bitwise equal')
+def _equal(f: Mapping[str, float]) -> str:
+    return CONFIRMED if f["difference"] <= 1e-5 else REFUTED
+
+
+NUMERIC = Claim(
+    "numeric",
+    "results before and after are equal within 1e-5",
+    "confirmed if no entry differs by more than 1e-5, refuted if one does",
+    "05_context",
+    "The original's six tests",
+    "difference: the largest of any entry; layers: how many were compared",
+    _numeric_figures,
+    each(_equal),
+    per_workload(lambda f: f"largest difference {f['difference']:.1g}"),
+    "bitwise equal",
+)
 
 # %% ../nbs/12_claims.ipynb #2f998b3a
 def _lazy_figures(b: Bench) -> Figures:
@@ -435,132 +710,265 @@ def _lazy_figures(b: Bench) -> Figures:
     assert ctx.outgoing is not None
     layers = [SharedAttentionContext(update_rate=0.1) for _ in range(6)]
     empty = sum(c.nbytes for c in layers)
-    for c in layers: c.update(w.X, w.Y)
+    for c in layers:
+        c.update(w.X, w.Y)
     learned = sum(c.outgoing.nbytes for c in layers if c.outgoing is not None)
-    return {w.name: {'before': before, 'outgoing': ctx.outgoing.nbytes}, 'each of six layers': {'before': empty // 6, 'outgoing': learned // 6}}
+    return {
+        w.name: {"before": before, "outgoing": ctx.outgoing.nbytes},
+        "each of six layers": {"before": empty // 6, "outgoing": learned // 6},
+    }
+
 
 def _saved_lazily(f: Mapping[str, int]) -> str:
-    return CONFIRMED if math.isclose(f['outgoing'] - f['before'], 2.36 * MB, rel_tol=0.01) else REFUTED
+    return (
+        CONFIRMED if math.isclose(f["outgoing"] - f["before"], 2.36 * MB, rel_tol=0.01) else REFUTED
+    )
 
-LAZY = Claim('lazy', 'lazy allocation saves 2.36 MB per layer at D = 768',
-             'confirmed if a context that never learned holds that much less, within 1 %; refuted if less or more', '05_context', "The original's six tests",
-             'bytes held', _lazy_figures, each(_saved_lazily),
-             per_workload(lambda f: f"holds {megabytes(f['before'])} before the first update, {megabytes(f['outgoing'])} after"))
+
+LAZY = Claim(
+    "lazy",
+    "lazy allocation saves 2.36 MB per layer at D = 768",
+    "confirmed if a context that never learned holds that much less, within 1 %; refuted if less or more",
+    "05_context",
+    "The original's six tests",
+    "bytes held",
+    _lazy_figures,
+    each(_saved_lazily),
+    per_workload(
+        lambda f: (
+            f"holds {megabytes(f['before'])} before the first update, {megabytes(f['outgoing'])} after"
+        )
+    ),
+)
 
 # %% ../nbs/12_claims.ipynb #4dbf60a1
-@cache # the text is the same each time
-def _growth_study() -> dict: return study(sentence_lengths())
+@cache  # the text is the same each time
+def _growth_study() -> dict:
+    return study(sentence_lengths())
+
 
 def _growth_figures(b: Bench) -> Figures:
     def of(runs) -> dict[str, Any]:
-        proposed = runs['pow2 per dimension']
-        return {'reallocations': proposed.reallocations, 'held': int(proposed.held.max()), 'needed': int(proposed.needed.max()),
-                **{name: runs[name].reallocations for name in POLICIES if name != 'pow2 per dimension'}}
+        proposed = runs["pow2 per dimension"]
+        return {
+            "reallocations": proposed.reallocations,
+            "held": int(proposed.held.max()),
+            "needed": int(proposed.needed.max()),
+            **{name: runs[name].reallocations for name in POLICIES if name != "pow2 per dimension"},
+        }
+
     return {buffer: of(runs) for buffer, runs in _growth_study().items()}
 
-def _growth(f: Mapping[str, Any]) -> str:
-    least = f['reallocations'] <= min(f[name] for name in POLICIES if name in f)
-    return {2: CONFIRMED, 1: PARTLY, 0: REFUTED}[least + (f['held'] < 2 * f['needed'])]
 
-POW2 = Claim('pow2', 'power-of-two sizing minimises reallocation when dimensions change',
-             'one part: on sentences of a text no other policy reallocates less often; the other: it holds less than twice the largest need' + BOTH, '04a_growth',
-             'The policies, on a real workspace', 'held, needed: bytes; the rest: reallocations by each policy', _growth_figures, each(_growth),
-             per_workload(lambda f: f"{f['reallocations']} reallocations (kept exact sizes: {f['exact']}, the original's exact shapes: "
-                                    f"{f['exact shape (original)']}); holds {f['held'] / f['needed']:.2f} x the need"),
-             'it rounds a number up, but keeps exact shapes: alternating shapes reallocate on every call')
+def _growth(f: Mapping[str, Any]) -> str:
+    least = f["reallocations"] <= min(f[name] for name in POLICIES if name in f)
+    return {2: CONFIRMED, 1: PARTLY, 0: REFUTED}[least + (f["held"] < 2 * f["needed"])]
+
+
+POW2 = Claim(
+    "pow2",
+    "power-of-two sizing minimises reallocation when dimensions change",
+    "one part: on sentences of a text no other policy reallocates less often; the other: it holds less than twice the largest need"
+    + BOTH,
+    "04a_growth",
+    "The policies, on a real workspace",
+    "held, needed: bytes; the rest: reallocations by each policy",
+    _growth_figures,
+    each(_growth),
+    per_workload(
+        lambda f: (
+            f"{f['reallocations']} reallocations (kept exact sizes: {f['exact']}, the original's exact shapes: "
+            f"{f['exact shape (original)']}); holds {f['held'] / f['needed']:.2f} x the need"
+        )
+    ),
+    "it rounds a number up, but keeps exact shapes: alternating shapes reallocate on every call",
+)
 
 # %% ../nbs/12_claims.ipynb #f1258bd5
 def _pool_figures(b: Bench) -> Figures:
     m = b.memory(backward=False)
-    return {'{1} x {2}'.format(*b.blocks): vars(m)}
+    return {"{1} x {2}".format(*b.blocks): vars(m)}
 
-def _pool_speed_figures(b: Bench) -> Figures: return {b.timed_blocks: _gain(b.stacked('Transformer', backward=False))}
+
+def _pool_speed_figures(b: Bench) -> Figures:
+    return {b.timed_blocks: _gain(b.stacked("Transformer", backward=False))}
+
 
 def _pool_memory(f: Mapping[str, Any], least: float = 1.5 * MB * LAYERS) -> str:
-    if f['fresh'] - f['planned'] >= least: return CONFIRMED
-    return PARTLY if f['traffic'] >= least else REFUTED
+    if f["fresh"] - f["planned"] >= least:
+        return CONFIRMED
+    return PARTLY if f["traffic"] >= least else REFUTED
 
-def _gain(t: Timings) -> dict[str, Interval]: # in percent of throughput
-    return {'shipped': t.ratio('not pooled', 'pooled').scaled(100, -100), 'control': t.compare('not pooled').control.scaled(100, -100)}
 
-POOL_UNITS = f'{GAIN_UNITS}, of {LAYERS} layers over the same without a pool; shipped: pooled; control: without'
+def _gain(t: Timings) -> dict[str, Interval]:  # in percent of throughput
+    return {
+        "shipped": t.ratio("not pooled", "pooled").scaled(100, -100),
+        "control": t.compare("not pooled").control.scaled(100, -100),
+    }
+
+
+POOL_UNITS = f"{GAIN_UNITS}, of {LAYERS} layers over the same without a pool; shipped: pooled; control: without"
 POOL = [
-    Claim('pool-mem', 'pooling the buffers of a Transformer block saves 1.5-2 MB per layer and forward pass',
-          'confirmed if the peak falls by 1.5 MB a layer; partly if only the traffic is as much; refuted if that is less, too',
-          '09a_stack', 'Memory', 'bytes of two layers; traffic, fresh: traffic and peak without a pool; pooled, planned: peak with a pool by names, and planned by lifetimes', _pool_figures, each(_pool_memory),
-          per_workload(lambda f: f"{LAYERS} layers: traffic {megabytes(f['traffic'])}; peak {megabytes(f['fresh'])} before, {megabytes(f['planned'])} pooled")),
-    Claim('pool-speed', 'and brings 3-5 % of throughput', _gain_rule(3), '09a_stack', 'Time', POOL_UNITS, _pool_speed_figures,
-          each(partial(_at_least, 3)), per_workload(lambda f: percent(f['shipped'])))]
+    Claim(
+        "pool-mem",
+        "pooling the buffers of a Transformer block saves 1.5-2 MB per layer and forward pass",
+        "confirmed if the peak falls by 1.5 MB a layer; partly if only the traffic is as much; refuted if that is less, too",
+        "09a_stack",
+        "Memory",
+        "bytes of two layers; traffic, fresh: traffic and peak without a pool; pooled, planned: peak with a pool by names, and planned by lifetimes",
+        _pool_figures,
+        each(_pool_memory),
+        per_workload(
+            lambda f: (
+                f"{LAYERS} layers: traffic {megabytes(f['traffic'])}; peak {megabytes(f['fresh'])} before, {megabytes(f['planned'])} pooled"
+            )
+        ),
+    ),
+    Claim(
+        "pool-speed",
+        "and brings 3-5 % of throughput",
+        _gain_rule(3),
+        "09a_stack",
+        "Time",
+        POOL_UNITS,
+        _pool_speed_figures,
+        each(partial(_at_least, 3)),
+        per_workload(lambda f: percent(f["shipped"])),
+    ),
+]
 
 # %% ../nbs/12_claims.ipynb #8fbc066e
 def _kinds_figures(b: Bench) -> Figures:
     gains = {kind: _gain(b.stacked(kind, backward=True)) for kind in KINDS}
-    return {b.timed_blocks: {kind: g['shipped'] for kind, g in gains.items()} | {
-        f'{kind} control': g['control'] for kind, g in gains.items()}}
+    return {
+        b.timed_blocks: {kind: g["shipped"] for kind, g in gains.items()}
+        | {f"{kind} control": g["control"] for kind, g in gains.items()}
+    }
 
-WIDE = 10.0 # percent: an interval wider than this decides nothing
+
+WIDE = 10.0  # percent: an interval wider than this decides nothing
+
 
 def _kinds(f: Mapping[str, Interval]) -> str:
-    gains, controls = [f[kind] for kind in KINDS], [f[f'{kind} control'] for kind in KINDS]
-    if max(g.low for g in gains) > min(g.high for g in gains): return REFUTED # two that do not meet
-    if max(g.high - g.low for g in gains) > WIDE: return UNDECIDED
+    gains, controls = [f[kind] for kind in KINDS], [f[f"{kind} control"] for kind in KINDS]
+    if max(g.low for g in gains) > min(g.high for g in gains):
+        return REFUTED  # two that do not meet
+    if max(g.high - g.low for g in gains) > WIDE:
+        return UNDECIDED
     return CONFIRMED if all(g.low > max(c.high, 0) for g, c in zip(gains, controls)) else PARTLY
 
-ALL_ARCHS = Claim('all-archs', 'Transformer, Diffusion and SSM benefit equally',
-                  f'refuted if the intervals of two gains do not meet; else undecided if one is wider than {WIDE:.0f} points; '
-                  'else confirmed if all lie above 0 and above their controls, partly if not', '09a_stack', 'Time',
-                  f'{GAIN_UNITS}, by pooling a training step of {LAYERS} layers; control: the same without a pool', _kinds_figures, each(_kinds),
-                  per_workload(lambda f: ', '.join(f'{kind} {percent(f[kind])}' for kind in KINDS)))
+
+ALL_ARCHS = Claim(
+    "all-archs",
+    "Transformer, Diffusion and SSM benefit equally",
+    f"refuted if the intervals of two gains do not meet; else undecided if one is wider than {WIDE:.0f} points; "
+    "else confirmed if all lie above 0 and above their controls, partly if not",
+    "09a_stack",
+    "Time",
+    f"{GAIN_UNITS}, by pooling a training step of {LAYERS} layers; control: the same without a pool",
+    _kinds_figures,
+    each(_kinds),
+    per_workload(lambda f: ", ".join(f"{kind} {percent(f[kind])}" for kind in KINDS)),
+)
 
 # %% ../nbs/12_claims.ipynb #d47252de
 def _total_figures(b: Bench) -> Figures:
     m = b.memory(backward=True)
-    return {'six layers': {name: 6 // LAYERS * bytes for name, bytes in vars(m).items()} | _gain(b.stacked('Transformer', backward=True))}
+    return {
+        "six layers": {name: 6 // LAYERS * bytes for name, bytes in vars(m).items()}
+        | _gain(b.stacked("Transformer", backward=True))
+    }
+
 
 def _total(f: Mapping[str, Any]) -> str:
-    saves, faster = f['fresh'] - f['planned'] >= 15 * MB, _at_least(10, f)
-    if faster == UNDECIDED: return UNDECIDED
+    saves, faster = f["fresh"] - f["planned"] >= 15 * MB, _at_least(10, f)
+    if faster == UNDECIDED:
+        return UNDECIDED
     return {2: CONFIRMED, 1: PARTLY, 0: REFUTED}[saves + (faster == CONFIRMED)]
 
-TOTAL = Claim('total', 'in all 15-25 MB per model and 10-20 % of speed',
-              'one part: pooled, the peak of a training step of six layers is 15 MB lower; the other: the interval of its gain lies above 10 % and above '
-              f'the control{BOTH}; undecided if the gain is neither that nor below 10 %', '09a_stack', 'Memory',
-              f'bytes: those of {LAYERS} layers, times {6 // LAYERS}, under the names of pool-mem; {POOL_UNITS}', _total_figures, each(_total),
-              per_workload(lambda f: f"peak {megabytes(f['fresh'])} before, {megabytes(f['planned'])} pooled; {percent(f['shipped'])}"))
+
+TOTAL = Claim(
+    "total",
+    "in all 15-25 MB per model and 10-20 % of speed",
+    "one part: pooled, the peak of a training step of six layers is 15 MB lower; the other: the interval of its gain lies above 10 % and above "
+    f"the control{BOTH}; undecided if the gain is neither that nor below 10 %",
+    "09a_stack",
+    "Memory",
+    f"bytes: those of {LAYERS} layers, times {6 // LAYERS}, under the names of pool-mem; {POOL_UNITS}",
+    _total_figures,
+    each(_total),
+    per_workload(
+        lambda f: (
+            f"peak {megabytes(f['fresh'])} before, {megabytes(f['planned'])} pooled; {percent(f['shipped'])}"
+        )
+    ),
+)
 
 # %% ../nbs/12_claims.ipynb #575690e4
-def _share(norm: Interval, whole: Interval) -> Interval: # percent
+def _share(norm: Interval, whole: Interval) -> Interval:  # percent
     "What a norm for each layer takes of a training step."
-    return Interval(norm.median / whole.median, norm.low / whole.high, norm.high / whole.low).scaled(100 * LAYERS)
+    return Interval(
+        norm.median / whole.median, norm.low / whole.high, norm.high / whole.low
+    ).scaled(100 * LAYERS)
+
 
 def _cost_figures(b: Bench) -> Figures:
-    t, step = b.norms(), b.stacked('Transformer', backward=True)
-    norm, whole = median_interval(t.seconds['|s|']), median_interval(step.seconds['pooled'])
-    return {b.timed_blocks: {'growth': t.ratio('|s|', '|s| at a quarter'),
-                             'share': _share(norm, whole)}}
+    t, step = b.norms(), b.stacked("Transformer", backward=True)
+    norm, whole = median_interval(t.seconds["|s|"]), median_interval(step.seconds["pooled"])
+    return {
+        b.timed_blocks: {"growth": t.ratio("|s|", "|s| at a quarter"), "share": _share(norm, whole)}
+    }
+
 
 def _cost(f: Mapping[str, Interval]) -> str:
-    if f['growth'].low < 2 <= f['growth'].high or f['share'].low < 1 <= f['share'].high: return UNDECIDED
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[(f['growth'].low >= 2) + (f['share'].high < 1)]
+    if f["growth"].low < 2 <= f["growth"].high or f["share"].low < 1 <= f["share"].high:
+        return UNDECIDED
+    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[(f["growth"].low >= 2) + (f["share"].high < 1)]
 
-NORM_COST = Claim('norm-cost', 'a weight norm is O(D), 256-1024 operations, and off the critical path',
-                  "one part: the norm of a context's parameters takes twice as long, or more, for four times the D; the other: it takes below 1 % of a training step"
-                  f'{BOTH}; undecided if an interval holds its bound', '10_norm_cache', 'What it costs',
-                  'growth: time at D = 1024 in units of that at 256; share: percent of a training step', _cost_figures, each(_cost),
-                  per_workload(lambda f: f"{f['growth'].median:.2f} x the time at 4 x the D; {f['share'].median:.4f}% of a step"))
+
+NORM_COST = Claim(
+    "norm-cost",
+    "a weight norm is O(D), 256-1024 operations, and off the critical path",
+    "one part: the norm of a context's parameters takes twice as long, or more, for four times the D; the other: it takes below 1 % of a training step"
+    f"{BOTH}; undecided if an interval holds its bound",
+    "10_norm_cache",
+    "What it costs",
+    "growth: time at D = 1024 in units of that at 256; share: percent of a training step",
+    _cost_figures,
+    each(_cost),
+    per_workload(
+        lambda f: (
+            f"{f['growth'].median:.2f} x the time at 4 x the D; {f['share'].median:.4f}% of a step"
+        )
+    ),
+)
 
 # %% ../nbs/12_claims.ipynb #cdcd2e63
 def _lock_figures(b: Bench) -> Figures:
     t = b.norms()
-    return {name: {'ratio': t.ratio('locked hit', name), 'control': t.compare(t.control).control} for name in ('|s|', 'vector of 768')}
+    return {
+        name: {"ratio": t.ratio("locked hit", name), "control": t.compare(t.control).control}
+        for name in ("|s|", "vector of 768")
+    }
+
 
 def _dearer(f: Mapping[str, Interval]) -> str:
-    if f['ratio'].low > max(1, f['control'].high): return CONFIRMED
-    return REFUTED if f['ratio'].high < min(1, f['control'].low) else UNDECIDED
+    if f["ratio"].low > max(1, f["control"].high):
+        return CONFIRMED
+    return REFUTED if f["ratio"].high < min(1, f["control"].low) else UNDECIDED
 
-NORM_LOCK = Claim('norm-lock', 'a mutex around a cached norm costs more than the computation that it saves',
-                  'confirmed if a hit behind a lock takes longer than computing the norm, by interval and control; refuted if it takes less; undecided if they meet',
-                  '10_norm_cache', 'What it costs', "ratio: time of a hit behind a lock in units of the norm: |s|, of a context's parameters, and that of a vector of 768", _lock_figures, each(_dearer), per_workload(lambda f: f"a locked hit takes {f['ratio'].median:.2g} x the norm"))
+
+NORM_LOCK = Claim(
+    "norm-lock",
+    "a mutex around a cached norm costs more than the computation that it saves",
+    "confirmed if a hit behind a lock takes longer than computing the norm, by interval and control; refuted if it takes less; undecided if they meet",
+    "10_norm_cache",
+    "What it costs",
+    "ratio: time of a hit behind a lock in units of the norm: |s|, of a context's parameters, and that of a vector of 768",
+    _lock_figures,
+    each(_dearer),
+    per_workload(lambda f: f"a locked hit takes {f['ratio'].median:.2g} x the norm"),
+)
 
 # %% ../nbs/12_claims.ipynb #beded4dc
 def _cache_bytes() -> int:
@@ -568,45 +976,85 @@ def _cache_bytes() -> int:
         cache = DerivedValue(lambda: 1.5)
         cache.get()
         return cache
+
     return traced_peak(one)
 
+
 def _caching_figures(b: Bench) -> Figures:
-    t, step = b.norms(), b.stacked('Transformer', backward=True)
-    norm, whole = median_interval(t.seconds['vector of 768']), median_interval(step.seconds['pooled'])
+    t, step = b.norms(), b.stacked("Transformer", backward=True)
+    norm, whole = (
+        median_interval(t.seconds["vector of 768"]),
+        median_interval(step.seconds["pooled"]),
+    )
     share = _share(norm, whole)
-    return {b.timed_blocks: {'most': share.high, 'share': share, 'bytes': _cache_bytes()}}
+    return {b.timed_blocks: {"most": share.high, "share": share, "bytes": _cache_bytes()}}
+
 
 def _caching(f: Mapping[str, float]) -> str:
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[(f['most'] >= 5) + (f['bytes'] >= MB / 2)]
+    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[(f["most"] >= 5) + (f["bytes"] >= MB / 2)]
 
-NORM_GAIN = Claim('norm-gain', 'caching the norm gains 5-10 % and costs 0.5-1 MB',
-                  'one part: an O(D) norm for each layer takes 5 % of a training step, so that much could be gained; the other: a cache holds 0.5 MB' + BOTH,
-                  '10_norm_cache', 'The verdict', 'share, most: percent of a training step; bytes: held by a cache', _caching_figures, each(_caching),
-                  per_workload(lambda f: f"at most {f['most']:.1g}% to gain; a cache holds {f['bytes']} bytes"))
+
+NORM_GAIN = Claim(
+    "norm-gain",
+    "caching the norm gains 5-10 % and costs 0.5-1 MB",
+    "one part: an O(D) norm for each layer takes 5 % of a training step, so that much could be gained; the other: a cache holds 0.5 MB"
+    + BOTH,
+    "10_norm_cache",
+    "The verdict",
+    "share, most: percent of a training step; bytes: held by a cache",
+    _caching_figures,
+    each(_caching),
+    per_workload(lambda f: f"at most {f['most']:.1g}% to gain; a cache holds {f['bytes']} bytes"),
+)
 
 # %% ../nbs/12_claims.ipynb #7ffbe801
-LEDGER: list[Claim] = [*SITE_CLAIMS, COUNT, *ARITHMETIC, *PASSES, *SPEED, WHY, NUMERIC, *POOL, POW2, LAZY, NORM_COST, NORM_LOCK, NORM_GAIN, TOTAL, ALL_ARCHS]
+LEDGER: list[Claim] = [
+    *SITE_CLAIMS,
+    COUNT,
+    *ARITHMETIC,
+    *PASSES,
+    *SPEED,
+    WHY,
+    NUMERIC,
+    *POOL,
+    POW2,
+    LAZY,
+    NORM_COST,
+    NORM_LOCK,
+    NORM_GAIN,
+    TOTAL,
+    ALL_ARCHS,
+]
+
 
 def comparisons(b: Bench) -> int:
     "How many timed comparisons the ledger makes: every site and both paths on every workload, stacks of blocks, and norms."
     return len(b.workloads) * (len(SHIPPED) + 2) + len(KINDS) + 2
 
-def run_ledger(b: Bench,
-               done: Mapping[str, Figures] | None = None, # by id: figures that an earlier run has measured
-               after: Callable[[list[Finding]], Any] = len, # called with what is found so far, after each claim that was measured
-               ) -> list[Finding]:
+
+def run_ledger(
+    b: Bench,
+    done: Mapping[str, Figures] | None = None,  # by id: figures that an earlier run has measured
+    after: Callable[
+        [list[Finding]], Any
+    ] = len,  # called with what is found so far, after each claim that was measured
+) -> list[Finding]:
     "Every claim, audited."
     findings: list[Finding] = []
     for claim in LEDGER:
         known = (done or {}).get(claim.id)
         findings.append(audit(claim, b) if known is None else found(claim, known))
-        if known is None: after(findings)
+        if known is None:
+            after(findings)
     return findings
 
 # %% ../nbs/12_claims.ipynb #3f85ee4f
-NOTICEABLE = 0.03 # the smallest gain that the report claims
+NOTICEABLE = 0.03  # the smallest gain that the report claims
 
-def noisy(b: Bench) -> dict[tuple[str, str], float]: # (workload, what) -> how far its control may lie from 1
+
+def noisy(
+    b: Bench,
+) -> dict[tuple[str, str], float]:  # (workload, what) -> how far its control may lie from 1
     "The comparisons whose control is too wide to tell a gain of 3 % from none."
     noise = {key: t.compare(t.control).noise for key, t in b.timings.items()}
     return {key: n for key, n in noise.items() if n > NOTICEABLE}

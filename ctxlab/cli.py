@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__, exact
 
 # %% ../nbs/14_cli.ipynb #c6dfbe04
-EPILOG = '''\
+EPILOG = """\
 examples:
   ctxlab report                              a minute or two; writes ctxlab-report/index.html
   ctxlab report --quick                      less time and smaller blocks, so wider intervals
@@ -30,88 +30,174 @@ examples:
 
 exit codes: 0 done, 1 a defect of ctxlab, 2 something about the input or the output is wrong,
             130 interrupted, 141 the reader of the output has left
-'''
-BUDGETS = {'default': 2.9, 'quick': 0.5} # seconds for one of the 19 comparisons
+"""
+BUDGETS = {"default": 2.9, "quick": 0.5}  # seconds for one of the 19 comparisons
+
 
 def _seed(text: str) -> int:
-    if not text.isdecimal(): raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 0 or more')
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
+
 def _seconds(text: str) -> float:
-    try: value = float(text)
-    except ValueError: value = -1.0
-    if not 0 <= value <= 3600: raise argparse.ArgumentTypeError(f'{text!r} is not a number of seconds from 0 to 3600')
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 3600")
     return value
 
+
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 1 or more')
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 # %% ../nbs/14_cli.ipynb #1fe62abf
 def _add_common(p: argparse.ArgumentParser) -> None:
     "What all commands that measure take."
-    p.add_argument('--threads', type=_positive, metavar='N', help='threads of BLAS (default: as BLAS has it, mostly one a core)')
-    p.add_argument('--seed', type=_seed, default=0, metavar='N', help='of random data and of the order of timings (default: 0)')
-    p.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    p.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads of BLAS (default: as BLAS has it, mostly one a core)",
+    )
+    p.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="of random data and of the order of timings (default: 0)",
+    )
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
 
 def _add_report(commands: Any) -> None:
-    p = commands.add_parser('report', help='run the ledger of claims; print a table, write a page with plots and a JSON file',
-                            description='Run every claim that can be checked, on real activations and at S = 512, D = 768.\n'
-                            'Prints a table and writes index.html, the plots and claims.json to a folder.',
-                            epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--out', metavar='FOLDER', default='ctxlab-report', help='where to write (default: %(default)s); other files in it stay')
-    p.add_argument('--activations', metavar='FILE.npz', help='your own activations (default: packaged ones of a small transformer)')
-    p.add_argument('--quick', action='store_true', help='spend less time on each comparison, and measure smaller blocks')
-    p.add_argument('--compare', metavar='OLD', help='an earlier claims.json, or its folder: show what changed, and whether beyond noise')
-    p.add_argument('--resume', action='store_true', help='go on with an interrupted run of the same settings, claim by claim')
-    p.add_argument('--json', choices=['-'], metavar='-', help='print what claims.json holds, in place of the table')
-    p.add_argument('--no-progress', action='store_true', help='no progress bar')
+    p = commands.add_parser(
+        "report",
+        help="run the ledger of claims; print a table, write a page with plots and a JSON file",
+        description="Run every claim that can be checked, on real activations and at S = 512, D = 768.\n"
+        "Prints a table and writes index.html, the plots and claims.json to a folder.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default="ctxlab-report",
+        help="where to write (default: %(default)s); other files in it stay",
+    )
+    p.add_argument(
+        "--activations",
+        metavar="FILE.npz",
+        help="your own activations (default: packaged ones of a small transformer)",
+    )
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help="spend less time on each comparison, and measure smaller blocks",
+    )
+    p.add_argument(
+        "--compare",
+        metavar="OLD",
+        help="an earlier claims.json, or its folder: show what changed, and whether beyond noise",
+    )
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted run of the same settings, claim by claim",
+    )
+    p.add_argument(
+        "--json",
+        choices=["-"],
+        metavar="-",
+        help="print what claims.json holds, in place of the table",
+    )
+    p.add_argument("--no-progress", action="store_true", help="no progress bar")
     _add_common(p)
 
+
 def _add_claims(commands: Any) -> None:
-    p = commands.add_parser('claims', help='list the claims, or explain one',
-                            description='List every claim of the report that is audited, with the notebook that explains it; or tell all about one.')
-    p.add_argument('id', nargs='?', metavar='ID', help='the claim to explain (default: list all)')
-    p.add_argument('--from', dest='source', metavar='FOLDER', help='a report whose verdict is shown, too')
-    p.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    p = commands.add_parser(
+        "claims",
+        help="list the claims, or explain one",
+        description="List every claim of the report that is audited, with the notebook that explains it; or tell all about one.",
+    )
+    p.add_argument("id", nargs="?", metavar="ID", help="the claim to explain (default: list all)")
+    p.add_argument(
+        "--from", dest="source", metavar="FOLDER", help="a report whose verdict is shown, too"
+    )
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
 
 def _add_bench(commands: Any) -> None:
-    p = commands.add_parser('bench', help='time the hot paths rung by rung, in units of one bare matrix product',
-                            description='Check every rung against the reference, then time all of them in turn. Where PyTorch is '
-                            'installed, it is timed as well, with one thread each.')
-    p.add_argument('--rows', type=_positive, default=512, metavar='S', help='sequence length (default: 512)')
-    p.add_argument('--dim', type=_positive, default=768, metavar='D', help='width (default: 768)')
-    p.add_argument('--seconds', type=_seconds, default=15.0, help='time for each table (default: 15)')
+    p = commands.add_parser(
+        "bench",
+        help="time the hot paths rung by rung, in units of one bare matrix product",
+        description="Check every rung against the reference, then time all of them in turn. Where PyTorch is "
+        "installed, it is timed as well, with one thread each.",
+    )
+    p.add_argument(
+        "--rows", type=_positive, default=512, metavar="S", help="sequence length (default: 512)"
+    )
+    p.add_argument("--dim", type=_positive, default=768, metavar="D", help="width (default: 768)")
+    p.add_argument(
+        "--seconds", type=_seconds, default=15.0, help="time for each table (default: 15)"
+    )
     _add_common(p)
 
 # %% ../nbs/14_cli.ipynb #de5cbb8a
-FILES_OF = {'activations': 'FILE', 'compare': 'FILE', 'out': 'DIRECTORY', 'source': 'DIRECTORY'} # option -> what completes it
+FILES_OF = {
+    "activations": "FILE",
+    "compare": "FILE",
+    "out": "DIRECTORY",
+    "source": "DIRECTORY",
+}  # option -> what completes it
+
 
 def completion(p: argparse.ArgumentParser, shell: str) -> str:
     "A script that completes this command in `shell`."
     import shtab
 
     from ctxlab.claims import LEDGER
+
     commands = next(a for a in p._actions if isinstance(a, argparse._SubParsersAction))
     for action in (a for command in commands.choices.values() for a in command._actions):
-        if action.dest in FILES_OF: action.complete = getattr(shtab, FILES_OF[action.dest])
-        if (action.dest, action.metavar) == ('id', 'ID'): action.choices = [c.id for c in LEDGER]
+        if action.dest in FILES_OF:
+            action.complete = getattr(shtab, FILES_OF[action.dest])
+        if (action.dest, action.metavar) == ("id", "ID"):
+            action.choices = [c.id for c in LEDGER]
     return shtab.complete(p, shell=shell)
+
 
 class _Completion(argparse.Action):
     "Print the script and leave, as --version does."
+
     def __call__(self, parser, namespace, values, option_string=None):
         print(completion(parser, values))
         parser.exit()
 
+
 def parser() -> argparse.ArgumentParser:
     "The command line."
-    p = argparse.ArgumentParser(prog='ctxlab', description='Measure, on this machine, which claims about writing matrix '
-                                'products into prepared buffers hold.')
-    p.add_argument('--version', action='version', version=f'ctxlab {__version__}')
-    p.add_argument('--print-completion', action=_Completion, choices=['bash', 'zsh', 'tcsh'], metavar='SHELL', help='print a completion script for bash, zsh or tcsh')
-    commands = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for add in (_add_report, _add_claims, _add_bench, exact.add_parser): add(commands)
+    p = argparse.ArgumentParser(
+        prog="ctxlab",
+        description="Measure, on this machine, which claims about writing matrix "
+        "products into prepared buffers hold.",
+    )
+    p.add_argument("--version", action="version", version=f"ctxlab {__version__}")
+    p.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=["bash", "zsh", "tcsh"],
+        metavar="SHELL",
+        help="print a completion script for bash, zsh or tcsh",
+    )
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_report, _add_claims, _add_bench, exact.add_parser):
+        add(commands)
     return p
 
 # %% ../nbs/14_cli.ipynb #13378d35
@@ -120,123 +206,216 @@ def _threads(count: int | None) -> Iterator[None]:
     "Threads of BLAS for all that follows; an error that names the option where there cannot be as many."
     from ctxlab.data import InputError
     from ctxlab.measure import blas_threads
-    limit = blas_threads(count)
-    try: limit.__enter__()
-    except ValueError as e: raise InputError(f'--{e}') from e
-    try: yield
-    finally: limit.__exit__(None, None, None)
 
-def _measure(b: Any, settings: dict[str, Any], args: argparse.Namespace, place: Path) -> list: # of findings
+    limit = blas_threads(count)
+    try:
+        limit.__enter__()
+    except ValueError as e:
+        raise InputError(f"--{e}") from e
+    try:
+        yield
+    finally:
+        limit.__exit__(None, None, None)
+
+
+def _measure(
+    b: Any, settings: dict[str, Any], args: argparse.Namespace, place: Path
+) -> list:  # of findings
     "Run the ledger with a progress bar, keeping what is measured; or go on with what was kept."
     from tqdm import tqdm
 
     from ctxlab.claims import LEDGER, comparisons, run_ledger
     from ctxlab.compare import read_partial, run_facts, save_partial
+
     out, facts = Path(args.out), run_facts(b, settings)
     done = read_partial(out, b, facts) if args.resume else {}
     args.kept = len(done)
+
     def keep(findings: list) -> None:
         save_partial(place, out, b, facts, findings)
         args.kept = len(findings)
-    with tqdm(total=comparisons(b), initial=len(b.timings), desc=f'{len(LEDGER)} claims', unit='comparison', disable=args.no_progress or None, leave=False) as bar:
+
+    with tqdm(
+        total=comparisons(b),
+        initial=len(b.timings),
+        desc=f"{len(LEDGER)} claims",
+        unit="comparison",
+        disable=args.no_progress or None,
+        leave=False,
+    ) as bar:
+
         def tick(what: str) -> None:
-            bar.set_postfix_str(f'{what} done', refresh=False)
+            bar.set_postfix_str(f"{what} done", refresh=False)
             bar.update()
+
         b.tick = tick
         return run_ledger(b, done, keep)
 
 # %% ../nbs/14_cli.ipynb #3cf5eeba
-def report(args: argparse.Namespace) -> int: # exit code
+def report(args: argparse.Namespace) -> int:  # exit code
     "The main job: check everything, measure, then write all of it."
     from ctxlab.claims import bench
     from ctxlab.compare import PARTIAL, changes_html, compare, read_report
     from ctxlab.data import PACKAGED, load_pairs
     from ctxlab.report import FILES, as_json, staging, write_report
+
     old = read_report(args.compare) if args.compare else None
-    pairs, budget = load_pairs(args.activations), BUDGETS['quick' if args.quick else 'default']
-    settings = dict(seed=args.seed, quick=args.quick, seconds_per_comparison=budget, activations=args.activations or PACKAGED, threads=args.threads)
-    name, out = Path(args.activations).name if args.activations else 'activations', Path(args.out)
+    pairs, budget = load_pairs(args.activations), BUDGETS["quick" if args.quick else "default"]
+    settings = dict(
+        seed=args.seed,
+        quick=args.quick,
+        seconds_per_comparison=budget,
+        activations=args.activations or PACKAGED,
+        threads=args.threads,
+    )
+    name, out = Path(args.activations).name if args.activations else "activations", Path(args.out)
     with _threads(args.threads), staging(out, (*FILES, PARTIAL)) as place:
-        b = bench(pairs, name, budget=budget, seed=args.seed, blocks=(1, 256, 256) if args.quick else (1, 512, 768))
+        b = bench(
+            pairs,
+            name,
+            budget=budget,
+            seed=args.seed,
+            blocks=(1, 256, 256) if args.quick else (1, 512, 768),
+        )
         findings = _measure(b, settings, args, place)
         data = as_json(findings, b, settings)
-        if old: data['compared'] = compare(old, data)
-        write_report(place, findings, b, data, changes_html(data['compared']) if old else '')
+        if old:
+            data["compared"] = compare(old, data)
+        write_report(place, findings, b, data, changes_html(data["compared"]) if old else "")
     args.kept = 0
     (out / PARTIAL).unlink(missing_ok=True)
     print(json.dumps(data, indent=1) if args.json else _told(findings, b, data, out))
     return 0
+
 
 def _told(findings: list, b: Any, data: dict[str, Any], out: Path) -> str:
     "What the terminal gets: the table, a warning, what changed, the machine, and where the page is."
     from ctxlab.compare import changes_table
     from ctxlab.measure import machine_line
     from ctxlab.report import noise_line, paragraph, table, terminal
+
     look = terminal()
-    parts = [table(findings, **look), paragraph(noise_line(b), look['width'], ''),
-             changes_table(data['compared'], look['width']) if 'compared' in data else '',
-             paragraph(machine_line(data['machine']), look['width'], ''), f"{out / 'index.html'} has the pictures and the rules."]
-    return '\n\n'.join(part for part in parts if part)
+    parts = [
+        table(findings, **look),
+        paragraph(noise_line(b), look["width"], ""),
+        changes_table(data["compared"], look["width"]) if "compared" in data else "",
+        paragraph(machine_line(data["machine"]), look["width"], ""),
+        f"{out / 'index.html'} has the pictures and the rules.",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 # %% ../nbs/14_cli.ipynb #2c13776d
-def claims(args: argparse.Namespace) -> int: # exit code
+def claims(args: argparse.Namespace) -> int:  # exit code
     "The list of claims, or one of them."
     from ctxlab.compare import claims_list, explained, find_claim, read_report
     from ctxlab.report import terminal
-    width = terminal()['width']
-    claim, stored = args.id and find_claim(args.id), read_report(args.source) if args.source else None
+
+    width = terminal()["width"]
+    claim, stored = (
+        args.id and find_claim(args.id),
+        read_report(args.source) if args.source else None,
+    )
     print(explained(claim, width, stored) if claim else claims_list(width, stored))
     return 0
 
-def bench(args: argparse.Namespace) -> int: # exit code
+
+def bench(args: argparse.Namespace) -> int:  # exit code
     "The benchmark tables."
     from ctxlab.ladder import against_torch, benchmark_table, climb, inputs
     from ctxlab.measure import machine, machine_line
+
     data = inputs(args.rows, args.dim, args.seed)
     with _threads(args.threads):
-        print(f'{machine_line(machine())}\n\nS = {args.rows}, D = {args.dim}, in units of one bare matmul\n')
+        print(
+            f"{machine_line(machine())}\n\nS = {args.rows}, D = {args.dim}, in units of one bare matmul\n"
+        )
         at_report = (args.rows, args.dim) == (512, 768)
-        print(benchmark_table(climb(data, budget=args.seconds, seed=args.seed), at_report), flush=True)
+        print(
+            benchmark_table(climb(data, budget=args.seconds, seed=args.seed), at_report), flush=True
+        )
         peer = against_torch(data, budget=args.seconds, seed=args.seed)
-    print('\nPyTorch is not installed, so there is nothing to compare with.' if peer is None else
-          f'\nbeside PyTorch, one thread each\n\n{benchmark_table(peer)}')
+    print(
+        "\nPyTorch is not installed, so there is nothing to compare with."
+        if peer is None
+        else f"\nbeside PyTorch, one thread each\n\n{benchmark_table(peer)}"
+    )
     return 0
 
 # %% ../nbs/14_cli.ipynb #cac990c6
-JOBS: dict[str, Callable[[argparse.Namespace], int]] = {'report': report, 'claims': claims, 'bench': bench, 'context': exact.run}
+JOBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "report": report,
+    "claims": claims,
+    "bench": bench,
+    "context": exact.run,
+}
+
 
 def _kept(args: argparse.Namespace) -> str:
     "What an interrupted or failed report leaves."
-    if args.command != 'report': return ''
-    kept = getattr(args, 'kept', 0)
-    return '; an earlier report is as it was' + (f', and {kept} claims are kept: --resume goes on with them' if kept else ', and nothing was written')
+    if args.command != "report":
+        return ""
+    kept = getattr(args, "kept", 0)
+    return "; an earlier report is as it was" + (
+        f", and {kept} claims are kept: --resume goes on with them"
+        if kept
+        else ", and nothing was written"
+    )
 
-def _run(args: argparse.Namespace) -> tuple[int, BaseException | None, str]: # exit code, and the error with its message
+
+def _run(
+    args: argparse.Namespace,
+) -> tuple[int, BaseException | None, str]:  # exit code, and the error with its message
     "Do the job, and say how it ended."
     try:
         from ctxlab.data import InputError
+
         try:
             code = JOBS[args.command](args)
             sys.stdout.flush()
-            return code, None, ''
-        except BrokenPipeError as e: return 141, e, '' # the reader of our output has left, as in `| head`
-        except (InputError, OSError) as e: return 2, e, f'error: {e}' + (_kept(args) if getattr(args, 'kept', 0) else '')
-        except MemoryError as e: return 2, e, f'error: not enough memory for this size ({e})'
-    except KeyboardInterrupt as e: return 130, e, 'interrupted' + (f'; {e}' if str(e) else _kept(args)) # a command may say itself what is kept
-    except Exception as e: return 1, e, f'error: unexpected {type(e).__name__}: {e}' + ('' if args.debug else ' (--debug shows where)')
+            return code, None, ""
+        except BrokenPipeError as e:
+            return 141, e, ""  # the reader of our output has left, as in `| head`
+        except (InputError, OSError) as e:
+            return 2, e, f"error: {e}" + (_kept(args) if getattr(args, "kept", 0) else "")
+        except MemoryError as e:
+            return 2, e, f"error: not enough memory for this size ({e})"
+    except KeyboardInterrupt as e:
+        return (
+            130,
+            e,
+            "interrupted" + (f"; {e}" if str(e) else _kept(args)),
+        )  # a command may say itself what is kept
+    except Exception as e:
+        return (
+            1,
+            e,
+            f"error: unexpected {type(e).__name__}: {e}"
+            + ("" if args.debug else " (--debug shows where)"),
+        )
+
 
 def _close_output() -> None:
     "Flush standard output; where that fails, drop what is left, or Python would complain at exit."
-    try: sys.stdout.flush()
-    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-def main(argv: list[str] | None = None) -> int: # exit code
+
+def main(argv: list[str] | None = None) -> int:  # exit code
     "Entry point of the command `ctxlab`; an error is one line on standard error."
     try:
-        try: args = parser().parse_args(argv)
-        except KeyboardInterrupt: return 130
+        try:
+            args = parser().parse_args(argv)
+        except KeyboardInterrupt:
+            return 130
         code, error, message = _run(args)
-        if args.debug and error: traceback.print_exception(error)
-        if message: print('ctxlab:', ''.join(c if c.isprintable() else '?' for c in message), file=sys.stderr)
-    finally: _close_output()
+        if args.debug and error:
+            traceback.print_exception(error)
+        if message:
+            print(
+                "ctxlab:", "".join(c if c.isprintable() else "?" for c in message), file=sys.stderr
+            )
+    finally:
+        _close_output()
     return code

@@ -29,52 +29,84 @@ from .measure import AGAIN, Comparison, Interval, Timings, apart, machine
 from .report import SCHEMA, SCHEMA_VERSION, badge, board, paragraph, plain, plain_timings
 
 # %% ../nbs/13a_compare.ipynb #22335cd3
-READABLE = (2,) # versions of the schema; 1 was that of unreleased ctxlab, with claims that were not measured yet
+READABLE = (
+    2,
+)  # versions of the schema; 1 was that of unreleased ctxlab, with claims that were not measured yet
+
 
 def _reason(e: Exception) -> str:
     "An error of a library in words for a user."
-    if isinstance(e, json.JSONDecodeError): return f'line {e.lineno}, column {e.colno} is not JSON'
-    if isinstance(e, UnicodeDecodeError): return 'it is no text'
-    if isinstance(e, KeyError): return f'there is no {e}'
+    if isinstance(e, json.JSONDecodeError):
+        return f"line {e.lineno}, column {e.colno} is not JSON"
+    if isinstance(e, UnicodeDecodeError):
+        return "it is no text"
+    if isinstance(e, KeyError):
+        return f"there is no {e}"
     return textwrap.shorten(str(e), 80)
+
 
 @contextmanager
 def _suspicious(path: Path, what: str) -> Iterator[None]:
     "Turn whatever a strange file can cause into one InputError."
-    try: yield
-    except InputError: raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e: # JSON's and Unicode's errors are ValueErrors
-        raise InputError(f'{path}: not {what} ({_reason(e)})') from e
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as e:  # JSON's and Unicode's errors are ValueErrors
+        raise InputError(f"{path}: not {what} ({_reason(e)})") from e
 
-def _no_constant(name: str) -> None: raise ValueError(f'{name} is no figure')
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no figure")
+
 
 def _load(path: Path) -> dict[str, Any]:
     "A JSON object from a file."
-    try: text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as e: raise InputError(f'{path}: no such file') from e
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise InputError(f"{path}: no such file") from e
     data = json.loads(text.decode(), parse_constant=_no_constant)
-    if not isinstance(data, dict): raise ValueError('it holds no object')
+    if not isinstance(data, dict):
+        raise ValueError("it holds no object")
     return data
 
 # %% ../nbs/13a_compare.ipynb #bbbc5fba
 def revived(timing: Mapping[str, Any]) -> Timings:
     "One of the raw timings of claims.json; ValueError, TypeError or KeyError where it is none."
-    seconds = {str(name): np.array(s, np.float64) for name, s in timing['seconds'].items()}
-    control, place, shapes = timing['control'], timing['placement'], {s.shape for s in seconds.values()}
+    seconds = {str(name): np.array(s, np.float64) for name, s in timing["seconds"].items()}
+    control, place, shapes = (
+        timing["control"],
+        timing["placement"],
+        {s.shape for s in seconds.values()},
+    )
     block = None if place is None else np.array(place, np.int64)
-    if len(shapes) != 1 or len(shapes | {block.shape} if block is not None else shapes) != 1: raise ValueError('samples that are not paired')
-    if not all(((s > 1e-12) & (s < 1e9)).all() for s in seconds.values()): raise ValueError('a time that is none')
-    t = Timings(seconds, control, timing['calls_per_sample'], block)
-    for name in seconds: t.compare(name) # are there enough of them?
+    if len(shapes) != 1 or len(shapes | {block.shape} if block is not None else shapes) != 1:
+        raise ValueError("samples that are not paired")
+    if not all(((s > 1e-12) & (s < 1e9)).all() for s in seconds.values()):
+        raise ValueError("a time that is none")
+    t = Timings(seconds, control, timing["calls_per_sample"], block)
+    for name in seconds:
+        t.compare(name)  # are there enough of them?
     return t
+
 
 def _timings(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Timings]:
     "Timings by workload and what was timed."
-    return {(str(row['workload']), str(row['what'])): revived(row) for row in rows}
+    return {(str(row["workload"]), str(row["what"])): revived(row) for row in rows}
+
 
 def _interval(value: Any) -> Any:
     "An interval from JSON; anything else as it is."
     return Interval(**{k: float(v) for k, v in value.items()}) if isinstance(value, dict) else value
+
 
 def _figures(stored: Mapping[str, Mapping[str, Any]]) -> Figures:
     return {w: {k: _interval(v) for k, v in figures.items()} for w, figures in stored.items()}
@@ -83,217 +115,389 @@ def _figures(stored: Mapping[str, Mapping[str, Any]]) -> Figures:
 @dataclass(frozen=True)
 class Verdict:
     "What a report says of one claim."
+
     verdict: str
     measured: str
     figures: Figures
 
+
 @dataclass(frozen=True)
 class Report:
     "What is read back from claims.json."
-    facts: dict[str, Any] # ctxlab, created, settings, machine, workloads
-    claims: dict[str, Verdict] # by id
-    timings: dict[tuple[str, str], Timings] # by workload and what was timed
+
+    facts: dict[str, Any]  # ctxlab, created, settings, machine, workloads
+    claims: dict[str, Verdict]  # by id
+    timings: dict[tuple[str, str], Timings]  # by workload and what was timed
+
 
 def _report(data: Mapping[str, Any]) -> Report:
-    claims = {str(c['id']): Verdict(str(c['verdict']), str(c['measured']), _figures(c['figures'])) for c in data['claims']}
-    facts = {'ctxlab': str(data['ctxlab']), 'created': str(data['created']), 'settings': dict(data['settings']), 'machine': dict(data['machine']),
-             'workloads': {str(w['name']): f"{w['rows']} x {w['features']}" for w in data['workloads']}}
-    return Report(facts, claims, _timings(data['timings']))
+    claims = {
+        str(c["id"]): Verdict(str(c["verdict"]), str(c["measured"]), _figures(c["figures"]))
+        for c in data["claims"]
+    }
+    facts = {
+        "ctxlab": str(data["ctxlab"]),
+        "created": str(data["created"]),
+        "settings": dict(data["settings"]),
+        "machine": dict(data["machine"]),
+        "workloads": {str(w["name"]): f"{w['rows']} x {w['features']}" for w in data["workloads"]},
+    }
+    return Report(facts, claims, _timings(data["timings"]))
 
-def read_report(path: str | Path, # claims.json, or the folder that holds it
-                ) -> Report:
+
+def read_report(
+    path: str | Path,  # claims.json, or the folder that holds it
+) -> Report:
     "An earlier report; an InputError names what is wrong with it."
     path = Path(path)
-    if path.is_dir(): path = path / 'claims.json'
-    with _suspicious(path, 'a report of ctxlab'):
+    if path.is_dir():
+        path = path / "claims.json"
+    with _suspicious(path, "a report of ctxlab"):
         data = _load(path)
-        if data.get('schema') != SCHEMA: raise InputError(f'{path}: not a report of ctxlab; needed claims.json, or the folder that holds it')
-        version = data.get('schema_version')
+        if data.get("schema") != SCHEMA:
+            raise InputError(
+                f"{path}: not a report of ctxlab; needed claims.json, or the folder that holds it"
+            )
+        version = data.get("schema_version")
         if version not in READABLE:
-            readable = ', '.join(map(str, READABLE))
-            raise InputError(f'{path}: version {reprlib.repr(version)} of the schema; this ctxlab reads {readable}, so make that report again')
+            readable = ", ".join(map(str, READABLE))
+            raise InputError(
+                f"{path}: version {reprlib.repr(version)} of the schema; this ctxlab reads {readable}, so make that report again"
+            )
         return _report(data)
 
 # %% ../nbs/13a_compare.ipynb #e09dc3f2
-def _half(interval: Any) -> float: return (interval.high - interval.low) / 2 if isinstance(interval, Interval) else 0.0
+def _half(interval: Any) -> float:
+    return (interval.high - interval.low) / 2 if isinstance(interval, Interval) else 0.0
+
 
 def _moved(before: Figures, after: Figures) -> bool:
     "Do the intervals of a figure stay apart, though each is widened by half of its control's?"
     for w in before.keys() & after.keys():
         for k in before[w].keys() & after[w].keys():
             a, z = before[w][k], after[w][k]
-            if 'control' in k or not (isinstance(a, Interval) and isinstance(z, Interval)): continue
-            slack = sum(_half(f.get(f'{k} control', f.get('control'))) for f in (before[w], after[w]))
-            if max(a.low, z.low) - min(a.high, z.high) > slack: return True
+            if "control" in k or not (isinstance(a, Interval) and isinstance(z, Interval)):
+                continue
+            slack = sum(
+                _half(f.get(f"{k} control", f.get("control"))) for f in (before[w], after[w])
+            )
+            if max(a.low, z.low) - min(a.high, z.high) > slack:
+                return True
     return False
+
 
 def _recounted(before: Figures, after: Figures) -> bool:
     "Did a number of bytes change by more than Python's own objects take?"
-    shared = ((before[w][k], after[w][k]) for w in before.keys() & after.keys() for k in before[w].keys() & after[w].keys())
+    shared = (
+        (before[w][k], after[w][k])
+        for w in before.keys() & after.keys()
+        for k in before[w].keys() & after[w].keys()
+    )
     return any(isinstance(a, int) and isinstance(z, int) and abs(a - z) >= SMALL for a, z in shared)
 
 # %% ../nbs/13a_compare.ipynb #35745836
 def _figures_change(before: Verdict, after: Verdict, timed: bool) -> str:
     "What happened to the figures of one claim; '' for nothing."
-    if timed and _moved(before.figures, after.figures): return 'beyond noise'
-    if before.figures.keys() != after.figures.keys(): return 'other workload'
-    if _recounted(before.figures, after.figures) if timed else before.measured != after.measured: return 'other figures'
-    return ''
+    if timed and _moved(before.figures, after.figures):
+        return "beyond noise"
+    if before.figures.keys() != after.figures.keys():
+        return "other workload"
+    if _recounted(before.figures, after.figures) if timed else before.measured != after.measured:
+        return "other figures"
+    return ""
+
 
 def _change(before: Verdict | None, after: Verdict | None) -> str:
     "What happened to one claim, in a few words; '' for nothing."
-    if before is None or after is None: return 'new' if before is None else 'no longer there'
-    timed = any(isinstance(v, Interval) for f in (*before.figures.values(), *after.figures.values()) for v in f.values())
+    if before is None or after is None:
+        return "new" if before is None else "no longer there"
+    timed = any(
+        isinstance(v, Interval)
+        for f in (*before.figures.values(), *after.figures.values())
+        for v in f.values()
+    )
     figures = _figures_change(before, after, timed)
-    if before.verdict == after.verdict: return figures
+    if before.verdict == after.verdict:
+        return figures
     return f"verdict, {figures or ('within noise' if timed else 'same figures, another rule')}"
 
 # %% ../nbs/13a_compare.ipynb #f5a2a8cb
 def _changed_time(before: Comparison, after: Comparison) -> str:
     "'same within noise', 'faster' or 'slower'."
-    if not apart(before, after): return 'same within noise'
-    return 'faster' if after.ratio.median < before.ratio.median else 'slower'
+    if not apart(before, after):
+        return "same within noise"
+    return "faster" if after.ratio.median < before.ratio.median else "slower"
+
 
 def _timed_changes(before: Report, after: Report) -> list[dict[str, Any]]:
     "Each timed figure that both reports have."
     rows = []
     for key in (key for key in after.timings if key in before.timings):
         old, new = before.timings[key], after.timings[key]
-        if old.control != new.control: continue
+        if old.control != new.control:
+            continue
         for name in new.seconds:
-            if name in (new.control, new.control + AGAIN) or name not in old.seconds: continue
+            if name in (new.control, new.control + AGAIN) or name not in old.seconds:
+                continue
             a, z = old.compare(name), new.compare(name)
-            rows.append(dict(workload=key[0], what=key[1], name=name, unit=new.control, change=_changed_time(a, z),
-                             before=a.ratio._asdict(), before_control=a.control._asdict(), after=z.ratio._asdict(), after_control=z.control._asdict()))
+            rows.append(
+                dict(
+                    workload=key[0],
+                    what=key[1],
+                    name=name,
+                    unit=new.control,
+                    change=_changed_time(a, z),
+                    before=a.ratio._asdict(),
+                    before_control=a.control._asdict(),
+                    after=z.ratio._asdict(),
+                    after_control=z.control._asdict(),
+                )
+            )
     return rows
 
 # %% ../nbs/13a_compare.ipynb #de46c2be
-def _flat(facts: Mapping[str, Any], prefix: str = '') -> dict[str, str]:
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     "Facts as 'settings.seed' -> '0'."
     flat: dict[str, str] = {}
-    for k, v in facts.items(): flat |= _flat(v, f'{prefix}{k}.') if isinstance(v, Mapping) else {f'{prefix}{k}': json.dumps(v)}
+    for k, v in facts.items():
+        flat |= (
+            _flat(v, f"{prefix}{k}.") if isinstance(v, Mapping) else {f"{prefix}{k}": json.dumps(v)}
+        )
     return flat
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]: # ['settings.seed: 0, now 3']
+
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[str]:  # ['settings.seed: 0, now 3']
     "Where two sets of facts differ."
     a, z = _flat(before), _flat(after)
-    return [f'{k}: {a.get(k, "none")}, now {z.get(k, "none")}' for k in dict.fromkeys([*a, *z]) if k != 'created' and a.get(k) != z.get(k)]
+    return [
+        f"{k}: {a.get(k, 'none')}, now {z.get(k, 'none')}"
+        for k in dict.fromkeys([*a, *z])
+        if k != "created" and a.get(k) != z.get(k)
+    ]
 
-def compare(before: Report, data: Mapping[str, Any], # claims.json of the later one
-            ) -> dict[str, Any]: # plain values, fit for JSON
+
+def compare(
+    before: Report,
+    data: Mapping[str, Any],  # claims.json of the later one
+) -> dict[str, Any]:  # plain values, fit for JSON
     "What changed between two reports."
     after, claims = _report(data), []
     for id in dict.fromkeys([*after.claims, *before.claims]):
         a, z = before.claims.get(id), after.claims.get(id)
-        claims.append(dict(id=id, before=a and a.verdict, after=z and z.verdict, change=_change(a, z),
-                           measured_before=a and a.measured, measured_after=z and z.measured))
-    return dict(created=before.facts['created'], differs=differences(before.facts, after.facts), claims=claims, timings=_timed_changes(before, after))
+        claims.append(
+            dict(
+                id=id,
+                before=a and a.verdict,
+                after=z and z.verdict,
+                change=_change(a, z),
+                measured_before=a and a.measured,
+                measured_after=z and z.measured,
+            )
+        )
+    return dict(
+        created=before.facts["created"],
+        differs=differences(before.facts, after.facts),
+        claims=claims,
+        timings=_timed_changes(before, after),
+    )
 
 # %% ../nbs/13a_compare.ipynb #8d5f3f9c
 def _times(t: Mapping[str, Any]) -> tuple[str, str]:
     "Before and after, with what the control strayed."
+
     def one(r: Mapping[str, float], c: Mapping[str, float]) -> str:
         return f"{r['median']:.3g} [{r['low']:.3g}, {r['high']:.3g}], control [{c['low']:.3g}, {c['high']:.3g}]"
-    return one(t['before'], t['before_control']), one(t['after'], t['after_control'])
 
-def _named(t: Mapping[str, Any]) -> str: return f"{t['name']} ({t['what'] + ', ' if t['what'] else ''}{t['workload']})"
+    return one(t["before"], t["before_control"]), one(t["after"], t["after_control"])
 
-def _printable(text: str) -> str: return ''.join(c if c.isprintable() else '?' for c in text)
+
+def _named(t: Mapping[str, Any]) -> str:
+    return f"{t['name']} ({t['what'] + ', ' if t['what'] else ''}{t['workload']})"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
 
 def _noise_count(changes: Mapping[str, Any]) -> str:
-    beyond = sum(t['change'] != 'same within noise' for t in changes['timings'])
+    beyond = sum(t["change"] != "same within noise" for t in changes["timings"])
     return f"{len(changes['timings'])} timed figures: {beyond} changed beyond noise, {len(changes['timings']) - beyond} the same within it"
 
-def changes_table(changes: Mapping[str, Any], # from `compare`
-                  width: int = 100, # of the terminal
-                  ) -> str:
+
+def changes_table(
+    changes: Mapping[str, Any],  # from `compare`
+    width: int = 100,  # of the terminal
+) -> str:
     "What changed, as text."
-    lines = [f"Compared with the report of {changes['created']}", *(f'  differs in {d}' for d in changes['differs'])]
-    for c in changes['claims']:
-        verdicts = f"{c['before'] or '-'} -> {c['after'] or '-'}" if c['before'] != c['after'] else c['after']
+    lines = [
+        f"Compared with the report of {changes['created']}",
+        *(f"  differs in {d}" for d in changes["differs"]),
+    ]
+    for c in changes["claims"]:
+        verdicts = (
+            f"{c['before'] or '-'} -> {c['after'] or '-'}"
+            if c["before"] != c["after"]
+            else c["after"]
+        )
         lines.append(f"{c['id']:15} {verdicts:25} {c['change'] or 'as before'}")
     lines.append(_noise_count(changes))
-    for t in changes['timings']:
-        if t['change'] != 'same within noise': lines.append('  {}: {}, in units of {}: before {}; now {}'.format(t['change'], _named(t), t['unit'], *_times(t)))
-    return '\n'.join(line if len(line) <= width else paragraph(line, width, '') for line in map(_printable, lines))
+    for t in changes["timings"]:
+        if t["change"] != "same within noise":
+            lines.append(
+                "  {}: {}, in units of {}: before {}; now {}".format(
+                    t["change"], _named(t), t["unit"], *_times(t)
+                )
+            )
+    return "\n".join(
+        line if len(line) <= width else paragraph(line, width, "")
+        for line in map(_printable, lines)
+    )
 
 # %% ../nbs/13a_compare.ipynb #a1eebc96
-def changes_html(changes: Mapping[str, Any]) -> str: # HTML
+def changes_html(changes: Mapping[str, Any]) -> str:  # HTML
     "What changed, as a section of the page."
     esc = html.escape
-    claims = [(f'<a href="#{c["id"]}">{c["id"]}</a>' if c['after'] else esc(c['id']), badge(c['before'] or 'none'), badge(c['after'] or 'none'),
-               esc(c['change'] or 'as before')) for c in changes['claims']]
-    times = [(esc(_named(t)), esc(f"{t['change']}, in units of {t['unit']}"), *map(esc, _times(t))) for t in changes['timings']]
-    differs = ''.join(f'<li>{esc(d)}</li>' for d in changes['differs'])
-    return (f"<p>Compared with the report of {esc(changes['created'])}.</p>" + (f'<p>Made under other conditions:</p><ul>{differs}</ul>' if differs else '')
-            + board('Verdicts', ('Claim', 'Before', 'Now', 'Change'), claims)
-            + f'<details><summary>{esc(_noise_count(changes))}</summary>'
-            + board('Times in units of the control; two differ beyond noise if the intervals do not meet, though each is widened by what its control '
-                    'strays from 1', ('Figure', 'Change', 'Before', 'Now'), times) + '</details>')
+    claims = [
+        (
+            f'<a href="#{c["id"]}">{c["id"]}</a>' if c["after"] else esc(c["id"]),
+            badge(c["before"] or "none"),
+            badge(c["after"] or "none"),
+            esc(c["change"] or "as before"),
+        )
+        for c in changes["claims"]
+    ]
+    times = [
+        (esc(_named(t)), esc(f"{t['change']}, in units of {t['unit']}"), *map(esc, _times(t)))
+        for t in changes["timings"]
+    ]
+    differs = "".join(f"<li>{esc(d)}</li>" for d in changes["differs"])
+    return (
+        f"<p>Compared with the report of {esc(changes['created'])}.</p>"
+        + (f"<p>Made under other conditions:</p><ul>{differs}</ul>" if differs else "")
+        + board("Verdicts", ("Claim", "Before", "Now", "Change"), claims)
+        + f"<details><summary>{esc(_noise_count(changes))}</summary>"
+        + board(
+            "Times in units of the control; two differ beyond noise if the intervals do not meet, though each is widened by what its control "
+            "strays from 1",
+            ("Figure", "Change", "Before", "Now"),
+            times,
+        )
+        + "</details>"
+    )
 
 # %% ../nbs/13a_compare.ipynb #31b952be
-PARTIAL = 'unfinished.json' # in the folder of the report, while there is none
+PARTIAL = "unfinished.json"  # in the folder of the report, while there is none
+
 
 def run_facts(b: Bench, settings: Mapping[str, Any]) -> dict[str, Any]:
     "What must be the same for two runs to be halves of one."
     digest = hashlib.sha256()
-    for a in [a for w in b.workloads for a in (w.X, w.Y, w.G, w.C)] + [a for p in b.pairs for a in (p.x, p.y)]:
+    for a in [a for w in b.workloads for a in (w.X, w.Y, w.G, w.C)] + [
+        a for p in b.pairs for a in (p.x, p.y)
+    ]:
         digest.update(np.ascontiguousarray(a).data)
-    return dict(ctxlab=__version__, settings=dict(settings), machine=machine(), data=digest.hexdigest()[:16])
+    return dict(
+        ctxlab=__version__, settings=dict(settings), machine=machine(), data=digest.hexdigest()[:16]
+    )
 
-def save_partial(place: Path, # a folder on the same disk, from `staging`
-                 target: Path, # where the report will be
-                 b: Bench, facts: Mapping[str, Any], findings: Sequence[Finding]) -> None:
+
+def save_partial(
+    place: Path,  # a folder on the same disk, from `staging`
+    target: Path,  # where the report will be
+    b: Bench,
+    facts: Mapping[str, Any],
+    findings: Sequence[Finding],
+) -> None:
     "Keep what is measured so far, all of it or what was there before."
     found = {f.claim.id: plain(f.figures) for f in findings}
-    text = json.dumps(dict(schema=f'{SCHEMA}.unfinished', facts=facts, figures=found, timings=plain_timings(b)), allow_nan=False)
+    text = json.dumps(
+        dict(schema=f"{SCHEMA}.unfinished", facts=facts, figures=found, timings=plain_timings(b)),
+        allow_nan=False,
+    )
     path = place / PARTIAL
     try:
-        path.write_text(text, encoding='utf-8')
+        path.write_text(text, encoding="utf-8")
         os.replace(path, target / PARTIAL)
-    finally: path.unlink(missing_ok=True)
+    finally:
+        path.unlink(missing_ok=True)
 
 # %% ../nbs/13a_compare.ipynb #ac160ed3
-def read_partial(target: Path, # where the report will be
-                 b: Bench, # gets the timings
-                 facts: Mapping[str, Any], # of this run
-                 ) -> dict[str, Figures]: # claims that need no measuring, by id
+def read_partial(
+    target: Path,  # where the report will be
+    b: Bench,  # gets the timings
+    facts: Mapping[str, Any],  # of this run
+) -> dict[str, Figures]:  # claims that need no measuring, by id
     "What an interrupted run has measured, if it was this one; an InputError says why not."
     path = target / PARTIAL
-    if not path.exists(): raise InputError(f'{path}: no such file, so there is nothing to resume; leave --resume out')
-    with _suspicious(path, 'what an interrupted run leaves; leave --resume out to begin anew'):
+    if not path.exists():
+        raise InputError(f"{path}: no such file, so there is nothing to resume; leave --resume out")
+    with _suspicious(path, "what an interrupted run leaves; leave --resume out to begin anew"):
         data = _load(path)
-        differs = differences(data['facts'], facts)
-        if differs: raise InputError(f'{path}: of another run ({"; ".join(differs)}); leave --resume out to begin anew')
-        figures, timings = {str(id): _figures(f) for id, f in data['figures'].items()}, _timings(data['timings'])
+        differs = differences(data["facts"], facts)
+        if differs:
+            raise InputError(
+                f"{path}: of another run ({'; '.join(differs)}); leave --resume out to begin anew"
+            )
+        figures, timings = (
+            {str(id): _figures(f) for id, f in data["figures"].items()},
+            _timings(data["timings"]),
+        )
         for c in LEDGER:
-            if c.id in figures: c.judge(figures[c.id]), c.tell(figures[c.id]) # all that will be asked of them
+            if c.id in figures:
+                c.judge(figures[c.id]), c.tell(figures[c.id])  # all that will be asked of them
     b.timings.update(timings)
     return figures
 
 # %% ../nbs/13a_compare.ipynb #39226b61
 def claims_list(width: int = 100, stored: Report | None = None) -> str:
     "Every claim: id, notebook, the verdict where it is stored, and what it says."
+
     def line(c: Claim) -> str:
-        head = f'{c.id:15} {c.notebook:14} ' + (f'{stored.claims[c.id].verdict:11} ' if stored and c.id in stored.claims else '')
-        if width < 72: return paragraph(_printable(f'{" ".join(head.split())}: {c.says}'), width, '')
-        return textwrap.fill(_printable(head + c.says), width, subsequent_indent=' ' * len(head))
-    return '\n'.join(map(line, LEDGER))
+        head = f"{c.id:15} {c.notebook:14} " + (
+            f"{stored.claims[c.id].verdict:11} " if stored and c.id in stored.claims else ""
+        )
+        if width < 72:
+            return paragraph(_printable(f"{' '.join(head.split())}: {c.says}"), width, "")
+        return textwrap.fill(_printable(head + c.says), width, subsequent_indent=" " * len(head))
+
+    return "\n".join(map(line, LEDGER))
+
 
 def find_claim(id: str) -> Claim:
     "The claim of that id; an InputError names the nearest ones."
     by_id = {c.id: c for c in LEDGER}
-    if id in by_id: return by_id[id]
+    if id in by_id:
+        return by_id[id]
     near = difflib.get_close_matches(id.lower(), by_id, 3, 0.5)
-    raise InputError(f'{id}: no such claim; ' + (f'did you mean {" or ".join(near)}?' if near else '`ctxlab claims` lists them'))
+    raise InputError(
+        f"{id}: no such claim; "
+        + (f"did you mean {' or '.join(near)}?" if near else "`ctxlab claims` lists them")
+    )
+
 
 def explained(claim: Claim, width: int = 100, stored: Report | None = None) -> str:
     "One claim: what the report says, the rule and its words, where it is explained, and the verdict where it is stored."
-    facts = {'the report says': claim.says, 'rule': claim.rule, 'several workloads': SEVERAL, 'figures': claim.units}
-    facts |= {'words': '; '.join(f'{word} = {means}' for word, means in words(claim).items())} if words(claim) else {}
-    facts |= {'in the compiled original': claim.original} if claim.original else {}
-    facts['explained in'] = f'nbs/{claim.notebook}.ipynb, section "{claim.section}"'
+    facts = {
+        "the report says": claim.says,
+        "rule": claim.rule,
+        "several workloads": SEVERAL,
+        "figures": claim.units,
+    }
+    facts |= (
+        {"words": "; ".join(f"{word} = {means}" for word, means in words(claim).items())}
+        if words(claim)
+        else {}
+    )
+    facts |= {"in the compiled original": claim.original} if claim.original else {}
+    facts["explained in"] = f'nbs/{claim.notebook}.ipynb, section "{claim.section}"'
     if stored and claim.id in stored.claims:
         v = stored.claims[claim.id]
-        facts |= {'verdict': f"{v.verdict}: {v.measured} ({stored.facts['created']})"}
-    return '\n'.join([claim.id, *(paragraph(_printable(f'{name}: {text}'), width) for name, text in facts.items())])
+        facts |= {"verdict": f"{v.verdict}: {v.measured} ({stored.facts['created']})"}
+    return "\n".join(
+        [
+            claim.id,
+            *(paragraph(_printable(f"{name}: {text}"), width) for name, text in facts.items()),
+        ]
+    )

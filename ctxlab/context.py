@@ -17,62 +17,96 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .gemm import PANEL_BYTES, aligned_empty, blas_layout, blend, check_out, gemm, panels, unbuffered
-from .reference import (NORM_FLOOR, _centred, apply_context, apply_context_vjp, check_array, check_rate, check_rows,
-                              check_same_shape, check_strength, context_gradient, sample_rows)
+from ctxlab.gemm import (
+    PANEL_BYTES,
+    aligned_empty,
+    blas_layout,
+    blend,
+    check_out,
+    gemm,
+    panels,
+    unbuffered,
+)
+from ctxlab.reference import (
+    NORM_FLOOR,
+    _centred,
+    apply_context,
+    apply_context_vjp,
+    check_array,
+    check_rate,
+    check_rows,
+    check_same_shape,
+    check_strength,
+    context_gradient,
+    sample_rows,
+)
 from .workspace import Buffer, Requirement, Workspace, all_of, any_of
 
 # %% ../nbs/05_context.ipynb #185e10c8
-def fold(context: np.ndarray, # (D, D)
-         strength: float, # s
-         out: np.ndarray, # (D, D), same dtype, C order
-         ) -> np.ndarray: # out
+def fold(
+    context: np.ndarray,  # (D, D)
+    strength: float,  # s
+    out: np.ndarray,  # (D, D), same dtype, C order
+) -> np.ndarray:  # out
     "`I + (s/D) C`, the operator that `apply` multiplies with."
     np.multiply(context, context.dtype.type(strength / max(len(context), 1)), out=out)
-    out.reshape(-1)[::len(out) + 1] += 1
+    out.reshape(-1)[:: len(out) + 1] += 1
     return out
 
 # %% ../nbs/05_context.ipynb #056fa78d
-def inner(a: np.ndarray, b: np.ndarray) -> float: # inf or NaN when an entry of the sum is
+def inner(a: np.ndarray, b: np.ndarray) -> float:  # inf or NaN when an entry of the sum is
     "Sum of the products of all entries of two matrices, in one pass and without a temporary."
-    if a.flags.f_contiguous and b.flags.f_contiguous: a, b = a.T, b.T
-    if a.flags.c_contiguous and b.flags.c_contiguous: return float(np.dot(a.reshape(-1), b.reshape(-1)))
-    with unbuffered(): return float(np.vecdot(a, b).sum(dtype=np.float64))
+    if a.flags.f_contiguous and b.flags.f_contiguous:
+        a, b = a.T, b.T
+    if a.flags.c_contiguous and b.flags.c_contiguous:
+        return float(np.dot(a.reshape(-1), b.reshape(-1)))
+    with unbuffered():
+        return float(np.vecdot(a, b).sum(dtype=np.float64))
 
-def frobenius(a: np.ndarray) -> float: # inf or NaN when an entry is, or when the squares overflow
+
+def frobenius(a: np.ndarray) -> float:  # inf or NaN when an entry is, or when the squares overflow
     "Square root of the sum of squares."
-    with np.errstate(over='ignore', invalid='ignore'): return math.sqrt(inner(a, a))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.sqrt(inner(a, a))
 
-def cannot_overflow(dtype: DTypeLike, *norms: float) -> bool: # False for NaN
+
+def cannot_overflow(dtype: DTypeLike, *norms: float) -> bool:  # False for NaN
     "Whether sums of products of factors with these norms stay finite, whatever the order (with a margin of 8)."
     return math.prod(norms) < np.finfo(dtype).max / 8
 
 # %% ../nbs/05_context.ipynb #f14245af
-def backward_into(x: np.ndarray, # (S, D)
-                  context: np.ndarray, # (D, D), same dtype
-                  strength: float, # s
-                  grad_out: np.ndarray, # (S, D)
-                  out: np.ndarray, # (S, D), receives dL/dX
-                  ) -> float: # dL/ds
+def backward_into(
+    x: np.ndarray,  # (S, D)
+    context: np.ndarray,  # (D, D), same dtype
+    strength: float,  # s
+    grad_out: np.ndarray,  # (S, D)
+    out: np.ndarray,  # (S, D), receives dL/dX
+) -> float:  # dL/ds
     "Both gradients of `apply` from the single product `G C^T`, for input that cannot overflow."
     D, total = max(len(context), 1), 0.0
     factor = strength / D
     np.matmul(grad_out, context.T, out=out)
-    for rows in panels(len(x), out.shape[1] * out.itemsize, 4 * PANEL_BYTES): # few panels, less Python
+    for rows in panels(
+        len(x), out.shape[1] * out.itemsize, 4 * PANEL_BYTES
+    ):  # few panels, less Python
         T = out[rows]
         total += inner(T, x[rows])
         blend(grad_out[rows], T, 1.0, factor)
     return total / D
 
 # %% ../nbs/05_context.ipynb #0cc9c546
-Take = Callable[..., np.ndarray] # (name, shape, dtype) -> buffer, as `Workspace.take`
-Rows = np.ndarray | slice # of a batch: row numbers, or evenly spaced ones
+Take = Callable[..., np.ndarray]  # (name, shape, dtype) -> buffer, as `Workspace.take`
+Rows = np.ndarray | slice  # of a batch: row numbers, or evenly spaced ones
+
 
 def _gather(a: np.ndarray, rows: Rows, out: np.ndarray) -> None:
     "Rows of `a` into `out`, cast to its dtype. Numbers are taken in a loop, because fancy indexing would allocate."
-    if isinstance(rows, slice): out[...] = a[rows]
+    if isinstance(rows, slice):
+        out[...] = a[rows]
     else:
-        for i, row in enumerate(rows): out[i] = a[row]
+        for i, row in enumerate(rows):
+            out[i] = a[row]
+
 
 def _spread(n_rows: int, max_rows: int | None) -> Rows:
     "`sample_rows`, as a slice where the rows are evenly spaced."
@@ -81,32 +115,48 @@ def _spread(n_rows: int, max_rows: int | None) -> Rows:
     return slice(0, n_rows, step) if len(rows) and step * len(rows) == n_rows else rows
 
 # %% ../nbs/05_context.ipynb #51f3a53a
-TINY = 1e-140 # a norm below it has squares near the end of float64's range
+TINY = 1e-140  # a norm below it has squares near the end of float64's range
+
 
 class Norms(NamedTuple):
     "Norms of columns as `mantissa * 2**exponent`, so that neither they nor their products overflow."
-    mantissa: np.ndarray # (D,) float64; 0 for a column without a norm
-    exponent: np.ndarray | None # (D,) integers; None: all 0
 
-    def of(self, columns: slice) -> 'Norms':
+    mantissa: np.ndarray  # (D,) float64; 0 for a column without a norm
+    exponent: np.ndarray | None  # (D,) integers; None: all 0
+
+    def of(self, columns: slice) -> "Norms":
         "The norms of some of the columns."
-        return Norms(self.mantissa[columns], None if self.exponent is None else self.exponent[columns])
+        return Norms(
+            self.mantissa[columns], None if self.exponent is None else self.exponent[columns]
+        )
 
-def _column_norms(a: np.ndarray) -> np.ndarray: return np.sqrt(np.einsum('ij,ij->j', a, a))
 
-def _centre_usual(a: np.ndarray, single: bool) -> np.ndarray | None: # (D,) norms; None: leave it to the reference
+def _column_norms(a: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("ij,ij->j", a, a))
+
+
+def _centre_usual(
+    a: np.ndarray, single: bool
+) -> np.ndarray | None:  # (D,) norms; None: leave it to the reference
     "Centre the columns in place, unless something is not finite or squares leave the range."
-    if not len(a) or not math.isfinite(frobenius(a)): return None
-    if not single: a -= a[0].copy() # so that a constant column is exactly zero; sums of float32 values are exact anyway
+    if not len(a) or not math.isfinite(frobenius(a)):
+        return None
+    if not single:
+        a -= (
+            a[0].copy()
+        )  # so that a constant column is exactly zero; sums of float32 values are exact anyway
     a -= a.sum(axis=0) / len(a)
     norms = _column_norms(a)
     low = norms < TINY
-    return None if low.any() and np.any(low & ((a.max(axis=0) > 0) | (a.min(axis=0) < 0))) else norms
+    return (
+        None if low.any() and np.any(low & ((a.max(axis=0) > 0) | (a.min(axis=0) < 0))) else norms
+    )
 
 # %% ../nbs/05_context.ipynb #2194fd40
-def _standardise(a: np.ndarray, # (n, D) float64, changed in place
-                 single: bool, # whether the values were float32
-                 ) -> Norms: # what was divided by
+def _standardise(
+    a: np.ndarray,  # (n, D) float64, changed in place
+    single: bool,  # whether the values were float32
+) -> Norms:  # what was divided by
     "Centre the columns and divide them by their norms; non-finite entries count as 0."
     exponent, norms = None, _centre_usual(a, single)
     if norms is None:
@@ -116,102 +166,143 @@ def _standardise(a: np.ndarray, # (n, D) float64, changed in place
     return Norms(norms, exponent)
 
 # %% ../nbs/05_context.ipynb #187af2c5
-def _product_of_norms(x: Norms, y: Norms, rows: slice = slice(None)) -> np.ndarray: # (rows, D)
+def _product_of_norms(x: Norms, y: Norms, rows: slice = slice(None)) -> np.ndarray:  # (rows, D)
     "All products of a norm of `x` with a norm of `y`; inf and 0 where they leave the range."
     products = np.outer(x.mantissa[rows], y.mantissa)
-    if x.exponent is None or y.exponent is None: return products
-    with np.errstate(over='ignore', under='ignore'): return np.ldexp(products, np.add.outer(x.exponent[rows], y.exponent))
+    if x.exponent is None or y.exponent is None:
+        return products
+    with np.errstate(over="ignore", under="ignore"):
+        return np.ldexp(products, np.add.outer(x.exponent[rows], y.exponent))
+
 
 def _needs_floor(x: Norms, y: Norms) -> bool:
     "Whether some product of two nonzero norms may not be above the floor."
-    if x.exponent is not None: return True # unusual values: look at every product
+    if x.exponent is not None:
+        return True  # unusual values: look at every product
     smallest = (float(np.min(n.mantissa, where=n.mantissa > 0, initial=np.inf)) for n in (x, y))
     return math.prod(smallest) <= 2 * NORM_FLOOR
 
 # %% ../nbs/05_context.ipynb #e5cdd677
-def _learn_panels(C: np.ndarray, # (D, D), updated in place
-                  rate: float, # r in (0, 1]
-                  panel: np.ndarray, # (rows, D) scratch
-                  fill: Callable[[slice, np.ndarray], Any], # writes correlations of the rows into a panel
-                  ) -> None:
+def _learn_panels(
+    C: np.ndarray,  # (D, D), updated in place
+    rate: float,  # r in (0, 1]
+    panel: np.ndarray,  # (rows, D) scratch
+    fill: Callable[[slice, np.ndarray], Any],  # writes correlations of the rows into a panel
+) -> None:
     "`C = (1 - r) C + r tanh(correlation)`, panel by panel."
     for start in range(0, len(C), max(len(panel), 1)):
         rows = slice(start, min(start + len(panel), len(C)))
-        P = panel[:rows.stop - start]
+        P = panel[: rows.stop - start]
         fill(rows, P)
         np.tanh(P, out=P)
         blend(P, C[rows], rate, 1 - rate)
 
 # %% ../nbs/05_context.ipynb #9c710747
-def _correlations(U: np.ndarray, V: np.ndarray, nx: Norms, ny: Norms) -> Callable[[slice, np.ndarray], None]:
+def _correlations(
+    U: np.ndarray, V: np.ndarray, nx: Norms, ny: Norms
+) -> Callable[[slice, np.ndarray], None]:
     "A `fill` for `_learn_panels`: rows of `U^T V`, and 0 where the product of norms is not above the floor."
     floor = _needs_floor(nx, ny)
+
     def fill(rows: slice, P: np.ndarray) -> None:
         np.matmul(U[:, rows].T, V, out=P)
-        if floor: P[_product_of_norms(nx, ny, rows) <= NORM_FLOOR] = 0
+        if floor:
+            P[_product_of_norms(nx, ny, rows) <= NORM_FLOOR] = 0
+
     return fill
+
 
 def panel_shape(D: int, dtype: DTypeLike) -> tuple[int, int]:
     "The panel that `update` works in."
     return next((rows.stop for rows in panels(D, D * np.dtype(dtype).itemsize)), 0), D
 
 # %% ../nbs/05_context.ipynb #f87072ff
-def update_into(x: np.ndarray, # (S, D)
-                y: np.ndarray, # (S, D), same dtype
-                rows: Rows, # which rows to correlate
-                rate: float, # in (0, 1]
-                C: np.ndarray, # (D, D), same dtype, updated in place
-                take: Take, # where scratch comes from
-                ) -> None:
+def update_into(
+    x: np.ndarray,  # (S, D)
+    y: np.ndarray,  # (S, D), same dtype
+    rows: Rows,  # which rows to correlate
+    rate: float,  # in (0, 1]
+    C: np.ndarray,  # (D, D), same dtype, updated in place
+    take: Take,  # where scratch comes from
+) -> None:
     "Blend the batch statistic of `x` and `y` into `C`; scratch O((n + panel) D)."
     n, D = len(range(len(x))[rows]) if isinstance(rows, slice) else len(rows), x.shape[1]
     first, second = slice(0, D), slice(D, 2 * D)
-    wide = take('context.wide', (n, 2 * D), np.float64)
-    for a, columns in ((x, first), (y, second)): _gather(a, rows, wide[:, columns])
+    wide = take("context.wide", (n, 2 * D), np.float64)
+    for a, columns in ((x, first), (y, second)):
+        _gather(a, rows, wide[:, columns])
     norms = _standardise(wide, x.dtype == np.float32)
-    narrow = wide if x.dtype == np.float64 else take('context.narrow', wide.shape, x.dtype)
-    if narrow is not wide: narrow[...] = wide
+    narrow = wide if x.dtype == np.float64 else take("context.narrow", wide.shape, x.dtype)
+    if narrow is not wide:
+        narrow[...] = wide
     fill = _correlations(narrow[:, first], narrow[:, second], norms.of(first), norms.of(second))
-    _learn_panels(C, rate, take('context.panel', panel_shape(D, C.dtype), C.dtype), fill)
+    _learn_panels(C, rate, take("context.panel", panel_shape(D, C.dtype), C.dtype), fill)
 
 # %% ../nbs/05_context.ipynb #7d951473
-def update_step_into(x: np.ndarray, # (D,) one token
-                     y: np.ndarray, # (D,), same dtype
-                     rate: float, # in (0, 1]
-                     C: np.ndarray, # (D, D), same dtype, updated in place
-                     take: Take, # where scratch comes from
-                     ) -> None:
+def update_step_into(
+    x: np.ndarray,  # (D,) one token
+    y: np.ndarray,  # (D,), same dtype
+    rate: float,  # in (0, 1]
+    C: np.ndarray,  # (D, D), same dtype, updated in place
+    take: Take,  # where scratch comes from
+) -> None:
     "Blend the token statistic of `x` and `y` into `C`; scratch O(panel D)."
-    wide = take('context.step64', (len(x), 2), np.float64)
+    wide = take("context.step64", (len(x), 2), np.float64)
     wide[:, 0], wide[:, 1] = x, y
     norms = _standardise(wide, x.dtype == np.float32)
-    if len(x) and _product_of_norms(norms.of(slice(0, 1)), norms.of(slice(1, 2))).item() <= NORM_FLOOR: wide[...] = 0
-    u, v = take('context.step', (2, len(x)), C.dtype)
+    if (
+        len(x)
+        and _product_of_norms(norms.of(slice(0, 1)), norms.of(slice(1, 2))).item() <= NORM_FLOOR
+    ):
+        wide[...] = 0
+    u, v = take("context.step", (2, len(x)), C.dtype)
     u[:], v[:] = wide[:, 0], wide[:, 1]
-    _learn_panels(C, rate, take('context.panel', panel_shape(len(x), C.dtype), C.dtype),
-                  lambda rows, P: np.multiply(u[rows, None], v, out=P))
+    _learn_panels(
+        C,
+        rate,
+        take("context.panel", panel_shape(len(x), C.dtype), C.dtype),
+        lambda rows, P: np.multiply(u[rows, None], v, out=P),
+    )
 
 # %% ../nbs/05_context.ipynb #05c32d3f
-def update_requirement(dtype: DTypeLike = np.float32, steps: bool = True) -> Requirement: # in D, n (sampled rows) and p (`panel_shape`)
+def update_requirement(
+    dtype: DTypeLike = np.float32, steps: bool = True
+) -> Requirement:  # in D, n (sampled rows) and p (`panel_shape`)
     "What `update`, or with `steps` also `update_step`, takes from a workspace."
-    wide, panel = Buffer('context.wide', ('n', '2 D'), np.float64), Buffer('context.panel', ('p', 'D'), dtype)
-    narrow = [Buffer('context.narrow', ('n', '2 D'), dtype)] if np.dtype(dtype) != np.float64 else []
-    step = Buffer('context.step64', ('D', '2'), np.float64), Buffer('context.step', ('2', 'D'), dtype)
+    wide, panel = (
+        Buffer("context.wide", ("n", "2 D"), np.float64),
+        Buffer("context.panel", ("p", "D"), dtype),
+    )
+    narrow = (
+        [Buffer("context.narrow", ("n", "2 D"), dtype)] if np.dtype(dtype) != np.float64 else []
+    )
+    step = (
+        Buffer("context.step64", ("D", "2"), np.float64),
+        Buffer("context.step", ("2", "D"), dtype),
+    )
     return any_of(all_of(wide, *narrow, panel), *[all_of(*step, panel)] * steps)
 
 # %% ../nbs/05_context.ipynb #bc70d41b
-def _learnable(x: np.ndarray, y: np.ndarray, dim: int | None, dtype: DTypeLike, ndim: int,
-               outgoing: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _learnable(
+    x: np.ndarray,
+    y: np.ndarray,
+    dim: int | None,
+    dtype: DTypeLike,
+    ndim: int,
+    outgoing: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
     "Input and output to learn from, cut to `dim` columns when that is asked for."
-    x = check_array('x', x, ndim=(ndim,), dtype=dtype)
-    y = check_array('y', y, ndim=(ndim,), dtype=dtype)
+    x = check_array("x", x, ndim=(ndim,), dtype=dtype)
+    y = check_array("y", y, ndim=(ndim,), dtype=dtype)
     if dim is not None:
         if not 0 <= dim <= min(x.shape[-1], y.shape[-1]):
-            raise ValueError(f'dim: {dim} columns are not in both x: {x.shape} and y: {y.shape}')
+            raise ValueError(f"dim: {dim} columns are not in both x: {x.shape} and y: {y.shape}")
         x, y = x[..., :dim], y[..., :dim]
-    check_same_shape('y', y, 'x', x)
+    check_same_shape("y", y, "x", x)
     if outgoing is not None and len(outgoing) != x.shape[-1]:
-        raise ValueError(f'x: shape {x.shape} does not fit the outgoing context: {outgoing.shape}; call reset() first')
+        raise ValueError(
+            f"x: shape {x.shape} does not fit the outgoing context: {outgoing.shape}; call reset() first"
+        )
     return x, y
 
 # %% ../nbs/05_context.ipynb #dfd5952d
@@ -219,80 +310,117 @@ def _check_operand(name: str, a: np.ndarray, ndim: tuple[int, ...], dtype: DType
     "An input of `apply` or `backward`: BLAS must be able to take it as it lies."
     a = check_array(name, a, ndim=ndim, dtype=dtype)
     if not (blas_layout(a) if a.ndim == 2 else a.flags.c_contiguous and a.flags.aligned):
-        raise ValueError(f'{name}: strides {a.strides} of shape {a.shape} would need a copy; pass np.ascontiguousarray({name})')
+        raise ValueError(
+            f"{name}: strides {a.strides} of shape {a.shape} would need a copy; pass np.ascontiguousarray({name})"
+        )
     return a
 
 # %% ../nbs/05_context.ipynb #cc08d488
 class Gate:
     "Many readers, or one writer. Who comes second and does not fit is refused at once, not kept waiting."
-    def __init__(self, what: str) -> None: # what is guarded, for the message
+
+    def __init__(self, what: str) -> None:  # what is guarded, for the message
         self._what, self._lock, self._readers, self._writing = what, threading.Lock(), 0, False
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         "Hold off writers; a RuntimeError if one is at work."
         with self._lock:
-            if self._writing: raise RuntimeError(f'{self._what} is being changed by another thread')
+            if self._writing:
+                raise RuntimeError(f"{self._what} is being changed by another thread")
             self._readers += 1
-        try: yield
+        try:
+            yield
         finally:
-            with self._lock: self._readers -= 1
+            with self._lock:
+                self._readers -= 1
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         "Hold off everyone; a RuntimeError if anyone is at work."
         with self._lock:
-            if self._writing or self._readers: raise RuntimeError(f'{self._what} is in use by another thread')
+            if self._writing or self._readers:
+                raise RuntimeError(f"{self._what} is in use by another thread")
             self._writing = True
-        try: yield
+        try:
+            yield
         finally:
-            with self._lock: self._writing = False
+            with self._lock:
+                self._writing = False
 
 # %% ../nbs/05_context.ipynb #91a73af1
 def _read_only(a: np.ndarray | None) -> np.ndarray | None:
-    if a is None: return None
+    if a is None:
+        return None
     view = a.view()
     view.flags.writeable = False
     return view
 
+
 class _State:
     "What a context remembers, and the rules for setting it."
-    def __init__(self, strength: float, update_rate: float, max_rows: int | None, dtype: DTypeLike, workspace: Workspace | None) -> None:
-        self.dtype = check_array('dtype', np.empty((0, 0), dtype)).dtype
-        sample_rows(0, max_rows) # checks max_rows
+
+    def __init__(
+        self,
+        strength: float,
+        update_rate: float,
+        max_rows: int | None,
+        dtype: DTypeLike,
+        workspace: Workspace | None,
+    ) -> None:
+        self.dtype = check_array("dtype", np.empty((0, 0), dtype)).dtype
+        sample_rows(0, max_rows)  # checks max_rows
         if not isinstance(workspace, Workspace | None):
-            raise TypeError(f'workspace: {type(workspace).__name__} is no ctxlab.workspace.Workspace')
-        self.max_rows, self.workspace = max_rows, Workspace(growth='exact') if workspace is None else workspace
+            raise TypeError(
+                f"workspace: {type(workspace).__name__} is no ctxlab.workspace.Workspace"
+            )
+        self.max_rows, self.workspace = (
+            max_rows,
+            Workspace(growth="exact") if workspace is None else workspace,
+        )
         self._incoming: np.ndarray | None = None
         self._outgoing: np.ndarray | None = None
-        self._folded: Any = None # (D, D), I + (s/D) incoming while _norm is not None
-        self._norm: float | None = None # the larger norm of incoming and folded; None: fold before use
-        self._mixing, self._learning = Gate('the incoming context'), Gate('the outgoing context')
-        self._folding = threading.Lock() # the first reader folds, the others wait for it
+        self._folded: Any = None  # (D, D), I + (s/D) incoming while _norm is not None
+        self._norm: float | None = (
+            None  # the larger norm of incoming and folded; None: fold before use
+        )
+        self._mixing, self._learning = Gate("the incoming context"), Gate("the outgoing context")
+        self._folding = threading.Lock()  # the first reader folds, the others wait for it
         self.strength, self.update_rate = strength, update_rate
 
     @property
-    def strength(self) -> float: return self._strength # s; 0 leaves the input as it is
+    def strength(self) -> float:
+        return self._strength  # s; 0 leaves the input as it is
+
     @strength.setter
     def strength(self, value: float) -> None:
         value = check_strength(value)
-        with self._mixing.writing(): self._strength, self._norm = value, None
+        with self._mixing.writing():
+            self._strength, self._norm = value, None
 
     @property
-    def update_rate(self) -> float: return self._rate # weight of the newest batch
+    def update_rate(self) -> float:
+        return self._rate  # weight of the newest batch
+
     @update_rate.setter
-    def update_rate(self, value: float) -> None: self._rate = check_rate(value) # clipped to [0, 1]
+    def update_rate(self, value: float) -> None:
+        self._rate = check_rate(value)  # clipped to [0, 1]
 
     @property
-    def incoming(self) -> np.ndarray | None: return _read_only(self._incoming) # (D, D)
+    def incoming(self) -> np.ndarray | None:
+        return _read_only(self._incoming)  # (D, D)
+
     @property
-    def outgoing(self) -> np.ndarray | None: return _read_only(self._outgoing) # (D, D)
+    def outgoing(self) -> np.ndarray | None:
+        return _read_only(self._outgoing)  # (D, D)
 
 # %% ../nbs/05_context.ipynb #d5b1326f
 def _check_context(context: np.ndarray, dtype: DTypeLike) -> np.ndarray:
-    C = check_array('context', context, dtype=dtype)
-    if C.shape[0] != C.shape[1]: raise ValueError(f'context: shape {C.shape} is not square')
+    C = check_array("context", context, dtype=dtype)
+    if C.shape[0] != C.shape[1]:
+        raise ValueError(f"context: shape {C.shape} is not square")
     return C
+
 
 def _as_rows(a: np.ndarray) -> np.ndarray:
     "A batch (B, S, D) as (B S, D); anything else as it is. Never a copy, since batches are contiguous."
@@ -301,125 +429,180 @@ def _as_rows(a: np.ndarray) -> np.ndarray:
 # %% ../nbs/05_context.ipynb #3bc9de79
 class SharedAttentionContext(_State):
     "A context learned from a layer's input and output (`update`), and mixed into the next layer's input (`apply`)."
-    def __init__(self,
-                 strength: float = 0.0, # s: how much of `x @ incoming / D` is added; a trainable scalar
-                 update_rate: float = 0.01, # weight of the newest batch in the moving average
-                 *,
-                 max_rows: int | None = 32, # rows sampled by `update`; None takes all
-                 dtype: DTypeLike = np.float32, # of every array in and out: float32 or float64
-                 workspace: Workspace | None = None) -> None: # for scratch, may be shared by contexts of one thread; default: its own
+
+    def __init__(
+        self,
+        strength: float = 0.0,  # s: how much of `x @ incoming / D` is added; a trainable scalar
+        update_rate: float = 0.01,  # weight of the newest batch in the moving average
+        *,
+        max_rows: int | None = 32,  # rows sampled by `update`; None takes all
+        dtype: DTypeLike = np.float32,  # of every array in and out: float32 or float64
+        workspace: Workspace | None = None,
+    ) -> None:  # for scratch, may be shared by contexts of one thread; default: its own
         super().__init__(strength, update_rate, max_rows, dtype, workspace)
 
-    def set_incoming(self, context: np.ndarray | None) -> None: # (D, D); None clears
+    def set_incoming(self, context: np.ndarray | None) -> None:  # (D, D); None clears
         "Copy `context` as the one to apply; the storage is reused when the shape is unchanged."
         C = None if context is None else _check_context(context, self.dtype)
         with self._mixing.writing():
             self._norm = None
-            if C is None: self._incoming = self._folded = None
+            if C is None:
+                self._incoming = self._folded = None
             else:
                 if self._incoming is None or self._incoming.shape != C.shape:
-                    self._incoming, self._folded = aligned_empty(C.shape, self.dtype), aligned_empty(C.shape, self.dtype)
+                    self._incoming, self._folded = (
+                        aligned_empty(C.shape, self.dtype),
+                        aligned_empty(C.shape, self.dtype),
+                    )
                 self._incoming[...] = C
 
-    def _context_for(self, x: np.ndarray) -> np.ndarray | None: # the incoming context, if there is one
+    def _context_for(
+        self, x: np.ndarray
+    ) -> np.ndarray | None:  # the incoming context, if there is one
         C = self._incoming
         if C is not None and len(C) != x.shape[-1]:
-            raise ValueError(f'x: shape {x.shape} does not fit the incoming context: {C.shape}')
+            raise ValueError(f"x: shape {x.shape} does not fit the incoming context: {C.shape}")
         return C
 
-    def _is_safe(self, C: np.ndarray, *arrays: np.ndarray) -> bool: # folds if need be; whether no product can overflow
+    def _is_safe(
+        self, C: np.ndarray, *arrays: np.ndarray
+    ) -> bool:  # folds if need be; whether no product can overflow
         with self._folding:
             if self._norm is None:
                 fold(C, self._strength, self._folded)
-                self._norm = float(np.maximum(frobenius(C), frobenius(self._folded))) # NaN if either is
-        norms = [max(1.0, n) if n == n else n for n in map(frobenius, arrays)] # at least 1: bounds each product, and all of them
+                self._norm = float(
+                    np.maximum(frobenius(C), frobenius(self._folded))
+                )  # NaN if either is
+        norms = [
+            max(1.0, n) if n == n else n for n in map(frobenius, arrays)
+        ]  # at least 1: bounds each product, and all of them
         return cannot_overflow(self.dtype, self._norm, *norms)
 
-    def _operands(self, out: np.ndarray | None, x: np.ndarray, *grads: np.ndarray) -> list[np.ndarray]: # x, and grad_out if given
+    def _operands(
+        self, out: np.ndarray | None, x: np.ndarray, *grads: np.ndarray
+    ) -> list[np.ndarray]:  # x, and grad_out if given
         "The inputs of apply or backward; they and `out` are checked before anything is computed."
-        inputs = {'x': _check_operand('x', x, (1, 2, 3), self.dtype)}
-        for G in grads: inputs['grad_out'] = _check_operand('grad_out', G, (inputs['x'].ndim,), self.dtype)
-        for name, a in inputs.items(): check_same_shape(name, a, 'x', inputs['x'])
+        inputs = {"x": _check_operand("x", x, (1, 2, 3), self.dtype)}
+        for G in grads:
+            inputs["grad_out"] = _check_operand("grad_out", G, (inputs["x"].ndim,), self.dtype)
+        for name, a in inputs.items():
+            check_same_shape(name, a, "x", inputs["x"])
         if out is not None:
-            _check_operand('out', check_out(out, inputs['x'].shape, self.dtype, inputs), (out.ndim,), self.dtype)
+            _check_operand(
+                "out",
+                check_out(out, inputs["x"].shape, self.dtype, inputs),
+                (out.ndim,),
+                self.dtype,
+            )
         return list(inputs.values())
 
-    def apply(self,
-              x: np.ndarray, # (S, D), (B, S, D), or (D,) for one token
-              out: np.ndarray | None = None, # same shape; default: a new array
-              ) -> np.ndarray: # `out`; without a context, or with strength 0, and no `out`: `x` itself
+    def apply(
+        self,
+        x: np.ndarray,  # (S, D), (B, S, D), or (D,) for one token
+        out: np.ndarray | None = None,  # same shape; default: a new array
+    ) -> np.ndarray:  # `out`; without a context, or with strength 0, and no `out`: `x` itself
         "`x + (s/D) x @ incoming`, as `reference.apply_context`."
-        X, = self._operands(out, x)
+        (X,) = self._operands(out, x)
         with self._mixing.reading():
             C = self._context_for(X)
             idle = C is None or self._strength == 0
-            if out is None: out = x if idle else aligned_empty(X.shape, self.dtype)
+            if out is None:
+                out = x if idle else aligned_empty(X.shape, self.dtype)
             if C is None or idle:
-                if out is not x: out[...] = X
-            elif self._is_safe(C, X): np.matmul(_as_rows(X), self._folded, out=_as_rows(out))
-            else: out[...] = apply_context(_as_rows(X), C, self._strength).reshape(X.shape)
+                if out is not x:
+                    out[...] = X
+            elif self._is_safe(C, X):
+                np.matmul(_as_rows(X), self._folded, out=_as_rows(out))
+            else:
+                out[...] = apply_context(_as_rows(X), C, self._strength).reshape(X.shape)
         return out
 
-    def backward(self,
-                 x: np.ndarray, # the input that `apply` had
-                 grad_out: np.ndarray, # dL/d(apply(x)), same shape
-                 out: np.ndarray | None = None, # same shape, receives dL/dx; default: a new array
-                 ) -> tuple[np.ndarray, float]: # dL/dx, and dL/d(strength)
+    def backward(
+        self,
+        x: np.ndarray,  # the input that `apply` had
+        grad_out: np.ndarray,  # dL/d(apply(x)), same shape
+        out: np.ndarray | None = None,  # same shape, receives dL/dx; default: a new array
+    ) -> tuple[np.ndarray, float]:  # dL/dx, and dL/d(strength)
         "Gradients of `apply`, as `reference.apply_context_vjp`; without a context `grad_out` itself and 0."
         X, G = self._operands(out, x, grad_out)
         rows, grad_s = np.atleast_2d if X.ndim == 1 else _as_rows, 0.0
         with self._mixing.reading():
             C = self._context_for(X)
-            if out is None: out = grad_out if C is None else aligned_empty(X.shape, self.dtype)
+            if out is None:
+                out = grad_out if C is None else aligned_empty(X.shape, self.dtype)
             if C is None:
-                if out is not grad_out: out[...] = G
-            elif self._is_safe(C, X, G): grad_s = backward_into(rows(X), C, self._strength, rows(G), rows(out))
-            else: rows(out)[...], grad_s = apply_context_vjp(rows(X), C, self._strength, rows(G))
+                if out is not grad_out:
+                    out[...] = G
+            elif self._is_safe(C, X, G):
+                grad_s = backward_into(rows(X), C, self._strength, rows(G), rows(out))
+            else:
+                rows(out)[...], grad_s = apply_context_vjp(rows(X), C, self._strength, rows(G))
         return out, grad_s
 
-    def context_gradient(self,
-                         x: np.ndarray, # the input that `apply` had
-                         grad_out: np.ndarray, # dL/d(apply(x)), same shape
-                         out: np.ndarray | None = None, # (D, D); default: a new array
-                         ) -> np.ndarray: # dL/d(incoming)
+    def context_gradient(
+        self,
+        x: np.ndarray,  # the input that `apply` had
+        grad_out: np.ndarray,  # dL/d(apply(x)), same shape
+        out: np.ndarray | None = None,  # (D, D); default: a new array
+    ) -> np.ndarray:  # dL/d(incoming)
         "Gradient of `apply` with respect to the incoming context, as `reference.context_gradient`."
         X, G = (np.atleast_2d(_as_rows(a)) for a in self._operands(None, x, grad_out))
         shape = 2 * X.shape[-1:]
-        out = aligned_empty(shape, self.dtype) if out is None else check_out(out, shape, self.dtype, {'x': X, 'grad_out': G})
-        if not cannot_overflow(self.dtype, frobenius(X), frobenius(G)): out[...] = context_gradient(X, self._strength, G)
-        else: gemm(X.T, G, out, alpha=self._strength / max(len(out), 1))
+        out = (
+            aligned_empty(shape, self.dtype)
+            if out is None
+            else check_out(out, shape, self.dtype, {"x": X, "grad_out": G})
+        )
+        if not cannot_overflow(self.dtype, frobenius(X), frobenius(G)):
+            out[...] = context_gradient(X, self._strength, G)
+        else:
+            gemm(X.T, G, out, alpha=self._strength / max(len(out), 1))
         return out
 
-    def update(self,
-               x: np.ndarray, # (S, D) a layer's input
-               y: np.ndarray, # (S, D) its output
-               *,
-               dim: int | None = None, # use the first `dim` columns of both
-               rows: np.ndarray | None = None, # row numbers to correlate; default: `sample_rows(S, max_rows)`
-               ) -> None:
+    def update(
+        self,
+        x: np.ndarray,  # (S, D) a layer's input
+        y: np.ndarray,  # (S, D) its output
+        *,
+        dim: int | None = None,  # use the first `dim` columns of both
+        rows: np.ndarray
+        | None = None,  # row numbers to correlate; default: `sample_rows(S, max_rows)`
+    ) -> None:
         "Blend the similarity of the batch into `outgoing`, as `reference.ema` of `reference.similarity`."
         x, y = _learnable(x, y, dim, self.dtype, 2, self._outgoing)
-        self._learn(update_into, x, y, _spread(len(x), self.max_rows) if rows is None else check_rows(rows, len(x)))
+        self._learn(
+            update_into,
+            x,
+            y,
+            _spread(len(x), self.max_rows) if rows is None else check_rows(rows, len(x)),
+        )
 
-    def update_step(self,
-                    x: np.ndarray, # (D,) one token's input
-                    y: np.ndarray, # (D,) its output
-                    *,
-                    dim: int | None = None, # use the first `dim` entries of both
-                    ) -> None:
+    def update_step(
+        self,
+        x: np.ndarray,  # (D,) one token's input
+        y: np.ndarray,  # (D,) its output
+        *,
+        dim: int | None = None,  # use the first `dim` entries of both
+    ) -> None:
         "Blend the token statistic into `outgoing`, as `reference.ema` of `reference.similarity_step`."
         self._learn(update_step_into, *_learnable(x, y, dim, self.dtype, 1, self._outgoing))
 
     def _learn(self, into: Callable[..., None], x: np.ndarray, y: np.ndarray, *rows: Rows) -> None:
-        if self._rate == 0: return
+        if self._rate == 0:
+            return
         with self._learning.writing(), unbuffered(), self.workspace.scope():
-            C = self._outgoing if self._outgoing is not None else np.zeros(2 * x.shape[-1:], self.dtype)
+            C = (
+                self._outgoing
+                if self._outgoing is not None
+                else np.zeros(2 * x.shape[-1:], self.dtype)
+            )
             into(x, y, *rows, self._rate, C, self.workspace.take)
             self._outgoing = C
 
     def reset(self) -> None:
         "Forget what was learned, so that the next update may have another width; `incoming` stays."
-        with self._learning.writing(): self._outgoing = None
+        with self._learning.writing():
+            self._outgoing = None
 
     @property
     def nbytes(self) -> int:
@@ -427,7 +610,7 @@ class SharedAttentionContext(_State):
         held = (self._incoming, self._folded, self._outgoing)
         return sum(a.nbytes for a in held if a is not None) + self.workspace.nbytes
 
-    parameter_count = 1 # the strength; contexts are statistics, not parameters
+    parameter_count = 1  # the strength; contexts are statistics, not parameters
 
     def weight_norm(self) -> float:
         "Norm of the trainable parameters: |s|."
@@ -436,24 +619,37 @@ class SharedAttentionContext(_State):
     def state_dict(self) -> dict[str, Any]:
         "Arrays and numbers, fit for `np.savez`; absent contexts are left out, and `max_rows` None is 0."
         with self._mixing.reading(), self._learning.reading():
-            state = dict(strength=self._strength, update_rate=self._rate, max_rows=self.max_rows or 0)
+            state = dict(
+                strength=self._strength, update_rate=self._rate, max_rows=self.max_rows or 0
+            )
             arrays = dict(incoming=self._incoming, outgoing=self._outgoing)
             return state | {name: a.copy() for name, a in arrays.items() if a is not None}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: # from `state_dict`, or an opened .npz
+    def load_state_dict(
+        self, state: Mapping[str, Any]
+    ) -> None:  # from `state_dict`, or an opened .npz
         "Restore what `state_dict` gave; a ValueError or TypeError leaves everything as it was."
-        needed, arrays = {'strength', 'update_rate', 'max_rows'}, {'incoming', 'outgoing'}
+        needed, arrays = {"strength", "update_rate", "max_rows"}, {"incoming", "outgoing"}
         if not needed <= set(state) <= needed | arrays:
-            raise ValueError(f'state: keys {sorted(state)}, needed {sorted(needed)} and perhaps {sorted(arrays)}')
-        new = SharedAttentionContext(float(state['strength']), float(state['update_rate']), dtype=self.dtype,
-                                     max_rows=operator.index(state['max_rows']) or None, workspace=self.workspace)
-        if 'incoming' in state: new.set_incoming(state['incoming'])
-        if 'outgoing' in state: new._outgoing = _check_context(state['outgoing'], self.dtype).copy()
-        kept = ('_mixing', '_learning', '_folding')
+            raise ValueError(
+                f"state: keys {sorted(state)}, needed {sorted(needed)} and perhaps {sorted(arrays)}"
+            )
+        new = SharedAttentionContext(
+            float(state["strength"]),
+            float(state["update_rate"]),
+            dtype=self.dtype,
+            max_rows=operator.index(state["max_rows"]) or None,
+            workspace=self.workspace,
+        )
+        if "incoming" in state:
+            new.set_incoming(state["incoming"])
+        if "outgoing" in state:
+            new._outgoing = _check_context(state["outgoing"], self.dtype).copy()
+        kept = ("_mixing", "_learning", "_folding")
         with self._mixing.writing(), self._learning.writing():
             self.__dict__.update({k: v for k, v in new.__dict__.items() if k not in kept})
 
-    def __deepcopy__(self, memo: dict) -> 'SharedAttentionContext':
+    def __deepcopy__(self, memo: dict) -> "SharedAttentionContext":
         new = SharedAttentionContext(dtype=self.dtype)
         new.load_state_dict(self.state_dict())
         return new

@@ -17,63 +17,94 @@ import numpy as np
 class InputError(ValueError):
     "What a user handed over cannot be measured; the message says what and why."
 
+
 class Pair(NamedTuple):
     "Input and output of one layer."
+
     name: str
-    x: np.ndarray # (S, D) float32
-    y: np.ndarray # (S, D) float32
+    x: np.ndarray  # (S, D) float32
+    y: np.ndarray  # (S, D) float32
 
 # %% ../nbs/02a_data.ipynb #9925f2db
 def _matrix(name: str, a: np.ndarray) -> np.ndarray:
     "`a` as a float32 matrix that something can be learned from, or an InputError."
-    if a.dtype.kind != 'f' or a.dtype.itemsize > 8:
-        raise InputError(f'{name}: dtype {a.dtype} cannot be measured; needed float16, float32 or float64')
-    if a.ndim != 2: raise InputError(f'{name}: shape {a.shape} is not (rows, features)')
-    if a.size == 0: raise InputError(f'{name}: shape {a.shape} is empty; nothing can be measured')
-    if len(a) < 2: raise InputError(f'{name}: one row has no correlation; needed at least 2 rows')
+    if a.dtype.kind != "f" or a.dtype.itemsize > 8:
+        raise InputError(
+            f"{name}: dtype {a.dtype} cannot be measured; needed float16, float32 or float64"
+        )
+    if a.ndim != 2:
+        raise InputError(f"{name}: shape {a.shape} is not (rows, features)")
+    if a.size == 0:
+        raise InputError(f"{name}: shape {a.shape} is empty; nothing can be measured")
+    if len(a) < 2:
+        raise InputError(f"{name}: one row has no correlation; needed at least 2 rows")
     finite = np.isfinite(a)
-    if not finite.any(): raise InputError(f'{name}: no finite value in it; nothing can be measured')
-    with np.errstate(over='ignore'): single = np.ascontiguousarray(a, np.float32)
-    if not np.isfinite(single[finite]).all(): raise InputError(f'{name}: values beyond the range of float32')
+    if not finite.any():
+        raise InputError(f"{name}: no finite value in it; nothing can be measured")
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(a, np.float32)
+    if not np.isfinite(single[finite]).all():
+        raise InputError(f"{name}: values beyond the range of float32")
     return single
+
 
 def pair(name: str, x: np.ndarray, y: np.ndarray) -> Pair:
     "A checked float32 pair, or an InputError."
-    if x.shape != y.shape: raise InputError(f'{name}: x has shape {x.shape} and y has {y.shape}; they must agree')
-    where = '' if name == 'x and y' else f'{name}, '
-    return Pair(name, _matrix(f'{where}x', x), _matrix(f'{where}y', y))
+    if x.shape != y.shape:
+        raise InputError(f"{name}: x has shape {x.shape} and y has {y.shape}; they must agree")
+    where = "" if name == "x and y" else f"{name}, "
+    return Pair(name, _matrix(f"{where}x", x), _matrix(f"{where}y", y))
 
 # %% ../nbs/02a_data.ipynb #87908a97
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     "The arrays `x` and `y`, or `hidden`, of an .npz file, or an InputError that says what is wrong with it."
     try:
-        if not path.exists(): raise InputError(f'{path}: no such file')
-        if path.is_dir(): raise InputError(f'{path}: is a folder; needed an .npz file')
-        if not zipfile.is_zipfile(path): raise InputError(f'{path}: not an .npz archive (see numpy.savez)')
-        with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
-            wanted = ('x', 'y') if {'x', 'y'} <= set(archive.files) else ('hidden',)
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; needed an .npz file")
+        if not zipfile.is_zipfile(path):
+            raise InputError(f"{path}: not an .npz archive (see numpy.savez)")
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            wanted = ("x", "y") if {"x", "y"} <= set(archive.files) else ("hidden",)
             if not set(wanted) <= set(archive.files):
-                raise InputError(f"{path}: needed arrays 'x' and 'y', or 'hidden'; found {', '.join(archive.files) or 'none'}")
+                raise InputError(
+                    f"{path}: needed arrays 'x' and 'y', or 'hidden'; found {', '.join(archive.files) or 'none'}"
+                )
             arrays = {name: archive[name] for name in wanted}
-    except InputError: raise
-    except Exception as e: # a damaged archive can raise anything, from zlib to the tokenizer of its headers
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as e:  # a damaged archive can raise anything, from zlib to the tokenizer of its headers
         first = (str(e) or type(e).__name__).splitlines()[0]
-        why = 'holds pickled objects, which are not read' if 'Object arrays' in first else f'cannot be read ({first})'
-        raise InputError(f'{path}: {why}') from e
+        why = (
+            "holds pickled objects, which are not read"
+            if "Object arrays" in first
+            else f"cannot be read ({first})"
+        )
+        raise InputError(f"{path}: {why}") from e
     for name, a in arrays.items():
-        if not isinstance(a, np.ndarray): raise InputError(f'{path}: {name!r} is not a NumPy array')
+        if not isinstance(a, np.ndarray):
+            raise InputError(f"{path}: {name!r} is not a NumPy array")
     return arrays
 
 # %% ../nbs/02a_data.ipynb #f9fa2091
-PACKAGED = 'all-MiniLM-L6-v2 on Alice in Wonderland' # the name of the data that ctxlab carries
+PACKAGED = "all-MiniLM-L6-v2 on Alice in Wonderland"  # the name of the data that ctxlab carries
 
-def load_pairs(path: str | Path | None = None, # .npz with `x` and `y` (S, D), or `hidden` (L, S, D); default: the packaged data
-               ) -> list[Pair]: # one pair for `x` and `y`, L - 1 consecutive ones for `hidden`
+
+def load_pairs(
+    path: str
+    | Path
+    | None = None,  # .npz with `x` and `y` (S, D), or `hidden` (L, S, D); default: the packaged data
+) -> list[Pair]:  # one pair for `x` and `y`, L - 1 consecutive ones for `hidden`
     "Activations as pairs of a layer's input and output; anything unusable is an InputError."
-    if path is None: path = Path(str(files('ctxlab') / 'assets' / 'minilm_alice.npz'))
+    if path is None:
+        path = Path(str(files("ctxlab") / "assets" / "minilm_alice.npz"))
     arrays = _arrays(Path(path))
-    if 'x' in arrays: return [pair('x and y', arrays['x'], arrays['y'])]
-    hidden = arrays['hidden']
+    if "x" in arrays:
+        return [pair("x and y", arrays["x"], arrays["y"])]
+    hidden = arrays["hidden"]
     if hidden.ndim != 3 or len(hidden) < 2:
-        raise InputError(f'hidden: shape {hidden.shape} is not (layers >= 2, rows, features)')
-    return [pair(f'layer {l + 1}', x, y) for l, (x, y) in enumerate(zip(hidden, hidden[1:]))]
+        raise InputError(f"hidden: shape {hidden.shape} is not (layers >= 2, rows, features)")
+    return [pair(f"layer {l + 1}", x, y) for l, (x, y) in enumerate(zip(hidden, hidden[1:]))]

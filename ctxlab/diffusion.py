@@ -24,103 +24,150 @@ from .attention import attention, attention_requirement, block_rows
 from .block import _buffer, _views, check_size, initialise
 from .context import SharedAttentionContext
 from .gemm import check_out, panels, unbuffered
-from .layers import (_sigmoid_into, adam_into, check_form, embedding_into, gelu, layer_norm, linear, linear_backward_into,
-                           linear_into, norm_backward_into, norm_into, norm_requirement, renorm_into)
+from ctxlab.layers import (
+    _sigmoid_into,
+    adam_into,
+    check_form,
+    embedding_into,
+    gelu,
+    layer_norm,
+    linear,
+    linear_backward_into,
+    linear_into,
+    norm_backward_into,
+    norm_into,
+    norm_requirement,
+    renorm_into,
+)
 from .reference import apply_context, check_array, check_same_shape
 from .transformer import _Sublayers, transformer_shapes
 from .workspace import Buffer, Requirement, Workspace, all_of, any_of
 
 # %% ../nbs/08_diffusion.ipynb #058412a3
-def cosine_schedule(n_steps: int, # T
-                    offset: float = 0.008, # keeps the first steps from being too small
-                    ) -> np.ndarray: # (T,) float64, alpha_bar, falling
+def cosine_schedule(
+    n_steps: int,  # T
+    offset: float = 0.008,  # keeps the first steps from being too small
+) -> np.ndarray:  # (T,) float64, alpha_bar, falling
     "Share of the variance that is signal, for each noise level (Nichol and Dhariwal 2021, eq. 17)."
     T = operator.index(n_steps)
-    if T < 1: raise ValueError(f'n_steps: {n_steps}, needed at least 1')
-    f = np.cos((np.arange(T + 1) / T + offset) / (1 + offset) * math.pi / 2)**2
+    if T < 1:
+        raise ValueError(f"n_steps: {n_steps}, needed at least 1")
+    f = np.cos((np.arange(T + 1) / T + offset) / (1 + offset) * math.pi / 2) ** 2
     return np.cumprod(np.maximum(f[1:] / f[:-1], 0.001))
 
 # %% ../nbs/08_diffusion.ipynb #791b0c7e
-def check_levels(t: ArrayLike, # (B,) integers
-                 batch: int, # B
-                 n_steps: int, # T
-                 ) -> np.ndarray: # (B,)
+def check_levels(
+    t: ArrayLike,  # (B,) integers
+    batch: int,  # B
+    n_steps: int,  # T
+) -> np.ndarray:  # (B,)
     "Noise levels as an array, or an error that names them."
     t = np.asarray(t)
-    if t.dtype.kind not in 'iu': raise TypeError(f't: {t.dtype} are no noise levels; use integers')
-    if t.shape != (batch,): raise ValueError(f't: shape {t.shape}, needed (B,) = ({batch},), one level for each sequence')
-    if batch and not 0 <= t.min() <= t.max() < n_steps: raise ValueError(f't: {t.min()}..{t.max()}, needed 0..{n_steps - 1}')
+    if t.dtype.kind not in "iu":
+        raise TypeError(f"t: {t.dtype} are no noise levels; use integers")
+    if t.shape != (batch,):
+        raise ValueError(
+            f"t: shape {t.shape}, needed (B,) = ({batch},), one level for each sequence"
+        )
+    if batch and not 0 <= t.min() <= t.max() < n_steps:
+        raise ValueError(f"t: {t.min()}..{t.max()}, needed 0..{n_steps - 1}")
     return t
 
-def add_noise(x0: np.ndarray, noise: np.ndarray, t: np.ndarray, alpha_bar: np.ndarray) -> np.ndarray: # (B, S, D), same, (B,), (T,) -> (B, S, D)
+
+def add_noise(
+    x0: np.ndarray, noise: np.ndarray, t: np.ndarray, alpha_bar: np.ndarray
+) -> np.ndarray:  # (B, S, D), same, (B,), (T,) -> (B, S, D)
     "`sqrt(alpha_bar[t]) x0 + sqrt(1 - alpha_bar[t]) noise`, a level for each sequence."
     a = alpha_bar[t][:, None, None]
     return np.sqrt(a).astype(x0.dtype) * x0 + np.sqrt(1 - a).astype(x0.dtype) * noise
 
 # %% ../nbs/08_diffusion.ipynb #a7b41609
-def combine_into(x: np.ndarray, # (N, D)
-                 y: np.ndarray, # (N, D)
-                 a: float, b: float, # factors
-                 out: np.ndarray, # (N, D), may be `x` or `y`
-                 ws: Workspace, # for a panel
-                 ) -> np.ndarray: # out
+def combine_into(
+    x: np.ndarray,  # (N, D)
+    y: np.ndarray,  # (N, D)
+    a: float,
+    b: float,  # factors
+    out: np.ndarray,  # (N, D), may be `x` or `y`
+    ws: Workspace,  # for a panel
+) -> np.ndarray:  # out
     "`a x + b y`, panel by panel."
     steps = list(panels(len(x), x.shape[1] * x.itemsize))
     with ws.scope():
-        scratch = ws.take('diffusion.panel', (steps[0].stop if steps else 0, x.shape[1]), x.dtype)
+        scratch = ws.take("diffusion.panel", (steps[0].stop if steps else 0, x.shape[1]), x.dtype)
         for rows in steps:
-            P = np.multiply(y[rows], b, out=scratch[:rows.stop - rows.start])
+            P = np.multiply(y[rows], b, out=scratch[: rows.stop - rows.start])
             np.multiply(x[rows], a, out=out[rows])
             out[rows] += P
     return out
 
-def add_noise_into(x0: np.ndarray, # (B, S, D)
-                   noise: np.ndarray, # (B, S, D), standard normal
-                   t: np.ndarray, # (B,) integers in [0, T)
-                   alpha_bar: np.ndarray, # (T,) from a schedule
-                   out: np.ndarray, # (B, S, D), may be `x0` or `noise`
-                   ws: Workspace, # for a panel
-                   ) -> np.ndarray: # out
+
+def add_noise_into(
+    x0: np.ndarray,  # (B, S, D)
+    noise: np.ndarray,  # (B, S, D), standard normal
+    t: np.ndarray,  # (B,) integers in [0, T)
+    alpha_bar: np.ndarray,  # (T,) from a schedule
+    out: np.ndarray,  # (B, S, D), may be `x0` or `noise`
+    ws: Workspace,  # for a panel
+) -> np.ndarray:  # out
     "`add_noise`, written to `out`."
-    for name, a in (('noise', noise), ('out', out)): check_same_shape(name, check_array(name, a, (3,), x0.dtype), 'x0', x0)
+    for name, a in (("noise", noise), ("out", out)):
+        check_same_shape(name, check_array(name, a, (3,), x0.dtype), "x0", x0)
     for b, level in enumerate(check_levels(t, len(x0), len(alpha_bar))):
-        combine_into(x0[b], noise[b], math.sqrt(alpha_bar[level]), math.sqrt(1 - alpha_bar[level]), out[b], ws)
+        combine_into(
+            x0[b],
+            noise[b],
+            math.sqrt(alpha_bar[level]),
+            math.sqrt(1 - alpha_bar[level]),
+            out[b],
+            ws,
+        )
     return out
 
 # %% ../nbs/08_diffusion.ipynb #a5776739
-def timestep_embedding(t: ArrayLike, # (B,) integers
-                       dim: int, # D
-                       dtype: DTypeLike = np.float64) -> np.ndarray: # (B, D)
+def timestep_embedding(
+    t: ArrayLike,  # (B,) integers
+    dim: int,  # D
+    dtype: DTypeLike = np.float64,
+) -> np.ndarray:  # (B, D)
     "`cos(t w_i)`, then `sin(t w_i)`, with `w_i = 10000^(-i / half)`; the last column is 0 for an odd D."
     half, t = dim // 2, np.asarray(t, np.float64)
-    angles = t[:, None] * 10000.0**(-np.arange(half) / max(half, 1))
-    return np.concatenate([np.cos(angles), np.sin(angles), np.zeros((len(t), dim % 2))], axis=1).astype(dtype)
+    angles = t[:, None] * 10000.0 ** (-np.arange(half) / max(half, 1))
+    return np.concatenate(
+        [np.cos(angles), np.sin(angles), np.zeros((len(t), dim % 2))], axis=1
+    ).astype(dtype)
+
 
 @cache
-def _embeddings(n_steps: int, dim: int, dtype: np.dtype) -> np.ndarray: # (T, D), read-only, shared by all blocks
+def _embeddings(
+    n_steps: int, dim: int, dtype: np.dtype
+) -> np.ndarray:  # (T, D), read-only, shared by all blocks
     table = timestep_embedding(np.arange(n_steps), dim, dtype)
     table.flags.writeable = False
     return table
 
 # %% ../nbs/08_diffusion.ipynb #ab082dab
-def silu(a: np.ndarray) -> np.ndarray: # same shape
+def silu(a: np.ndarray) -> np.ndarray:  # same shape
     "`a sigmoid(a)`."
-    with np.errstate(over='ignore'): return a / (1 + np.exp(-a))
+    with np.errstate(over="ignore"):
+        return a / (1 + np.exp(-a))
 
-def silu_into(a: np.ndarray, out: np.ndarray) -> np.ndarray: # same shape
+
+def silu_into(a: np.ndarray, out: np.ndarray) -> np.ndarray:  # same shape
     "`silu`, written to `out`."
     _sigmoid_into(a, out)
     out *= a
     return out
 
-def silu_backward_into(a: np.ndarray, # any shape, as in the forward pass
-                       grad_out: np.ndarray, # same shape
-                       out: np.ndarray, # same shape, receives dL/da; may be `grad_out`
-                       ws: Workspace, # for one such array
-                       ) -> np.ndarray: # out
+
+def silu_backward_into(
+    a: np.ndarray,  # any shape, as in the forward pass
+    grad_out: np.ndarray,  # same shape
+    out: np.ndarray,  # same shape, receives dL/da; may be `grad_out`
+    ws: Workspace,  # for one such array
+) -> np.ndarray:  # out
     "Gradient of `silu_into`: `sigma (1 + a (1 - sigma))`."
     with ws.scope():
-        sigma, slope = ws.take('silu.scratch', (2, *a.shape), a.dtype)
+        sigma, slope = ws.take("silu.scratch", (2, *a.shape), a.dtype)
         _sigmoid_into(a, sigma)
         np.subtract(1, sigma, out=slope)
         slope *= a
@@ -131,70 +178,109 @@ def silu_backward_into(a: np.ndarray, # any shape, as in the forward pass
 # %% ../nbs/08_diffusion.ipynb #e7c615c2
 def diffusion_shapes(D: int, F: int) -> dict[str, tuple[int, ...]]:
     "Parameters of a block of width D with a hidden width of F."
-    layers = {name: shape for name, shape in transformer_shapes(D, F).items() if not name.startswith('norm')}
-    return layers | {'time1.weight': (D, D), 'time1.bias': (D,), 'time2.weight': (D, D), 'time2.bias': (D,),
-                     'modulation.weight': (6 * D, D), 'modulation.bias': (6 * D,)}
+    layers = {
+        name: shape
+        for name, shape in transformer_shapes(D, F).items()
+        if not name.startswith("norm")
+    }
+    return layers | {
+        "time1.weight": (D, D),
+        "time1.bias": (D,),
+        "time2.weight": (D, D),
+        "time2.bias": (D,),
+        "modulation.weight": (6 * D, D),
+        "modulation.bias": (6 * D,),
+    }
 
-def modulation(p: dict[str, np.ndarray], # parameters, see `diffusion_shapes`
-               t: ArrayLike, # (B,) integers
-               ) -> np.ndarray: # (6, B, 1, D): shift, scale and gate of attention, then of the feed-forward layer
+
+def modulation(
+    p: dict[str, np.ndarray],  # parameters, see `diffusion_shapes`
+    t: ArrayLike,  # (B,) integers
+) -> np.ndarray:  # (6, B, 1, D): shift, scale and gate of attention, then of the feed-forward layer
     "What the noise levels make of the norms and branches."
-    D, dtype = len(p['time1.bias']), p['time1.bias'].dtype
-    c = silu(linear(timestep_embedding(t, D, dtype), p['time1.weight'], p['time1.bias']))
-    c = silu(linear(c, p['time2.weight'], p['time2.bias']))
-    return linear(c, p['modulation.weight'], p['modulation.bias']).reshape(-1, 6, 1, D).swapaxes(0, 1)
+    D, dtype = len(p["time1.bias"]), p["time1.bias"].dtype
+    c = silu(linear(timestep_embedding(t, D, dtype), p["time1.weight"], p["time1.bias"]))
+    c = silu(linear(c, p["time2.weight"], p["time2.bias"]))
+    return (
+        linear(c, p["modulation.weight"], p["modulation.bias"]).reshape(-1, 6, 1, D).swapaxes(0, 1)
+    )
 
-def mix_by_level(x: np.ndarray, t: np.ndarray, context: np.ndarray, strength: float, alpha_bar: np.ndarray) -> np.ndarray: # (B, S, D)
+
+def mix_by_level(
+    x: np.ndarray, t: np.ndarray, context: np.ndarray, strength: float, alpha_bar: np.ndarray
+) -> np.ndarray:  # (B, S, D)
     "`apply_context` on each sequence, at a strength scaled by its signal."
-    return np.stack([apply_context(X, context, float(strength) * math.sqrt(alpha_bar[level])) for X, level in zip(x, t)])
+    return np.stack(
+        [
+            apply_context(X, context, float(strength) * math.sqrt(alpha_bar[level]))
+            for X, level in zip(x, t)
+        ]
+    )
 
 # %% ../nbs/08_diffusion.ipynb #8a32e8c7
-def diffusion(p: dict[str, np.ndarray], # parameters, see `diffusion_shapes`
-              x: np.ndarray, # (B, S, D)
-              t: np.ndarray, # (B,) integers in [0, T)
-              n_heads: int,
-              *,
-              n_steps: int = 1000, # T
-              context: np.ndarray | None = None, # (D, D), mixed in with strength `p['context.strength']`
-              approximate: str = 'none', # GELU: 'none' or 'tanh'
-              eps: float = 1e-5) -> np.ndarray: # (B, S, D)
+def diffusion(
+    p: dict[str, np.ndarray],  # parameters, see `diffusion_shapes`
+    x: np.ndarray,  # (B, S, D)
+    t: np.ndarray,  # (B,) integers in [0, T)
+    n_heads: int,
+    *,
+    n_steps: int = 1000,  # T
+    context: np.ndarray | None = None,  # (D, D), mixed in with strength `p['context.strength']`
+    approximate: str = "none",  # GELU: 'none' or 'tanh'
+    eps: float = 1e-5,
+) -> np.ndarray:  # (B, S, D)
     "One block, clear and allocating."
     B, S, D = x.shape
     ones, zeros = np.ones(D, x.dtype), np.zeros(D, x.dtype)
+
     def attend(x: np.ndarray) -> np.ndarray:
-        qkv = linear(x, p['self_attn.in_proj_weight'], p['self_attn.in_proj_bias'])
-        heads = attention(*qkv.reshape(B, S, 3, n_heads, D // n_heads).transpose(2, 0, 3, 1, 4)).swapaxes(1, 2).reshape(B, S, D)
-        return linear(heads, p['self_attn.out_proj.weight'], p['self_attn.out_proj.bias'])
+        qkv = linear(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"])
+        heads = (
+            attention(*qkv.reshape(B, S, 3, n_heads, D // n_heads).transpose(2, 0, 3, 1, 4))
+            .swapaxes(1, 2)
+            .reshape(B, S, D)
+        )
+        return linear(heads, p["self_attn.out_proj.weight"], p["self_attn.out_proj.bias"])
+
     def feed(x: np.ndarray) -> np.ndarray:
-        return linear(gelu(linear(x, p['linear1.weight'], p['linear1.bias']), approximate), p['linear2.weight'], p['linear2.bias'])
-    if context is not None: x = mix_by_level(x, t, context, p['context.strength'][0], cosine_schedule(n_steps))
+        return linear(
+            gelu(linear(x, p["linear1.weight"], p["linear1.bias"]), approximate),
+            p["linear2.weight"],
+            p["linear2.bias"],
+        )
+
+    if context is not None:
+        x = mix_by_level(x, t, context, p["context.strength"][0], cosine_schedule(n_steps))
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation(p, t)
     x = x + gate1 * attend((1 + scale1) * layer_norm(x, ones, zeros, eps) + shift1)
     return x + gate2 * feed((1 + scale2) * layer_norm(x, ones, zeros, eps) + shift2)
 
 # %% ../nbs/08_diffusion.ipynb #1223f851
-def gate_into(residual: np.ndarray, # (S, D)
-              branch: np.ndarray, # (S, D)
-              gate: np.ndarray, # (D,)
-              out: np.ndarray, # (S, D), not `residual`
-              ) -> np.ndarray: # out
+def gate_into(
+    residual: np.ndarray,  # (S, D)
+    branch: np.ndarray,  # (S, D)
+    gate: np.ndarray,  # (D,)
+    out: np.ndarray,  # (S, D), not `residual`
+) -> np.ndarray:  # out
     "`residual + gate * branch`."
     for rows in panels(len(out), out.shape[1] * out.itemsize):
         np.multiply(branch[rows], gate, out=out[rows])
         out[rows] += residual[rows]
     return out
 
-def gate_backward_into(branch: np.ndarray, # (S, D)
-                       gate: np.ndarray, # (D,)
-                       grad_out: np.ndarray, # (S, D)
-                       out: np.ndarray, # (S, D), receives dL/dbranch; not `grad_out`
-                       grad_gate: np.ndarray, # (D,), receives dL/dgate
-                       ws: Workspace, # for a vector
-                       ) -> np.ndarray: # out
+
+def gate_backward_into(
+    branch: np.ndarray,  # (S, D)
+    gate: np.ndarray,  # (D,)
+    grad_out: np.ndarray,  # (S, D)
+    out: np.ndarray,  # (S, D), receives dL/dbranch; not `grad_out`
+    grad_gate: np.ndarray,  # (D,), receives dL/dgate
+    ws: Workspace,  # for a vector
+) -> np.ndarray:  # out
     "Gradients of `gate_into`; that of the residual is `grad_out`."
     grad_gate.fill(0)
     with ws.scope():
-        column = ws.take('gate.column', gate.shape, gate.dtype)
+        column = ws.take("gate.column", gate.shape, gate.dtype)
         for rows in panels(len(out), out.shape[1] * out.itemsize):
             np.multiply(grad_out[rows], branch[rows], out=out[rows])
             grad_gate += np.add.reduce(out[rows], axis=0, out=column)
@@ -202,10 +288,11 @@ def gate_backward_into(branch: np.ndarray, # (S, D)
     return out
 
 # %% ../nbs/08_diffusion.ipynb #6e71f9f5
-def part_way_into(start: np.ndarray, # (S, D)
-                  out: np.ndarray, # (S, D), changed in place
-                  w: float, # 0: back to the start; 1: stay
-                  ) -> np.ndarray: # out
+def part_way_into(
+    start: np.ndarray,  # (S, D)
+    out: np.ndarray,  # (S, D), changed in place
+    w: float,  # 0: back to the start; 1: stay
+) -> np.ndarray:  # out
     "`start + w (out - start)`."
     for rows in panels(len(out), out.shape[1] * out.itemsize):
         X, Y = start[rows], out[rows]
@@ -215,311 +302,615 @@ def part_way_into(start: np.ndarray, # (S, D)
     return out
 
 # %% ../nbs/08_diffusion.ipynb #bd6686e5
-def _sequences(shape: tuple[int, ...]) -> Iterator[tuple[int, slice]]: # number and rows of each
+def _sequences(shape: tuple[int, ...]) -> Iterator[tuple[int, slice]]:  # number and rows of each
     return ((b, slice(b * shape[1], (b + 1) * shape[1])) for b in range(shape[0]))
+
 
 class _Modulated(_Sublayers):
     "Norms and gates that the noise level steers. Branch 0 is attention, 1 the feed-forward layer."
+
     eps: float
     n_steps: int
 
-    def _listen(self, t: np.ndarray, kept: SimpleNamespace) -> None: # levels -> (B, 6, D), with 1 + scale in place of scale
+    def _listen(
+        self, t: np.ndarray, kept: SimpleNamespace
+    ) -> None:  # levels -> (B, 6, D), with 1 + scale in place of scale
         p = self._parameters
         embedding_into(_embeddings(self.n_steps, self.dim, self.dtype), t, kept.level)
-        silu_into(linear_into(kept.level, p['time1.weight'], p['time1.bias'], kept.time1), kept.heard1)
-        silu_into(linear_into(kept.heard1, p['time2.weight'], p['time2.bias'], kept.time2), kept.heard2)
-        kept.six = linear_into(kept.heard2, p['modulation.weight'], p['modulation.bias'], kept.modulation).reshape(len(t), 6, self.dim)
-        for b in range(len(t)): kept.six[b, 1::3] += 1
+        silu_into(
+            linear_into(kept.level, p["time1.weight"], p["time1.bias"], kept.time1), kept.heard1
+        )
+        silu_into(
+            linear_into(kept.heard1, p["time2.weight"], p["time2.bias"], kept.time2), kept.heard2
+        )
+        kept.six = linear_into(
+            kept.heard2, p["modulation.weight"], p["modulation.bias"], kept.modulation
+        ).reshape(len(t), 6, self.dim)
+        for b in range(len(t)):
+            kept.six[b, 1::3] += 1
 
-    def _listen_backward(self, dsix: np.ndarray, kept: SimpleNamespace) -> None: # dsix: (B, 6 D)
+    def _listen_backward(self, dsix: np.ndarray, kept: SimpleNamespace) -> None:  # dsix: (B, 6 D)
         p, g, ws = self._parameters, self._gradients, self.workspace
         with ws.scope():
-            dheard = ws.take('diffusion.dheard', kept.heard2.shape, self.dtype)
-            linear_backward_into(kept.heard2, p['modulation.weight'], dsix, dheard, g['modulation.weight'], g['modulation.bias'])
-            dtime = silu_backward_into(kept.time2, dheard, ws.take('diffusion.dtime', dheard.shape, self.dtype), ws)
-            linear_backward_into(kept.heard1, p['time2.weight'], dtime, dheard, g['time2.weight'], g['time2.bias'])
+            dheard = ws.take("diffusion.dheard", kept.heard2.shape, self.dtype)
+            linear_backward_into(
+                kept.heard2,
+                p["modulation.weight"],
+                dsix,
+                dheard,
+                g["modulation.weight"],
+                g["modulation.bias"],
+            )
+            dtime = silu_backward_into(
+                kept.time2, dheard, ws.take("diffusion.dtime", dheard.shape, self.dtype), ws
+            )
+            linear_backward_into(
+                kept.heard1, p["time2.weight"], dtime, dheard, g["time2.weight"], g["time2.bias"]
+            )
             silu_backward_into(kept.time1, dheard, dtime, ws)
-            linear_backward_into(kept.level, p['time1.weight'], dtime, None, g['time1.weight'], g['time1.bias'])
+            linear_backward_into(
+                kept.level, p["time1.weight"], dtime, None, g["time1.weight"], g["time1.bias"]
+            )
 
-    def _norm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> np.ndarray:
+    def _norm(
+        self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]
+    ) -> np.ndarray:
         for b, rows in _sequences(shape):
-            norm_into(x[rows], kept.six[b, 3 * i + 1], kept.six[b, 3 * i], out[rows], kept.stats[i][:, rows], self.eps)
+            norm_into(
+                x[rows],
+                kept.six[b, 3 * i + 1],
+                kept.six[b, 3 * i],
+                out[rows],
+                kept.stats[i][:, rows],
+                self.eps,
+            )
         return out
 
-    def _renorm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> np.ndarray: # as in the forward pass
+    def _renorm(
+        self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]
+    ) -> np.ndarray:  # as in the forward pass
         for b, rows in _sequences(shape):
-            renorm_into(x[rows], kept.stats[i][:, rows], kept.six[b, 3 * i + 1], kept.six[b, 3 * i], out[rows])
+            renorm_into(
+                x[rows],
+                kept.stats[i][:, rows],
+                kept.six[b, 3 * i + 1],
+                kept.six[b, 3 * i],
+                out[rows],
+            )
         return out
 
-    def _norm_backward(self, i: int, x: np.ndarray, G: np.ndarray, dsix: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None: # in place of G
+    def _norm_backward(
+        self,
+        i: int,
+        x: np.ndarray,
+        G: np.ndarray,
+        dsix: np.ndarray,
+        kept: SimpleNamespace,
+        shape: tuple[int, ...],
+    ) -> None:  # in place of G
         for b, rows in _sequences(shape):
-            norm_backward_into(x[rows], kept.stats[i][:, rows], kept.six[b, 3 * i + 1], G[rows], G[rows],
-                               dsix[b, 3 * i + 1], dsix[b, 3 * i], self.workspace)
+            norm_backward_into(
+                x[rows],
+                kept.stats[i][:, rows],
+                kept.six[b, 3 * i + 1],
+                G[rows],
+                G[rows],
+                dsix[b, 3 * i + 1],
+                dsix[b, 3 * i],
+                self.workspace,
+            )
 
-    def _gate(self, i: int, residual: np.ndarray, branch: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None:
-        for b, rows in _sequences(shape): gate_into(residual[rows], branch[rows], kept.six[b, 3 * i + 2], out[rows])
-
-    def _gate_backward(self, i: int, branch: np.ndarray, G: np.ndarray, out: np.ndarray, dsix: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None:
+    def _gate(
+        self,
+        i: int,
+        residual: np.ndarray,
+        branch: np.ndarray,
+        out: np.ndarray,
+        kept: SimpleNamespace,
+        shape: tuple[int, ...],
+    ) -> None:
         for b, rows in _sequences(shape):
-            gate_backward_into(branch[rows], kept.six[b, 3 * i + 2], G[rows], out[rows], dsix[b, 3 * i + 2], self.workspace)
+            gate_into(residual[rows], branch[rows], kept.six[b, 3 * i + 2], out[rows])
+
+    def _gate_backward(
+        self,
+        i: int,
+        branch: np.ndarray,
+        G: np.ndarray,
+        out: np.ndarray,
+        dsix: np.ndarray,
+        kept: SimpleNamespace,
+        shape: tuple[int, ...],
+    ) -> None:
+        for b, rows in _sequences(shape):
+            gate_backward_into(
+                branch[rows],
+                kept.six[b, 3 * i + 2],
+                G[rows],
+                out[rows],
+                dsix[b, 3 * i + 2],
+                self.workspace,
+            )
 
 # %% ../nbs/08_diffusion.ipynb #0fe5a48e
 class DiffusionBlock(_Modulated):
     "Full attention and a feed-forward layer with GELU, steered by the noise level of each sequence (adaLN-Zero)."
-    def __init__(self,
-                 dim: int, # D
-                 n_heads: int, # H, divides D
-                 ffn_dim: int, # F, of the hidden layer
-                 *,
-                 n_steps: int = 1000, # T, levels of the cosine schedule
-                 rng: np.random.Generator | None = None, # of the initial weights
-                 dtype: DTypeLike = np.float32, # or float64
-                 context: SharedAttentionContext | None = None, # mixed in by the share of the signal, learns from input and output
-                 workspace: Workspace | None = None, # shared with other blocks; default: its own
-                 approximate: str = 'none', # GELU: exact, or by 'tanh'
-                 keep_weights: bool = False, # of attention, for backward: (B, H, S, S); default: in blocks, made again
-                 max_len: int | None = None, # longest sequence that is allowed
-                 eps: float = 1e-5): # of the norms
-        dim, n_heads, ffn_dim = (check_size(n, v) for n, v in dict(dim=dim, n_heads=n_heads, ffn_dim=ffn_dim).items())
-        if dim % n_heads: raise ValueError(f'n_heads: {n_heads} do not divide dim = {dim}')
+
+    def __init__(
+        self,
+        dim: int,  # D
+        n_heads: int,  # H, divides D
+        ffn_dim: int,  # F, of the hidden layer
+        *,
+        n_steps: int = 1000,  # T, levels of the cosine schedule
+        rng: np.random.Generator | None = None,  # of the initial weights
+        dtype: DTypeLike = np.float32,  # or float64
+        context: SharedAttentionContext
+        | None = None,  # mixed in by the share of the signal, learns from input and output
+        workspace: Workspace | None = None,  # shared with other blocks; default: its own
+        approximate: str = "none",  # GELU: exact, or by 'tanh'
+        keep_weights: bool = False,  # of attention, for backward: (B, H, S, S); default: in blocks, made again
+        max_len: int | None = None,  # longest sequence that is allowed
+        eps: float = 1e-5,
+    ):  # of the norms
+        dim, n_heads, ffn_dim = (
+            check_size(n, v) for n, v in dict(dim=dim, n_heads=n_heads, ffn_dim=ffn_dim).items()
+        )
+        if dim % n_heads:
+            raise ValueError(f"n_heads: {n_heads} do not divide dim = {dim}")
         check_form(approximate)
         self.alpha_bar = cosine_schedule(n_steps)
-        self.n_heads, self.ffn_dim, self.causal, self.n_steps = n_heads, ffn_dim, False, len(self.alpha_bar)
+        self.n_heads, self.ffn_dim, self.causal, self.n_steps = (
+            n_heads,
+            ffn_dim,
+            False,
+            len(self.alpha_bar),
+        )
         self.approximate, self.keep_weights, self.eps = approximate, bool(keep_weights), eps
-        super().__init__(dim, diffusion_shapes(dim, ffn_dim), rng=rng, dtype=dtype, context=context, workspace=workspace, max_len=max_len)
-        self._parameters['modulation.weight'].fill(0)
+        super().__init__(
+            dim,
+            diffusion_shapes(dim, ffn_dim),
+            rng=rng,
+            dtype=dtype,
+            context=context,
+            workspace=workspace,
+            max_len=max_len,
+        )
+        self._parameters["modulation.weight"].fill(0)
         self._zero = np.zeros((), self.dtype)
 
-    def forward(self, # type: ignore[override] # here the noise levels are no option
-                x: np.ndarray, # (B, S, D); must stay as it is until backward
-                t: np.ndarray, # (B,) integers in [0, T), the noise level of each sequence
-                out: np.ndarray | None = None, # (B, S, D); default: a buffer that is valid in this generation
-                ) -> np.ndarray: # (B, S, D)
+    def forward(
+        self,  # type: ignore[override] # here the noise levels are no option
+        x: np.ndarray,  # (B, S, D); must stay as it is until backward
+        t: np.ndarray,  # (B,) integers in [0, T), the noise level of each sequence
+        out: np.ndarray
+        | None = None,  # (B, S, D); default: a buffer that is valid in this generation
+    ) -> np.ndarray:  # (B, S, D)
         "Mix the context in by the share of the signal, compute, let the context learn from input and output."
         return super().forward(x, out, t=check_levels(t, len(self._check_input(x)), self.n_steps))
 
-    def _mix(self, x: np.ndarray) -> np.ndarray: return x # `_forward` mixes, since it knows the levels
+    def _mix(self, x: np.ndarray) -> np.ndarray:
+        return x  # `_forward` mixes, since it knows the levels
 
-    def _mix_by_level(self, x: np.ndarray, signal: list[float]) -> np.ndarray: # (B, S, D), `x` itself without a context
+    def _mix_by_level(
+        self, x: np.ndarray, signal: list[float]
+    ) -> np.ndarray:  # (B, S, D), `x` itself without a context
         mixed = super()._mix(x)
         if mixed is not x:
-            for X, H, w in zip(x, mixed, signal): part_way_into(X, H, w)
+            for X, H, w in zip(x, mixed, signal):
+                part_way_into(X, H, w)
         return mixed
 
-    def _unmix(self, x: np.ndarray, G: np.ndarray, out: np.ndarray, signal: list[float]) -> float: # dL/ds
-        assert self.context is not None # it was mixed in
+    def _unmix(
+        self, x: np.ndarray, G: np.ndarray, out: np.ndarray, signal: list[float]
+    ) -> float:  # dL/ds
+        assert self.context is not None  # it was mixed in
         total = 0.0
         for X, dH, dX, w in zip(x, G, out, signal):
             total += w * self.context.backward(X, dH, out=dX)[1]
             part_way_into(dH, dX, w)
         return total
 
-    def _forward(self, x: np.ndarray, y: np.ndarray, shape: tuple[int, ...], t: np.ndarray) -> SimpleNamespace: # what backward reads
-        kept = self._take_kept(shape, weights=None, keep=None, signal=[math.sqrt(self.alpha_bar[level]) for level in t])
+    def _forward(
+        self, x: np.ndarray, y: np.ndarray, shape: tuple[int, ...], t: np.ndarray
+    ) -> SimpleNamespace:  # what backward reads
+        kept = self._take_kept(
+            shape, weights=None, keep=None, signal=[math.sqrt(self.alpha_bar[level]) for level in t]
+        )
         kept.stats = kept.stats1, kept.stats2
         mixed = self._mix_by_level(x.reshape(shape), kept.signal)
         kept.mixes, kept.h = not np.may_share_memory(mixed, x), self._rows(mixed)
         self._listen(t, kept)
         with self.workspace.scope():
-            normed, nothing = self.workspace.take('diffusion.normed', x.shape, self.dtype), np.broadcast_to(self._zero, x.shape)
-            self._attend(self._norm(0, kept.h, normed, kept, shape), nothing, kept.attended, kept, shape)
+            normed, nothing = (
+                self.workspace.take("diffusion.normed", x.shape, self.dtype),
+                np.broadcast_to(self._zero, x.shape),
+            )
+            self._attend(
+                self._norm(0, kept.h, normed, kept, shape), nothing, kept.attended, kept, shape
+            )
             self._gate(0, kept.h, kept.attended, kept.middle, kept, shape)
             self._feed(self._norm(1, kept.middle, normed, kept, shape), nothing, kept.fed, kept)
             self._gate(1, kept.middle, kept.fed, y, kept, shape)
         return kept
 
-    def _backward(self, x: np.ndarray, kept: SimpleNamespace, G: np.ndarray, grad_x: np.ndarray, shape: tuple[int, ...]) -> None:
+    def _backward(
+        self,
+        x: np.ndarray,
+        kept: SimpleNamespace,
+        G: np.ndarray,
+        grad_x: np.ndarray,
+        shape: tuple[int, ...],
+    ) -> None:
         ds = 0.0
-        if not kept.mixes: self._branches_backward(kept, G, grad_x, shape)
+        if not kept.mixes:
+            self._branches_backward(kept, G, grad_x, shape)
         else:
             with self.workspace.scope():
-                grad_h = self.workspace.take('block.grad_h', shape, self.dtype)
+                grad_h = self.workspace.take("block.grad_h", shape, self.dtype)
                 self._branches_backward(kept, G, self._rows(grad_h), shape)
                 ds = self._unmix(x.reshape(shape), grad_h, grad_x.reshape(shape), kept.signal)
-        if self.context is not None: self._gradients['context.strength'][0] = ds
+        if self.context is not None:
+            self._gradients["context.strength"][0] = ds
 
-    def _branches_backward(self, kept: SimpleNamespace, G: np.ndarray, grad_h: np.ndarray, shape: tuple[int, ...]) -> None:
+    def _branches_backward(
+        self, kept: SimpleNamespace, G: np.ndarray, grad_h: np.ndarray, shape: tuple[int, ...]
+    ) -> None:
         ws = self.workspace
         with ws.scope():
-            normed, dm = (ws.take(f'diffusion.{name}', G.shape, self.dtype) for name in ('normed', 'dmiddle'))
-            dmodulation = ws.take('diffusion.dmodulation', kept.modulation.shape, self.dtype)
+            normed, dm = (
+                ws.take(f"diffusion.{name}", G.shape, self.dtype) for name in ("normed", "dmiddle")
+            )
+            dmodulation = ws.take("diffusion.dmodulation", kept.modulation.shape, self.dtype)
             dsix = dmodulation.reshape(kept.six.shape)
             self._gate_backward(1, kept.fed, G, grad_h, dsix, kept, shape)
             self._feed_backward(self._renorm(1, kept.middle, normed, kept, shape), grad_h, dm, kept)
             self._norm_backward(1, kept.middle, dm, dsix, kept, shape)
             dm += G
             self._gate_backward(0, kept.attended, dm, grad_h, dsix, kept, shape)
-            self._attend_backward(self._renorm(0, kept.h, normed, kept, shape), grad_h, grad_h, kept, shape)
+            self._attend_backward(
+                self._renorm(0, kept.h, normed, kept, shape), grad_h, grad_h, kept, shape
+            )
             self._norm_backward(0, kept.h, grad_h, dsix, kept, shape)
             grad_h += dm
             self._listen_backward(dmodulation, kept)
 
     def _kept(self) -> list[Buffer]:
-        shapes: dict[str, tuple] = {'qkv': ('N', '3 D'), 'lse': ('B', 'H', 'S'), 'hidden': ('N', 'F'), 'cdf': ('N', 'F'), 'modulation': ('B', '6 D')}
-        shapes |= dict.fromkeys(('heads', 'attended', 'middle', 'fed'), ('N', 'D')) | dict.fromkeys(('stats1', 'stats2'), (2, 'N'))
-        shapes |= dict.fromkeys(('level', 'time1', 'heard1', 'time2', 'heard2'), ('B', 'D'))
-        if self.keep_weights: shapes['weights'] = ('B', 'H', 'S', 'S')
-        return [_buffer(name, self.name, *shape, dtype=self.dtype) for name, shape in shapes.items()]
+        shapes: dict[str, tuple] = {
+            "qkv": ("N", "3 D"),
+            "lse": ("B", "H", "S"),
+            "hidden": ("N", "F"),
+            "cdf": ("N", "F"),
+            "modulation": ("B", "6 D"),
+        }
+        shapes |= dict.fromkeys(("heads", "attended", "middle", "fed"), ("N", "D")) | dict.fromkeys(
+            ("stats1", "stats2"), (2, "N")
+        )
+        shapes |= dict.fromkeys(("level", "time1", "heard1", "time2", "heard2"), ("B", "D"))
+        if self.keep_weights:
+            shapes["weights"] = ("B", "H", "S", "S")
+        return [
+            _buffer(name, self.name, *shape, dtype=self.dtype) for name, shape in shapes.items()
+        ]
 
     def _sizes(self, batch: int, seq_len: int) -> dict[str, int]:
         g = lambda rows, width: next((s.stop for s in panels(rows, width * self.dtype.itemsize)), 0)
-        return dict(H=self.n_heads, F=self.ffn_dim, r=block_rows(seq_len, self.dtype), g=g(batch * seq_len, self.ffn_dim), m=g(seq_len, self.dim))
+        return dict(
+            H=self.n_heads,
+            F=self.ffn_dim,
+            r=block_rows(seq_len, self.dtype),
+            g=g(batch * seq_len, self.ffn_dim),
+            m=g(seq_len, self.dim),
+        )
 
     def _forward_scratch(self) -> Requirement:
         b = lambda name, *shape: Buffer(name, shape, self.dtype)
-        feed = all_of(b('transformer.activated', 'N', 'F'), b('gelu.scratch', 'g', 'F'))
-        return all_of(b('diffusion.normed', 'N', 'D'), any_of(attention_requirement(self.dtype), feed))
+        feed = all_of(b("transformer.activated", "N", "F"), b("gelu.scratch", "g", "F"))
+        return all_of(
+            b("diffusion.normed", "N", "D"), any_of(attention_requirement(self.dtype), feed)
+        )
 
     def _backward_scratch(self) -> Requirement:
         b = lambda name, *shape: Buffer(name, shape, self.dtype)
-        feed = all_of(b('transformer.dhidden', 'N', 'F'), b('gelu.slopes', 2, 'g', 'F'))
-        attend = all_of(b('transformer.dheads', 'N', 'D'), b('transformer.dqkv', 'N', '3 D'), attention_requirement(self.dtype, backward=True))
-        listen = all_of(b('diffusion.dheard', 'B', 'D'), b('diffusion.dtime', 'B', 'D'), b('silu.scratch', 2, 'B', 'D'))
-        own = (b(f'diffusion.{name}', *shape) for name, shape in (('normed', ('N', 'D')), ('dmiddle', ('N', 'D')), ('dmodulation', ('B', '6 D'))))
-        return all_of(*own, any_of(feed, attend, norm_requirement(self.dtype), b('gate.column', 'D'), listen))
+        feed = all_of(b("transformer.dhidden", "N", "F"), b("gelu.slopes", 2, "g", "F"))
+        attend = all_of(
+            b("transformer.dheads", "N", "D"),
+            b("transformer.dqkv", "N", "3 D"),
+            attention_requirement(self.dtype, backward=True),
+        )
+        listen = all_of(
+            b("diffusion.dheard", "B", "D"),
+            b("diffusion.dtime", "B", "D"),
+            b("silu.scratch", 2, "B", "D"),
+        )
+        own = (
+            b(f"diffusion.{name}", *shape)
+            for name, shape in (
+                ("normed", ("N", "D")),
+                ("dmiddle", ("N", "D")),
+                ("dmodulation", ("B", "6 D")),
+            )
+        )
+        return all_of(
+            *own, any_of(feed, attend, norm_requirement(self.dtype), b("gate.column", "D"), listen)
+        )
 
 # %% ../nbs/08_diffusion.ipynb #17b948e0
 class Denoiser:
     "Linear in, blocks, linear out: says which noise is in `x`. All blocks share one workspace."
-    def __init__(self,
-                 features: int, # of the data
-                 dim: int, n_heads: int, ffn_dim: int, # of each block
-                 *,
-                 n_blocks: int = 2,
-                 n_steps: int = 1000, # T
-                 max_len: int = 1024, # longest sequence, for the table of positions
-                 rng: np.random.Generator | None = None, # of the initial weights
-                 dtype: DTypeLike = np.float32,
-                 workspace: Workspace | None = None): # default: its own
+
+    def __init__(
+        self,
+        features: int,  # of the data
+        dim: int,
+        n_heads: int,
+        ffn_dim: int,  # of each block
+        *,
+        n_blocks: int = 2,
+        n_steps: int = 1000,  # T
+        max_len: int = 1024,  # longest sequence, for the table of positions
+        rng: np.random.Generator | None = None,  # of the initial weights
+        dtype: DTypeLike = np.float32,
+        workspace: Workspace | None = None,
+    ):  # default: its own
         rng = np.random.default_rng() if rng is None else rng
-        self.workspace = Workspace(growth='exact') if workspace is None else workspace
-        self.blocks = [DiffusionBlock(dim, n_heads, ffn_dim, n_steps=n_steps, rng=rng, dtype=dtype, workspace=self.workspace, max_len=max_len)
-                       for _ in range(n_blocks)]
-        self.features, self.dim, self.dtype, self.n_steps, self.alpha_bar = features, dim, np.dtype(dtype), n_steps, cosine_schedule(n_steps)
-        shapes = {'in.weight': (dim, features), 'in.bias': (dim,), 'out.weight': (features, dim), 'out.bias': (features,)}
-        self._own, self._grads = (_views(np.zeros(sum(map(math.prod, shapes.values())), dtype), shapes) for _ in range(2))
+        self.workspace = Workspace(growth="exact") if workspace is None else workspace
+        self.blocks = [
+            DiffusionBlock(
+                dim,
+                n_heads,
+                ffn_dim,
+                n_steps=n_steps,
+                rng=rng,
+                dtype=dtype,
+                workspace=self.workspace,
+                max_len=max_len,
+            )
+            for _ in range(n_blocks)
+        ]
+        self.features, self.dim, self.dtype, self.n_steps, self.alpha_bar = (
+            features,
+            dim,
+            np.dtype(dtype),
+            n_steps,
+            cosine_schedule(n_steps),
+        )
+        shapes = {
+            "in.weight": (dim, features),
+            "in.bias": (dim,),
+            "out.weight": (features, dim),
+            "out.bias": (features,),
+        }
+        self._own, self._grads = (
+            _views(np.zeros(sum(map(math.prod, shapes.values())), dtype), shapes) for _ in range(2)
+        )
         initialise(self._own, rng)
-        self._own['out.weight'].fill(0)
+        self._own["out.weight"].fill(0)
         self._positions = _embeddings(max_len, dim, self.dtype)
-        self._saved: Any = None # rows, h and signal of a forward pass that backward may follow
+        self._saved: Any = None  # rows, h and signal of a forward pass that backward may follow
 
     def parameters(self) -> dict[str, np.ndarray]:
         "Name -> array; the arrays themselves."
-        return self._own | {f'{i}.{name}': p for i, block in enumerate(self.blocks) for name, p in block.parameters().items()}
+        return self._own | {
+            f"{i}.{name}": p
+            for i, block in enumerate(self.blocks)
+            for name, p in block.parameters().items()
+        }
 
     def gradients(self) -> dict[str, np.ndarray]:
         "Name -> gradient of the last backward pass."
-        return self._grads | {f'{i}.{name}': g for i, block in enumerate(self.blocks) for name, g in block.gradients().items()}
+        return self._grads | {
+            f"{i}.{name}": g
+            for i, block in enumerate(self.blocks)
+            for name, g in block.gradients().items()
+        }
 
-    def forward(self,
-                x: np.ndarray, # (B, S, features), data with noise in it
-                t: np.ndarray, # (B,) noise levels
-                ) -> np.ndarray: # (B, S, features), valid until the next forward pass
+    def forward(
+        self,
+        x: np.ndarray,  # (B, S, features), data with noise in it
+        t: np.ndarray,  # (B,) noise levels
+    ) -> np.ndarray:  # (B, S, features), valid until the next forward pass
         "The noise in `x`."
-        x, most = check_array('x', x, (3,), self.dtype), len(self._positions)
+        x, most = check_array("x", x, (3,), self.dtype), len(self._positions)
         if x.shape[2] != self.features or not 0 < x.shape[1] <= most or not len(x):
-            raise ValueError(f'x: shape {x.shape}, needed (B, S, {self.features}) with S up to {most}, not empty')
-        if not x.flags.c_contiguous: raise ValueError('x: is not C-contiguous; pass np.ascontiguousarray(x)')
-        t, p, ws, rows = check_levels(t, len(x), self.n_steps), self._own, self.workspace, x.reshape(-1, self.features)
+            raise ValueError(
+                f"x: shape {x.shape}, needed (B, S, {self.features}) with S up to {most}, not empty"
+            )
+        if not x.flags.c_contiguous:
+            raise ValueError("x: is not C-contiguous; pass np.ascontiguousarray(x)")
+        t, p, ws, rows = (
+            check_levels(t, len(x), self.n_steps),
+            self._own,
+            self.workspace,
+            x.reshape(-1, self.features),
+        )
         ws.next_generation()
-        h = ws.take('denoiser.in', (*x.shape[:2], self.dim), self.dtype)
+        h = ws.take("denoiser.in", (*x.shape[:2], self.dim), self.dtype)
         with unbuffered():
-            linear_into(rows, p['in.weight'], p['in.bias'], h.reshape(len(rows), self.dim))
-            for sequence in h: sequence += self._positions[:x.shape[1]]
-            for block in self.blocks: h = block.forward(h, t)
-            v = linear_into(h.reshape(len(rows), self.dim), p['out.weight'], p['out.bias'], ws.take('denoiser.v', rows.shape, self.dtype))
-            self._saved = rows, h.reshape(len(rows), self.dim), [math.sqrt(self.alpha_bar[level]) for level in t]
-            return add_noise_into(v.reshape(x.shape), x, t, self.alpha_bar, ws.take('denoiser.out', x.shape, self.dtype), ws)
+            linear_into(rows, p["in.weight"], p["in.bias"], h.reshape(len(rows), self.dim))
+            for sequence in h:
+                sequence += self._positions[: x.shape[1]]
+            for block in self.blocks:
+                h = block.forward(h, t)
+            v = linear_into(
+                h.reshape(len(rows), self.dim),
+                p["out.weight"],
+                p["out.bias"],
+                ws.take("denoiser.v", rows.shape, self.dtype),
+            )
+            self._saved = (
+                rows,
+                h.reshape(len(rows), self.dim),
+                [math.sqrt(self.alpha_bar[level]) for level in t],
+            )
+            return add_noise_into(
+                v.reshape(x.shape),
+                x,
+                t,
+                self.alpha_bar,
+                ws.take("denoiser.out", x.shape, self.dtype),
+                ws,
+            )
 
-    def backward(self, grad_out: np.ndarray) -> None: # (B, S, features)
+    def backward(self, grad_out: np.ndarray) -> None:  # (B, S, features)
         "Gradients of all parameters, for `gradients()`. That of the input is not asked for."
-        if self._saved is None: raise RuntimeError('backward: there is no forward pass to follow; call forward() before each backward()')
+        if self._saved is None:
+            raise RuntimeError(
+                "backward: there is no forward pass to follow; call forward() before each backward()"
+            )
         (rows, h, signal), p, g, ws = self._saved, self._own, self._grads, self.workspace
-        check_array('grad_out', grad_out, (3,), self.dtype)
-        if grad_out.size != rows.size or len(grad_out) != len(signal): raise ValueError(f'grad_out: shape {grad_out.shape} is not that of x')
+        check_array("grad_out", grad_out, (3,), self.dtype)
+        if grad_out.size != rows.size or len(grad_out) != len(signal):
+            raise ValueError(f"grad_out: shape {grad_out.shape} is not that of x")
         self._saved = None
         with unbuffered():
-            dv = ws.take('denoiser.dv', grad_out.shape, self.dtype)
-            for G, dV, a in zip(grad_out, dv, signal): np.multiply(G, a, out=dV)
+            dv = ws.take("denoiser.dv", grad_out.shape, self.dtype)
+            for G, dV, a in zip(grad_out, dv, signal):
+                np.multiply(G, a, out=dV)
             dv = dv.reshape(rows.shape)
-            dh = linear_backward_into(h, p['out.weight'], dv, ws.take('denoiser.dh', h.shape, self.dtype), g['out.weight'], g['out.bias'])
+            dh = linear_backward_into(
+                h,
+                p["out.weight"],
+                dv,
+                ws.take("denoiser.dh", h.shape, self.dtype),
+                g["out.weight"],
+                g["out.bias"],
+            )
             assert dh is not None
             dh = dh.reshape(*grad_out.shape[:2], self.dim)
-            for block in reversed(self.blocks): dh = block.backward(dh)
-            linear_backward_into(rows, p['in.weight'], dh.reshape(h.shape), None, g['in.weight'], g['in.bias'])
+            for block in reversed(self.blocks):
+                dh = block.backward(dh)
+            linear_backward_into(
+                rows, p["in.weight"], dh.reshape(h.shape), None, g["in.weight"], g["in.bias"]
+            )
 
 # %% ../nbs/08_diffusion.ipynb #c7f40d56
 class Trainer:
     "Adam on the weighted mean squared error of the predicted noise."
-    def __init__(self,
-                 model: Denoiser,
-                 lr: float = 1e-3,
-                 betas: tuple[float, float] = (0.9, 0.99), # of Adam
-                 floor: float = 0.05): # a; 1: no weights
-        if not 0 < floor <= 1: raise ValueError(f'floor: {floor}, needed a share of the signal in (0, 1]')
-        self.model, self.lr, self.betas, self.count, self.workspace = model, lr, betas, 0, Workspace(growth='exact')
-        self.weights = [1 / max(a, floor) for a in model.alpha_bar] # of the levels
-        self.moments = {name: (np.zeros_like(p), np.zeros_like(p)) for name, p in model.parameters().items()}
 
-    def error(self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray) -> tuple[float, np.ndarray]: # error, and predicted - noise
+    def __init__(
+        self,
+        model: Denoiser,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),  # of Adam
+        floor: float = 0.05,
+    ):  # a; 1: no weights
+        if not 0 < floor <= 1:
+            raise ValueError(f"floor: {floor}, needed a share of the signal in (0, 1]")
+        self.model, self.lr, self.betas, self.count, self.workspace = (
+            model,
+            lr,
+            betas,
+            0,
+            Workspace(growth="exact"),
+        )
+        self.weights = [1 / max(a, floor) for a in model.alpha_bar]  # of the levels
+        self.moments = {
+            name: (np.zeros_like(p), np.zeros_like(p)) for name, p in model.parameters().items()
+        }
+
+    def error(
+        self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray
+    ) -> tuple[float, np.ndarray]:  # error, and predicted - noise
         "Mean squared error of the prediction, without weights, and without learning from it."
         self.workspace.next_generation()
-        x = add_noise_into(x0, noise, t, self.model.alpha_bar, self.workspace.take('trainer.noisy', x0.shape, x0.dtype), self.workspace)
+        x = add_noise_into(
+            x0,
+            noise,
+            t,
+            self.model.alpha_bar,
+            self.workspace.take("trainer.noisy", x0.shape, x0.dtype),
+            self.workspace,
+        )
         off = self.model.forward(x, t)
         off -= noise
         flat = off.reshape(-1)
         return float(np.dot(flat, flat)) / off.size, off
 
-    def learn(self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray) -> float: # error, without the weights
+    def learn(
+        self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray
+    ) -> float:  # error, without the weights
         "Gradients of the loss, in `model.gradients()`."
         error, off = self.error(x0, noise, t)
-        for sequence, level in zip(off, t): sequence *= 2 / off.size * self.weights[level]
+        for sequence, level in zip(off, t):
+            sequence *= 2 / off.size * self.weights[level]
         self.model.backward(off)
         return error
 
-    def step(self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray) -> float: # (B, S, features), same, (B,) -> error before the step
+    def step(
+        self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray
+    ) -> float:  # (B, S, features), same, (B,) -> error before the step
         "One step of Adam."
         error = self.learn(x0, noise, t)
         self.count += 1
         gradients = self.model.gradients()
         for name, p in self.model.parameters().items():
-            adam_into(p, gradients[name], *self.moments[name], self.count, self.workspace, lr=self.lr, betas=self.betas)
+            adam_into(
+                p,
+                gradients[name],
+                *self.moments[name],
+                self.count,
+                self.workspace,
+                lr=self.lr,
+                betas=self.betas,
+            )
         return error
 
 # %% ../nbs/08_diffusion.ipynb #ecdd55f0
-def ddim_step(x: np.ndarray, noise: np.ndarray, now: float, then: float) -> np.ndarray: # any shape, same, alpha_bar in (0, 1] twice -> same
+def ddim_step(
+    x: np.ndarray, noise: np.ndarray, now: float, then: float
+) -> np.ndarray:  # any shape, same, alpha_bar in (0, 1] twice -> same
     "From one noise level to another, if `noise` is in `x` (Song et al. 2021, eq. 12 without randomness)."
     x0 = (x - math.sqrt(1 - now) * noise) / math.sqrt(now)
     return math.sqrt(then) * x0 + math.sqrt(1 - then) * noise
 
-def ddim_step_into(x: np.ndarray, # (N, D)
-                   noise: np.ndarray, # (N, D), what is believed to be the noise in it
-                   now: float, # alpha_bar of `x`
-                   then: float, # alpha_bar to go to; 1: no noise
-                   out: np.ndarray, # (N, D), may be `x` or `noise`
-                   ws: Workspace, # for a panel
-                   ) -> np.ndarray: # out
+
+def ddim_step_into(
+    x: np.ndarray,  # (N, D)
+    noise: np.ndarray,  # (N, D), what is believed to be the noise in it
+    now: float,  # alpha_bar of `x`
+    then: float,  # alpha_bar to go to; 1: no noise
+    out: np.ndarray,  # (N, D), may be `x` or `noise`
+    ws: Workspace,  # for a panel
+) -> np.ndarray:  # out
     "`ddim_step` as one combination of both."
-    for name, level in (('now', now), ('then', then)):
-        if not 0 < level <= 1: raise ValueError(f'{name}: {level}, needed an alpha_bar in (0, 1]')
+    for name, level in (("now", now), ("then", then)):
+        if not 0 < level <= 1:
+            raise ValueError(f"{name}: {level}, needed an alpha_bar in (0, 1]")
     ratio = math.sqrt(then / now)
     return combine_into(x, noise, ratio, math.sqrt(1 - then) - ratio * math.sqrt(1 - now), out, ws)
 
 # %% ../nbs/08_diffusion.ipynb #41c36ae3
-def sample(predict: Callable[[np.ndarray, np.ndarray], np.ndarray], # (x, t) -> noise, as `Denoiser.forward`
-           x: np.ndarray, # (B, S, D), C order, standard normal noise; becomes the sample
-           alpha_bar: np.ndarray, # (T,)
-           steps: int = 50, # calls of `predict`, at levels that are spread evenly
-           ws: Workspace | None = None, # for a panel
-           ) -> np.ndarray: # x
+def sample(
+    predict: Callable[
+        [np.ndarray, np.ndarray], np.ndarray
+    ],  # (x, t) -> noise, as `Denoiser.forward`
+    x: np.ndarray,  # (B, S, D), C order, standard normal noise; becomes the sample
+    alpha_bar: np.ndarray,  # (T,)
+    steps: int = 50,  # calls of `predict`, at levels that are spread evenly
+    ws: Workspace | None = None,  # for a panel
+) -> np.ndarray:  # x
     "Walk from the last level down to none, without randomness (DDIM)."
-    if not 1 <= steps <= len(alpha_bar): raise ValueError(f'steps: {steps}, needed 1..{len(alpha_bar)}')
-    check_out(x, np.shape(x), check_array('x', x, (3,)).dtype, {})
-    if not x.flags.c_contiguous: raise ValueError('x: is not C-contiguous; pass np.ascontiguousarray(x)')
-    ws, rows, t = Workspace(growth='exact') if ws is None else ws, x.reshape(-1, x.shape[2]), np.empty(len(x), np.intp)
+    if not 1 <= steps <= len(alpha_bar):
+        raise ValueError(f"steps: {steps}, needed 1..{len(alpha_bar)}")
+    check_out(x, np.shape(x), check_array("x", x, (3,)).dtype, {})
+    if not x.flags.c_contiguous:
+        raise ValueError("x: is not C-contiguous; pass np.ascontiguousarray(x)")
+    ws, rows, t = (
+        Workspace(growth="exact") if ws is None else ws,
+        x.reshape(-1, x.shape[2]),
+        np.empty(len(x), np.intp),
+    )
     levels = [round(i) for i in np.linspace(len(alpha_bar) - 1, 0, steps)]
     for now, then in itertools.pairwise([*levels, None]):
         t.fill(now)
         with unbuffered():
-            ddim_step_into(rows, predict(x, t).reshape(rows.shape), alpha_bar[now], 1.0 if then is None else alpha_bar[then], rows, ws)
+            ddim_step_into(
+                rows,
+                predict(x, t).reshape(rows.shape),
+                alpha_bar[now],
+                1.0 if then is None else alpha_bar[then],
+                rows,
+                ws,
+            )
     return x

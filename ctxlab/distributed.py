@@ -28,148 +28,238 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from .data import InputError
-from .streaming import SPARE, ContextStats, Shard, _check_run, _join_in_order, least_bytes, parse_bytes, shard_stats
+from ctxlab.streaming import (
+    SPARE,
+    ContextStats,
+    Shard,
+    _check_run,
+    _join_in_order,
+    least_bytes,
+    parse_bytes,
+    shard_stats,
+)
 from .workspace import Workspace
 
 # %% ../nbs/11a_distributed.ipynb #1344ec9b
-AHEAD = 2 # shards under way for each worker
+AHEAD = 2  # shards under way for each worker
 
-def worker_budget(memory: int | str, # for the client and all workers, as for `parse_bytes`
-                  workers: int,
-                  dim: int, # D
-                  dtype=np.float32) -> int: # bytes
+
+def worker_budget(
+    memory: int | str,  # for the client and all workers, as for `parse_bytes`
+    workers: int,
+    dim: int,  # D
+    dtype=np.float32,
+) -> int:  # bytes
     "The share of one worker; a ValueError states the least that would do."
     client = 2 * 8 * (dim * dim + 4 * dim) + SPARE
     have, least = parse_bytes(memory), client + workers * least_bytes(dim, dtype)
-    if have < least: raise ValueError(f'memory: {memory} is too little for {dim} features in {np.dtype(dtype)} on {workers} workers; needed at least {least} bytes ({least / 1e6:.1f} MB)')
+    if have < least:
+        raise ValueError(
+            f"memory: {memory} is too little for {dim} features in {np.dtype(dtype)} on {workers} workers; needed at least {least} bytes ({least / 1e6:.1f} MB)"
+        )
     return (have - client) // workers
 
 # %% ../nbs/11a_distributed.ipynb #1312f0f1
 _own = threading.local()
 
+
 def _stats_of(shard: Shard, memory: int) -> ContextStats:
     "A task: the statistics of one shard."
-    if not hasattr(_own, 'workspace'):
-        threadpool_limits(1, user_api='blas')
-        _own.workspace = Workspace(growth='exact')
-    return shard_stats(shard, memory, stats=ContextStats(shard.width, shard.dtype, workspace=_own.workspace))
+    if not hasattr(_own, "workspace"):
+        threadpool_limits(1, user_api="blas")
+        _own.workspace = Workspace(growth="exact")
+    return shard_stats(
+        shard, memory, stats=ContextStats(shard.width, shard.dtype, workspace=_own.workspace)
+    )
 
 # %% ../nbs/11a_distributed.ipynb #555dae37
 @contextmanager
 def _explained(shard: Shard, scheduler: str) -> Iterator[None]:
     "What goes wrong in the cluster becomes one line; what goes wrong with a file is one already."
-    try: yield
-    except (InputError, MemoryError): raise
-    except CancelledError: raise InputError(f'scheduler: the connection to {scheduler} was lost') from None
-    except ImportError as e: raise InputError(f'workers: they cannot load what is needed ({e})') from e
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except CancelledError:
+        raise InputError(f"scheduler: the connection to {scheduler} was lost") from None
+    except ImportError as e:
+        raise InputError(f"workers: they cannot load what is needed ({e})") from e
     except Exception as e:
-        if type(e).__name__ == 'KilledWorker': raise InputError(f'{shard.x}: one worker after the other died over it; is there too little memory?') from e
-        if 'deserialization' in str(e): raise InputError('workers: the scheduler or a worker has no ctxlab of this version') from e
+        if type(e).__name__ == "KilledWorker":
+            raise InputError(
+                f"{shard.x}: one worker after the other died over it; is there too little memory?"
+            ) from e
+        if "deserialization" in str(e):
+            raise InputError(
+                "workers: the scheduler or a worker has no ctxlab of this version"
+            ) from e
         raise
 
-def _ahead(client, left: Sequence[Shard], memory: int, ahead: int, tick: Callable[[int], Any]) -> Generator[ContextStats, None, None]:
+
+def _ahead(
+    client, left: Sequence[Shard], memory: int, ahead: int, tick: Callable[[int], Any]
+) -> Generator[ContextStats, None, None]:
     "Statistics of shards in their order, made on the workers, at most `ahead` at a time."
     run, todo = uuid.uuid4().hex, enumerate(left)
-    submit = lambda i, s: (s, client.submit(functools.partial(_stats_of, s, memory), key=f'shard-{run}-{i}', pure=False))
+    submit = lambda i, s: (
+        s,
+        client.submit(functools.partial(_stats_of, s, memory), key=f"shard-{run}-{i}", pure=False),
+    )
     waiting = deque(submit(i, s) for i, s in itertools.islice(todo, ahead))
     try:
         while waiting:
             shard, future = waiting[0]
-            with _explained(shard, client.scheduler.address): part = future.result()
+            with _explained(shard, client.scheduler.address):
+                part = future.result()
             waiting.popleft()
-            del future # the worker may forget it
-            for i, s in itertools.islice(todo, 1): waiting.append(submit(i, s))
+            del future  # the worker may forget it
+            for i, s in itertools.islice(todo, 1):
+                waiting.append(submit(i, s))
             tick(part.count)
             yield part
             del part
     finally:
-        if client.status == 'running': client.cancel([future for _, future in waiting], force=True)
+        if client.status == "running":
+            client.cancel([future for _, future in waiting], force=True)
 
 # %% ../nbs/11a_distributed.ipynb #966b0a7e
 def _dask():
-    try: return importlib.import_module('distributed')
-    except ImportError: raise ImportError("dask is not installed; pip install 'ctxlab[distributed]'") from None
+    try:
+        return importlib.import_module("distributed")
+    except ImportError:
+        raise ImportError("dask is not installed; pip install 'ctxlab[distributed]'") from None
+
 
 @contextmanager
 def _shielded() -> Iterator[None]:
     "Threads and processes that are started in the block never see Ctrl-C; one that comes is held back to its end."
-    if not hasattr(signal, 'pthread_sigmask'):
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running() # it would be started with the first process, and lift the block
+    resource_tracker.ensure_running()  # it would be started with the first process, and lift the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try: yield
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 
 @contextmanager
-def local_workers(workers: int) -> Iterator[Any]: # a distributed.Client
+def local_workers(workers: int) -> Iterator[Any]:  # a distributed.Client
     "A client of so many worker processes on this machine, which end with the block."
     d = _dask()
     with ExitStack() as stack:
-        place = stack.enter_context(tempfile.TemporaryDirectory(prefix='ctxlab-'))
-        stack.enter_context(importlib.import_module('dask').config.set({'temporary-directory': place}))
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="ctxlab-"))
+        stack.enter_context(
+            importlib.import_module("dask").config.set({"temporary-directory": place})
+        )
         with _shielded():
-            cluster = stack.enter_context(d.LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address='127.0.0.1:0',
-                scheduler_kwargs={'dashboard': False}, silence_logs=logging.CRITICAL))
-            client = stack.enter_context(d.Client(cluster, set_as_default=False, direct_to_workers=True))
+            cluster = stack.enter_context(
+                d.LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    memory_limit=0,
+                    dashboard_address="127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": False},
+                    silence_logs=logging.CRITICAL,
+                )
+            )
+            client = stack.enter_context(
+                d.Client(cluster, set_as_default=False, direct_to_workers=True)
+            )
         yield client
 
 # %% ../nbs/11a_distributed.ipynb #04031881
 def _check_answer(scheduler: str, timeout: float) -> None:
     "An InputError if no scheduler speaks at the address in time."
-    connect = importlib.import_module('distributed.comm').connect
-    async def ask() -> None: await (await asyncio.wait_for(connect(scheduler, timeout=timeout), timeout)).close()
+    connect = importlib.import_module("distributed.comm").connect
+
+    async def ask() -> None:
+        await (await asyncio.wait_for(connect(scheduler, timeout=timeout), timeout)).close()
+
     try:
-        with ThreadPoolExecutor(1) as own: own.submit(asyncio.run, ask()).result() # the caller may have a loop of its own
+        with ThreadPoolExecutor(1) as own:
+            own.submit(asyncio.run, ask()).result()  # the caller may have a loop of its own
     except (OSError, ValueError) as e:
-        raise InputError(f"scheduler: {scheduler} cannot be reached within {timeout:g} s ({(str(e) or 'no answer').splitlines()[0]})") from None
+        raise InputError(
+            f"scheduler: {scheduler} cannot be reached within {timeout:g} s ({(str(e) or 'no answer').splitlines()[0]})"
+        ) from None
+
 
 @contextmanager
-def _connected(scheduler: str, timeout: float) -> Iterator[Any]: # a distributed.Client
+def _connected(scheduler: str, timeout: float) -> Iterator[Any]:  # a distributed.Client
     "A client of the scheduler at an address, or an InputError."
     d = _dask()
     with ExitStack() as stack:
-        stack.enter_context(importlib.import_module('distributed.utils').silence_logging_cmgr(logging.CRITICAL))
+        stack.enter_context(
+            importlib.import_module("distributed.utils").silence_logging_cmgr(logging.CRITICAL)
+        )
         _check_answer(scheduler, timeout)
         yield stack.enter_context(d.Client(scheduler, timeout=timeout, set_as_default=False))
 
+
 def _slots(client, timeout: float) -> int:
     "Threads of all workers; an InputError if there are none."
-    try: client.wait_for_workers(1, timeout)
-    except TimeoutError: raise InputError(f'scheduler: {client.scheduler.address} has no workers') from None
+    try:
+        client.wait_for_workers(1, timeout)
+    except TimeoutError:
+        raise InputError(f"scheduler: {client.scheduler.address} has no workers") from None
     return sum(client.nthreads().values())
 
-def _absolute(shard: Shard) -> Shard: return shard._replace(x=os.path.abspath(shard.x), y=os.path.abspath(shard.y))
+
+def _absolute(shard: Shard) -> Shard:
+    return shard._replace(x=os.path.abspath(shard.x), y=os.path.abspath(shard.y))
 
 # %% ../nbs/11a_distributed.ipynb #7216b8ff
-def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def stream_distributed(todo: Sequence[Shard], # from `shards`
-                       *,
-                       memory: int | str = '1GB', # for all processes together, see `worker_budget`
-                       workers: int | None = None, # processes on this machine; default: one a core
-                       scheduler: str | None = None, # or the address of a scheduler, as tcp://host:8786
-                       client: Any = None, # or a distributed.Client; it stays open
-                       timeout: float = 5.0, # seconds to reach the scheduler, and to wait for its first worker
-                       checkpoint: Any = None, # path, as for `stream`; the two read each other's
-                       every: int = 4, # shards from one checkpoint to the next
-                       resume: bool = False, # go on from the checkpoint, if it is there
-                       progress: bool = False) -> ContextStats:
+
+def stream_distributed(
+    todo: Sequence[Shard],  # from `shards`
+    *,
+    memory: int | str = "1GB",  # for all processes together, see `worker_budget`
+    workers: int | None = None,  # processes on this machine; default: one a core
+    scheduler: str | None = None,  # or the address of a scheduler, as tcp://host:8786
+    client: Any = None,  # or a distributed.Client; it stays open
+    timeout: float = 5.0,  # seconds to reach the scheduler, and to wait for its first worker
+    checkpoint: Any = None,  # path, as for `stream`; the two read each other's
+    every: int = 4,  # shards from one checkpoint to the next
+    resume: bool = False,  # go on from the checkpoint, if it is there
+    progress: bool = False,
+) -> ContextStats:
     "Statistics of all rows, made on workers. To the bit those of `stream` with one thread of BLAS and as many rows at a time."
     from tqdm import tqdm
+
     todo = list(todo)
-    if sum(v is not None for v in (workers, scheduler, client)) > 1: raise ValueError('workers: give one of workers, scheduler and client')
-    if workers is not None and operator.index(workers) < 1: raise ValueError(f'workers: {workers}, needed at least 1')
+    if sum(v is not None for v in (workers, scheduler, client)) > 1:
+        raise ValueError("workers: give one of workers, scheduler and client")
+    if workers is not None and operator.index(workers) < 1:
+        raise ValueError(f"workers: {workers}, needed at least 1")
     _check_run(rows := sum(s.rows for s in todo), checkpoint, every, resume)
     share = lambda slots: worker_budget(memory, slots, todo[0].width, todo[0].dtype)
     with ExitStack() as stack:
-        if scheduler is not None: client = stack.enter_context(_connected(scheduler, timeout))
+        if scheduler is not None:
+            client = stack.enter_context(_connected(scheduler, timeout))
         if client is None:
             slots = min(workers or _cores(), len(todo))
-            budget = share(slots) # before anything is started
+            budget = share(slots)  # before anything is started
             client = stack.enter_context(local_workers(slots))
-        else: budget = share(slots := min(_slots(client, timeout), len(todo)))
-        bar = stack.enter_context(tqdm(total=rows, desc='rows', unit='row', unit_scale=True, disable=not progress, leave=False))
-        parts = lambda left: _ahead(client, [_absolute(s) for s in left], budget, AHEAD * slots, bar.update)
-        with threadpool_limits(1, user_api='blas'): return _join_in_order(todo, parts, checkpoint, every, resume, bar)
+        else:
+            budget = share(slots := min(_slots(client, timeout), len(todo)))
+        bar = stack.enter_context(
+            tqdm(
+                total=rows,
+                desc="rows",
+                unit="row",
+                unit_scale=True,
+                disable=not progress,
+                leave=False,
+            )
+        )
+        parts = lambda left: _ahead(
+            client, [_absolute(s) for s in left], budget, AHEAD * slots, bar.update
+        )
+        with threadpool_limits(1, user_api="blas"):
+            return _join_in_order(todo, parts, checkpoint, every, resume, bar)

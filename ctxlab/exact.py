@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+
 if TYPE_CHECKING:
     from ctxlab.streaming import ContextStats, Shard
 
 # %% ../nbs/11b_exact.ipynb #3f41a52e
-EXAMPLES = '''\
+EXAMPLES = """\
 examples:
   ctxlab context run/                            a folder of .npz files with arrays x and y, or of NAME.x.npy beside NAME.y.npy
   ctxlab context a.npz b.npz --out mine.npz      writes mine.npz and mine.png
@@ -34,208 +35,365 @@ examples:
 The result holds: context, the (D, D) tanh of the correlations of all rows of x with y; count, mean_x, mean_y, std_x,
 std_y, nonfinite_x, nonfinite_y (entries that counted as 0), noise_floor, dim, and about, a JSON text with the files and
 settings. Until it is complete, the work is kept in a checkpoint beside it.
-'''
+"""
+
 
 def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 1 or more')
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
-def add_parser(commands) -> argparse.ArgumentParser: # commands: from `add_subparsers`
+
+def add_parser(commands) -> argparse.ArgumentParser:  # commands: from `add_subparsers`
     "Add the sub-command `context`."
-    p = commands.add_parser('context', help='the exact context of all rows in your files; write a matrix and a picture',
-                            description='Correlate every feature of x with every feature of y over all rows of all files, in one pass and '
-                            'bounded memory.', epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('shards', nargs='*', metavar='SHARDS', help='.npz files with x and y, NAME.x.npy files, or folders of these')
-    p.add_argument('--x', nargs='+', metavar='X', help='.npy files, or folders of them, with x')
-    p.add_argument('--y', nargs='+', metavar='Y', help='.npy files, or folders of them, with y: as many as with x')
-    p.add_argument('--out', metavar='FILE.npz', default='context.npz', help='where to write (default: %(default)s); the picture goes beside it')
-    p.add_argument('--memory', metavar='SIZE', default='2GB', help='for all the work, as 500MB or 1.5GiB (default: %(default)s); Python itself comes on top')
+    p = commands.add_parser(
+        "context",
+        help="the exact context of all rows in your files; write a matrix and a picture",
+        description="Correlate every feature of x with every feature of y over all rows of all files, in one pass and "
+        "bounded memory.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "shards",
+        nargs="*",
+        metavar="SHARDS",
+        help=".npz files with x and y, NAME.x.npy files, or folders of these",
+    )
+    p.add_argument("--x", nargs="+", metavar="X", help=".npy files, or folders of them, with x")
+    p.add_argument(
+        "--y",
+        nargs="+",
+        metavar="Y",
+        help=".npy files, or folders of them, with y: as many as with x",
+    )
+    p.add_argument(
+        "--out",
+        metavar="FILE.npz",
+        default="context.npz",
+        help="where to write (default: %(default)s); the picture goes beside it",
+    )
+    p.add_argument(
+        "--memory",
+        metavar="SIZE",
+        default="2GB",
+        help="for all the work, as 500MB or 1.5GiB (default: %(default)s); Python itself comes on top",
+    )
     where = p.add_mutually_exclusive_group()
-    where.add_argument('--workers', type=_whole, metavar='N', help='so many processes with one thread each (default: this process, all threads)')
-    where.add_argument('--scheduler', metavar='ADDRESS', help='of a Dask cluster whose workers see the same files, as tcp://host:8786')
-    p.add_argument('--resume', action='store_true', help='go on from the checkpoint of an interrupted run, if there is one')
-    p.add_argument('--no-progress', action='store_true', help='no progress bar')
-    p.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    where.add_argument(
+        "--workers",
+        type=_whole,
+        metavar="N",
+        help="so many processes with one thread each (default: this process, all threads)",
+    )
+    where.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a Dask cluster whose workers see the same files, as tcp://host:8786",
+    )
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint of an interrupted run, if there is one",
+    )
+    p.add_argument("--no-progress", action="store_true", help="no progress bar")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return p
 
 # %% ../nbs/11b_exact.ipynb #55e3e952
 def _arrays_of(option: str, names: Sequence[str]) -> list[Path]:
     "The .npy files that were named, and those in folders that were, by name."
     from ctxlab.data import InputError
+
     found: list[Path] = []
     for name in map(Path, names):
-        inside = sorted(name.glob('*.npy')) if name.is_dir() else [name]
-        if not inside: raise InputError(f'{option}: the folder {name} holds no .npy file')
+        inside = sorted(name.glob("*.npy")) if name.is_dir() else [name]
+        if not inside:
+            raise InputError(f"{option}: the folder {name} holds no .npy file")
         found += inside
     for path in found:
-        if path.exists() and path.suffix != '.npy': raise InputError(f'{option}: {path} is no .npy file')
+        if path.exists() and path.suffix != ".npy":
+            raise InputError(f"{option}: {path} is no .npy file")
     return found
+
 
 def _sources(args: argparse.Namespace) -> list[Any]:
     "What to hand to `shards`."
     from ctxlab.data import InputError
-    if args.shards and (args.x or args.y): raise InputError('SHARDS: either name shards, or --x and --y, not both')
-    if bool(args.x) != bool(args.y): raise InputError(f"--{'y' if args.x else 'x'} is missing: x and y are named together")
-    if not args.shards and not args.x: raise InputError('SHARDS: no files are named; see ctxlab context --help')
-    if args.shards: return args.shards
-    x, y = _arrays_of('--x', args.x), _arrays_of('--y', args.y)
-    if len(x) != len(y): raise InputError(f'--y: {len(y)} files, --x has {len(x)}; they are paired in order')
+
+    if args.shards and (args.x or args.y):
+        raise InputError("SHARDS: either name shards, or --x and --y, not both")
+    if bool(args.x) != bool(args.y):
+        raise InputError(f"--{'y' if args.x else 'x'} is missing: x and y are named together")
+    if not args.shards and not args.x:
+        raise InputError("SHARDS: no files are named; see ctxlab context --help")
+    if args.shards:
+        return args.shards
+    x, y = _arrays_of("--x", args.x), _arrays_of("--y", args.y)
+    if len(x) != len(y):
+        raise InputError(f"--y: {len(y)} files, --x has {len(x)}; they are paired in order")
     return list(zip(x, y))
 
-def _listed(args: argparse.Namespace) -> list['Shard']:
+
+def _listed(args: argparse.Namespace) -> list["Shard"]:
     "All shards, checked by their headers."
     from ctxlab.data import InputError
     from ctxlab.streaming import shards
+
     listed, seen = shards(_sources(args)), set()
     for s in listed:
-        if (place := (os.path.realpath(s.x), os.path.realpath(s.y))) in seen: raise InputError(f'{s.x}: is named twice, and would count twice')
+        if (place := (os.path.realpath(s.x), os.path.realpath(s.y))) in seen:
+            raise InputError(f"{s.x}: is named twice, and would count twice")
         seen.add(place)
-    if (rows := sum(s.rows for s in listed)) < 2: raise InputError(f'{listed[0].x}: {rows} rows in all; a correlation needs at least 2')
+    if (rows := sum(s.rows for s in listed)) < 2:
+        raise InputError(f"{listed[0].x}: {rows} rows in all; a correlation needs at least 2")
     return listed
 
 # %% ../nbs/11b_exact.ipynb #dd38aa27
-def _places(args: argparse.Namespace) -> tuple[Path, Path, Path]: # result, picture, checkpoint
+def _places(args: argparse.Namespace) -> tuple[Path, Path, Path]:  # result, picture, checkpoint
     "Where things go, or an InputError if they cannot."
     from ctxlab.data import InputError
+
     out = Path(args.out)
-    if out.is_dir(): raise InputError(f'--out: {out} is a folder; name a file, as {out / "context.npz"}')
-    if out.suffix != '.npz': raise InputError(f'--out: {out} must end in .npz')
-    if not out.parent.is_dir(): raise InputError(f'--out: {out.parent} is no folder')
-    places = out, out.with_suffix('.png'), out.with_suffix('.checkpoint.npz')
+    if out.is_dir():
+        raise InputError(f"--out: {out} is a folder; name a file, as {out / 'context.npz'}")
+    if out.suffix != ".npz":
+        raise InputError(f"--out: {out} must end in .npz")
+    if not out.parent.is_dir():
+        raise InputError(f"--out: {out.parent} is no folder")
+    places = out, out.with_suffix(".png"), out.with_suffix(".checkpoint.npz")
     for path in places[1:]:
-        if path.is_dir(): raise InputError(f'--out: {path} is a folder; a file of that name is to be written')
+        if path.is_dir():
+            raise InputError(f"--out: {path} is a folder; a file of that name is to be written")
     for folder in filter(os.path.isdir, args.shards):
-        if os.path.samefile(folder, out.parent): raise InputError(f'--out: {out} would lie among the shards of {folder}; choose another folder')
+        if os.path.samefile(folder, out.parent):
+            raise InputError(
+                f"--out: {out} would lie among the shards of {folder}; choose another folder"
+            )
     try:
-        with tempfile.TemporaryFile(dir=out.parent): pass
-    except OSError as e: raise InputError(f'--out: {out} cannot be written ({e.strerror})') from None
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as e:
+        raise InputError(f"--out: {out} cannot be written ({e.strerror})") from None
     return places
 
-def _check_apart(places: Sequence[Path], listed: Sequence['Shard']) -> None:
+
+def _check_apart(places: Sequence[Path], listed: Sequence["Shard"]) -> None:
     "An InputError if something would be written over a shard."
     from ctxlab.data import InputError
+
     for path in filter(os.path.exists, places):
         if any(os.path.samefile(path, source) for s in listed for source in (s.x, s.y)):
-            raise InputError(f'--out: {path} is one of the shards; choose another name')
+            raise InputError(f"--out: {path} is one of the shards; choose another name")
 
 # %% ../nbs/11b_exact.ipynb #c39b0278
 @contextmanager
 def _in_place(*paths: Path) -> Iterator[list[Path]]:
     "Temporary names to write to; all of them are renamed to `paths` when the block succeeds, and removed when it fails."
-    parts = [path.with_name(f'.{path.name}.new') for path in paths]
+    parts = [path.with_name(f".{path.name}.new") for path in paths]
     try:
         yield parts
-        for part, path in zip(parts, paths): os.replace(part, path)
+        for part, path in zip(parts, paths):
+            os.replace(part, path)
     finally:
-        for part in parts: part.unlink(missing_ok=True)
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 # %% ../nbs/11b_exact.ipynb #2a63f1e6
-def _about(args: argparse.Namespace, listed: Sequence['Shard'], seconds: float) -> dict[str, Any]:
+def _about(args: argparse.Namespace, listed: Sequence["Shard"], seconds: float) -> dict[str, Any]:
     "Where a result comes from, in plain values."
     import numpy as np
-    files = [dict(path=os.path.abspath(path), bytes=size, modified_ns=when)
-             for s in listed for path, (size, when) in dict(zip((s.x, s.y), s.fingerprint)).items()]
-    settings = dict(memory=args.memory, workers=args.workers, scheduler=args.scheduler, resumed=args.resume)
-    return dict(ctxlab=__version__, numpy=np.__version__, created=datetime.now(timezone.utc).isoformat(timespec='seconds'),
-                seconds=round(seconds, 3), settings=settings, files=files)
 
-def result_arrays(stats: 'ContextStats', about: Mapping[str, Any]) -> dict[str, Any]: # name -> array
+    files = [
+        dict(path=os.path.abspath(path), bytes=size, modified_ns=when)
+        for s in listed
+        for path, (size, when) in dict(zip((s.x, s.y), s.fingerprint)).items()
+    ]
+    settings = dict(
+        memory=args.memory, workers=args.workers, scheduler=args.scheduler, resumed=args.resume
+    )
+    return dict(
+        ctxlab=__version__,
+        numpy=np.__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+        settings=settings,
+        files=files,
+    )
+
+
+def result_arrays(
+    stats: "ContextStats", about: Mapping[str, Any]
+) -> dict[str, Any]:  # name -> array
     "What goes into the file."
     import numpy as np
 
     from ctxlab.streaming import noise_floor
+
     state, n = stats.state_dict(), stats.count
-    numbers = dict(count=n, dim=stats.dim, nonfinite_x=stats.nonfinite_x, nonfinite_y=stats.nonfinite_y, noise_floor=noise_floor(n))
-    vectors = dict(mean_x=state['mean_x'], mean_y=state['mean_y'], std_x=np.sqrt(state['m2_x'] / n), std_y=np.sqrt(state['m2_y'] / n))
-    return {name: np.asarray(a) for name, a in dict(context=stats.similarity(), **vectors, **numbers, about=json.dumps(about)).items()}
+    numbers = dict(
+        count=n,
+        dim=stats.dim,
+        nonfinite_x=stats.nonfinite_x,
+        nonfinite_y=stats.nonfinite_y,
+        noise_floor=noise_floor(n),
+    )
+    vectors = dict(
+        mean_x=state["mean_x"],
+        mean_y=state["mean_y"],
+        std_x=np.sqrt(state["m2_x"] / n),
+        std_y=np.sqrt(state["m2_y"] / n),
+    )
+    return {
+        name: np.asarray(a)
+        for name, a in dict(
+            context=stats.similarity(), **vectors, **numbers, about=json.dumps(about)
+        ).items()
+    }
 
 # %% ../nbs/11b_exact.ipynb #a19d0501
 def figures_of(context, floor: float) -> dict[str, float]:
     "Root mean squares on and off the diagonal, and the share of entries beyond two noise floors."
     import numpy as np
+
     squares, D = np.square(context, dtype=np.float64), len(context)
     on = float(np.trace(squares))
-    off = (float(squares.sum()) - on) / (D * D - D) if D > 1 else float('nan')
-    return dict(on=(on / D)**0.5, off=max(off, 0.0)**0.5 if D > 1 else off, beyond=float(np.mean(squares > 4 * floor * floor)))
+    off = (float(squares.sum()) - on) / (D * D - D) if D > 1 else float("nan")
+    return dict(
+        on=(on / D) ** 0.5,
+        off=max(off, 0.0) ** 0.5 if D > 1 else off,
+        beyond=float(np.mean(squares > 4 * floor * floor)),
+    )
 
-def summary(stats: 'ContextStats', context, shards: int, seconds: float) -> str:
+
+def summary(stats: "ContextStats", context, shards: int, seconds: float) -> str:
     "The table that the command prints."
     from ctxlab.streaming import noise_floor
+
     floor, n = noise_floor(stats.count), stats.count
     f = figures_of(context, floor)
-    times = lambda value: f'{value:.4f}, {value / floor:.1f} times the noise floor'
-    rows = {'rows': f"{n:,} in {shards} shard{'s' * (shards > 1)}", 'features': f'{stats.dim}, {stats.dtype}', 'noise floor': f'{floor:.4f}',
-            'rms off the diagonal': times(f['off']) if stats.dim > 1 else 'there is one feature only',
-            'rms on the diagonal': times(f['on']), 'beyond 2 noise floors': f"{f['beyond']:.1%} of all entries (4.6% by chance)",
-            'not finite, taken as 0': f'{stats.nonfinite_x:,} in x, {stats.nonfinite_y:,} in y', 'time': f'{seconds:.1f} s'}
-    return '\n'.join(f'{name:24}{value}' for name, value in rows.items())
+    times = lambda value: f"{value:.4f}, {value / floor:.1f} times the noise floor"
+    rows = {
+        "rows": f"{n:,} in {shards} shard{'s' * (shards > 1)}",
+        "features": f"{stats.dim}, {stats.dtype}",
+        "noise floor": f"{floor:.4f}",
+        "rms off the diagonal": times(f["off"]) if stats.dim > 1 else "there is one feature only",
+        "rms on the diagonal": times(f["on"]),
+        "beyond 2 noise floors": f"{f['beyond']:.1%} of all entries (4.6% by chance)",
+        "not finite, taken as 0": f"{stats.nonfinite_x:,} in x, {stats.nonfinite_y:,} in y",
+        "time": f"{seconds:.1f} s",
+    }
+    return "\n".join(f"{name:24}{value}" for name, value in rows.items())
 
 # %% ../nbs/11b_exact.ipynb #371fc7c3
-DOTS = 512 # in a picture, along a side
+DOTS = 512  # in a picture, along a side
 
-def thinned(context, dots: int = DOTS): # (D, D) -> (at most dots, at most dots)
+
+def thinned(context, dots: int = DOTS):  # (D, D) -> (at most dots, at most dots)
     "Of each block the entry that is farthest from 0."
     import numpy as np
+
     D, step = len(context), -(-len(context) // dots)
-    if step == 1: return context
+    if step == 1:
+        return context
     out = np.empty((-(-D // step),) * 2, context.dtype)
     for i, rows in enumerate(range(0, D, step)):
-        part = context[rows:rows + step]
+        part = context[rows : rows + step]
         starts = np.arange(0, D, step)
-        high, low = np.maximum.reduceat(part.max(axis=0), starts), np.minimum.reduceat(part.min(axis=0), starts)
+        high, low = (
+            np.maximum.reduceat(part.max(axis=0), starts),
+            np.minimum.reduceat(part.min(axis=0), starts),
+        )
         out[i] = np.where(high >= -low, high, low)
     return out
 
-def picture(context, count: int, floor: float) -> bytes: # PNG
+
+def picture(context, count: int, floor: float) -> bytes:  # PNG
     "The matrix as a heat map; colours are symmetric about 0, and the strongest 0.5 % may saturate."
     from io import BytesIO
 
     import matplotlib.style
     import numpy as np
     from matplotlib.figure import Figure
+
     D, shown = len(context), thinned(context)
     top = float(np.abs(shown).max())
     limit = min(max(float(np.quantile(np.abs(shown), 0.995)), 3 * floor), 1.0)
     step = -(-D // len(shown))
-    with matplotlib.style.context('ctxlab.notebook'):
+    with matplotlib.style.context("ctxlab.notebook"):
         figure = Figure(figsize=(7, 6))
         ax = figure.subplots()
-        image = ax.imshow(shown, cmap='RdBu_r', vmin=-limit, vmax=limit, extent=(0, D, D, 0), interpolation='nearest')
-        ax.set(title=f'Exact context of {count:,} rows', xlabel='feature of y' + f' (each dot: strongest of {step} x {step})' * (step > 1), ylabel='feature of x')
+        image = ax.imshow(
+            shown,
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
+            extent=(0, D, D, 0),
+            interpolation="nearest",
+        )
+        ax.set(
+            title=f"Exact context of {count:,} rows",
+            xlabel="feature of y" + f" (each dot: strongest of {step} x {step})" * (step > 1),
+            ylabel="feature of x",
+        )
         ax.grid(False)
-        bar = figure.colorbar(image, ax=ax, extend='both' if top > limit else 'neither', shrink=0.85)
-        bar.set_label(f'similarity, tanh of correlation (noise floor {floor:.2g})')
+        bar = figure.colorbar(
+            image, ax=ax, extend="both" if top > limit else "neither", shrink=0.85
+        )
+        bar.set_label(f"similarity, tanh of correlation (noise floor {floor:.2g})")
         buffer = BytesIO()
-        figure.savefig(buffer, format='png', dpi=144, bbox_inches='tight', metadata={'Software': None})
+        figure.savefig(
+            buffer, format="png", dpi=144, bbox_inches="tight", metadata={"Software": None}
+        )
     return buffer.getvalue()
 
 # %% ../nbs/11b_exact.ipynb #f4bc97e2
-def _stats(args: argparse.Namespace, listed: list['Shard'], checkpoint: Path) -> 'ContextStats':
+def _stats(args: argparse.Namespace, listed: list["Shard"], checkpoint: Path) -> "ContextStats":
     "The statistics, here or on workers; each error is an InputError of one line."
     from ctxlab.data import InputError
-    shared = dict(memory=args.memory, checkpoint=checkpoint, resume=args.resume, progress=not args.no_progress and sys.stderr.isatty())
+
+    shared = dict(
+        memory=args.memory,
+        checkpoint=checkpoint,
+        resume=args.resume,
+        progress=not args.no_progress and sys.stderr.isatty(),
+    )
     try:
         if args.workers is None and args.scheduler is None:
             from ctxlab.streaming import stream
+
             return stream(listed, **shared)
         from ctxlab.distributed import stream_distributed
+
         return stream_distributed(listed, workers=args.workers, scheduler=args.scheduler, **shared)
-    except (ImportError, ValueError) as e: raise InputError(str(e)) from e
+    except (ImportError, ValueError) as e:
+        raise InputError(str(e)) from e
+
 
 @contextmanager
 def _hinting(checkpoint: Path) -> Iterator[None]:
     "An error or Ctrl-C in the block says whether what was done is kept."
     from ctxlab.data import InputError
-    hint = lambda: f'; what was done is in {checkpoint}, and --resume goes on from there' if checkpoint.exists() else ''
-    try: yield
-    except (InputError, OSError, MemoryError) as e:
-        if 'checkpoint' in str(e) or not hint(): raise # it says what to do, or there is nothing to add
-        raise InputError(f'{str(e) or type(e).__name__}{hint()}') from e
-    except KeyboardInterrupt: raise KeyboardInterrupt(f'no result was written{hint()}') from None
 
-def run(args: argparse.Namespace) -> int: # exit code
+    hint = lambda: (
+        f"; what was done is in {checkpoint}, and --resume goes on from there"
+        if checkpoint.exists()
+        else ""
+    )
+    try:
+        yield
+    except (InputError, OSError, MemoryError) as e:
+        if "checkpoint" in str(e) or not hint():
+            raise  # it says what to do, or there is nothing to add
+        raise InputError(f"{str(e) or type(e).__name__}{hint()}") from e
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"no result was written{hint()}") from None
+
+
+def run(args: argparse.Namespace) -> int:  # exit code
     "The command `context`."
     from ctxlab.streaming import _write_npz
+
     start = time.perf_counter()
     out, image, checkpoint = _places(args)
     listed = _listed(args)
@@ -245,7 +403,11 @@ def run(args: argparse.Namespace) -> int: # exit code
         arrays = result_arrays(stats, _about(args, listed, time.perf_counter() - start))
         with _in_place(out, image) as (new, new_image):
             _write_npz(new, arrays)
-            new_image.write_bytes(picture(arrays['context'], stats.count, float(arrays['noise_floor'])))
+            new_image.write_bytes(
+                picture(arrays["context"], stats.count, float(arrays["noise_floor"]))
+            )
     checkpoint.unlink(missing_ok=True)
-    print(f"{summary(stats, arrays['context'], len(listed), time.perf_counter() - start)}\n\n{out} and {image} have the matrix and its picture.")
+    print(
+        f"{summary(stats, arrays['context'], len(listed), time.perf_counter() - start)}\n\n{out} and {image} have the matrix and its picture."
+    )
     return 0

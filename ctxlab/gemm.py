@@ -20,15 +20,25 @@ from threadpoolctl import threadpool_info
 from .reference import check_array
 
 # %% ../nbs/03_gemm.ipynb #5d7e5e0d
-def _leading(a: np.ndarray) -> tuple[bool, int] | None: # (row-major?, leading dimension in elements), None: BLAS cannot take it
+def _leading(
+    a: np.ndarray,
+) -> (
+    tuple[bool, int] | None
+):  # (row-major?, leading dimension in elements), None: BLAS cannot take it
     "How BLAS would address the matrix `a`."
     (m, n), (r, c), size = a.shape, a.strides, a.itemsize
-    if not a.flags.aligned: return None
-    if a.flags.c_contiguous: return True, max(n, 1)
-    if a.flags.f_contiguous: return False, max(m, 1)
-    if c == size and r % size == 0 and (r >= n * size or m <= 1): return True, max(r // size, n, 1)
-    if r == size and c % size == 0 and (c >= m * size or n <= 1): return False, max(c // size, m, 1)
+    if not a.flags.aligned:
+        return None
+    if a.flags.c_contiguous:
+        return True, max(n, 1)
+    if a.flags.f_contiguous:
+        return False, max(m, 1)
+    if c == size and r % size == 0 and (r >= n * size or m <= 1):
+        return True, max(r // size, n, 1)
+    if r == size and c % size == 0 and (c >= m * size or n <= 1):
+        return False, max(c // size, m, 1)
     return None
+
 
 def blas_layout(a: np.ndarray) -> bool:
     "Whether BLAS can take the matrix `a` as it lies in memory: unit stride on one axis, no overlap on the other."
@@ -38,58 +48,102 @@ def blas_layout(a: np.ndarray) -> bool:
 def _check_operand(name: str, a: object, dtype: DTypeLike | None = None) -> np.ndarray:
     a = check_array(name, a, dtype=dtype)
     if not blas_layout(a):
-        raise ValueError(f'{name}: strides {a.strides} of shape {a.shape} would need a copy; '
-                         f'pass np.ascontiguousarray({name}), or views with unit stride along one axis')
+        raise ValueError(
+            f"{name}: strides {a.strides} of shape {a.shape} would need a copy; "
+            f"pass np.ascontiguousarray({name}), or views with unit stride along one axis"
+        )
     return a
 
-def check_out(out: object, shape: tuple[int, ...], dtype: DTypeLike, inputs: dict[str, np.ndarray]) -> np.ndarray:
+
+def check_out(
+    out: object, shape: tuple[int, ...], dtype: DTypeLike, inputs: dict[str, np.ndarray]
+) -> np.ndarray:
     "Return `out`, or raise an error: wrong shape, dtype or layout, read-only, or overlapping one of `inputs`."
-    c = check_array('out', out, ndim=(len(shape),), dtype=dtype)
-    if c.shape != shape: raise ValueError(f'out: shape {c.shape}, needed {shape}')
-    if not c.flags.writeable: raise ValueError('out: is read-only')
+    c = check_array("out", out, ndim=(len(shape),), dtype=dtype)
+    if c.shape != shape:
+        raise ValueError(f"out: shape {c.shape}, needed {shape}")
+    if not c.flags.writeable:
+        raise ValueError("out: is read-only")
     for name, a in inputs.items():
-        if np.shares_memory(c, a): raise ValueError(f'out: overlaps {name} in memory; it needs storage of its own')
+        if np.shares_memory(c, a):
+            raise ValueError(f"out: overlaps {name} in memory; it needs storage of its own")
     return c
 
 # %% ../nbs/03_gemm.ipynb #d4fffde8
-def _check_product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _check_product(
+    a: np.ndarray, b: np.ndarray, out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "The three operands of a product, checked."
-    a = _check_operand('a', a)
-    b = _check_operand('b', b, a.dtype)
+    a = _check_operand("a", a)
+    b = _check_operand("b", b, a.dtype)
     if a.shape[1] != b.shape[0]:
-        raise ValueError(f'b: shape {b.shape} does not fit a: {a.shape}; needed ({a.shape[1]}, n)')
-    out = check_out(out, (a.shape[0], b.shape[1]), a.dtype, {'a': a, 'b': b})
-    return a, b, _check_operand('out', out)
+        raise ValueError(f"b: shape {b.shape} does not fit a: {a.shape}; needed ({a.shape[1]}, n)")
+    out = check_out(out, (a.shape[0], b.shape[1]), a.dtype, {"a": a, "b": b})
+    return a, b, _check_operand("out", out)
 
 # %% ../nbs/03_gemm.ipynb #c0dea9ab
-SIGNATURES = {'gemm': 'eeeiiirpipirpi', 'axpby': 'irpirpi'} # e: enumeration, i: integer, r: real factor, p: pointer
+SIGNATURES = {
+    "gemm": "eeeiiirpipirpi",
+    "axpby": "irpirpi",
+}  # e: enumeration, i: integer, r: real factor, p: pointer
+
 
 def _declare(library: ctypes.CDLL, letter: str, routine: str) -> Callable[..., None] | None:
     "`cblas_?routine` of an OpenBLAS, under one of the names that it is built with, or None."
-    for prefix, suffix in (('scipy_', '64_'), ('scipy_', ''), ('', '64_'), ('', '')):
-        call = getattr(library, f'{prefix}cblas_{letter}{routine}{suffix}', None)
-        config = getattr(library, f'{prefix}openblas_get_config{suffix}', None)
-        if call is None or config is None: continue
+    for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
+        call = getattr(library, f"{prefix}cblas_{letter}{routine}{suffix}", None)
+        config = getattr(library, f"{prefix}openblas_get_config{suffix}", None)
+        if call is None or config is None:
+            continue
         config.restype = ctypes.c_char_p
-        types = {'e': ctypes.c_int, 'p': ctypes.c_void_p, 'r': {'s': ctypes.c_float, 'd': ctypes.c_double}[letter],
-                 'i': ctypes.c_int64 if b'USE64BITINT' in config() else ctypes.c_int32}
+        types = {
+            "e": ctypes.c_int,
+            "p": ctypes.c_void_p,
+            "r": {"s": ctypes.c_float, "d": ctypes.c_double}[letter],
+            "i": ctypes.c_int64 if b"USE64BITINT" in config() else ctypes.c_int32,
+        }
         call.argtypes, call.restype = [types[kind] for kind in SIGNATURES[routine]], None
         return call
     return None
 
 # %% ../nbs/03_gemm.ipynb #4abfb545
-ROW_MAJOR, COLUMN_MAJOR, AS_IT_IS, TRANSPOSED = 101, 102, 111, 112 # of the CBLAS interface
+ROW_MAJOR, COLUMN_MAJOR, AS_IT_IS, TRANSPOSED = 101, 102, 111, 112  # of the CBLAS interface
 
-def _address(a: np.ndarray) -> int: return a.__array_interface__['data'][0]
 
-def _call_gemm(blas: Callable[..., None], a: np.ndarray, b: np.ndarray, out: np.ndarray, alpha: float, beta: float) -> None:
+def _address(a: np.ndarray) -> int:
+    return a.__array_interface__["data"][0]
+
+
+def _call_gemm(
+    blas: Callable[..., None],
+    a: np.ndarray,
+    b: np.ndarray,
+    out: np.ndarray,
+    alpha: float,
+    beta: float,
+) -> None:
     "`out = alpha * a @ b + beta * out` by CBLAS, for operands that were checked."
     (rows, ld_out), *layouts = (_leading(m) or (True, 0) for m in (out, a, b))
     flags = [AS_IT_IS if row_major == rows else TRANSPOSED for row_major, _ in layouts]
-    blas(ROW_MAJOR if rows else COLUMN_MAJOR, *flags, *out.shape, a.shape[1], alpha, _address(a), layouts[0][1], _address(b),
-         layouts[1][1], beta, _address(out), ld_out)
+    blas(
+        ROW_MAJOR if rows else COLUMN_MAJOR,
+        *flags,
+        *out.shape,
+        a.shape[1],
+        alpha,
+        _address(a),
+        layouts[0][1],
+        _address(b),
+        layouts[1][1],
+        beta,
+        _address(out),
+        ld_out,
+    )
 
-def _call_axpby(blas: Callable[..., None], alpha: float, x: np.ndarray, beta: float, y: np.ndarray) -> None:
+
+def _call_axpby(
+    blas: Callable[..., None], alpha: float, x: np.ndarray, beta: float, y: np.ndarray
+) -> None:
     "`y = alpha * x + beta * y` by CBLAS, for contiguous arrays."
     blas(x.size, alpha, _address(x), 1, beta, _address(y), 1)
 
@@ -97,58 +151,82 @@ def _call_axpby(blas: Callable[..., None], alpha: float, x: np.ndarray, beta: fl
 def _passes(blas: Callable[..., None], routine: str, dtype: np.dtype) -> bool:
     "Whether a small trial gives the right result."
     a, out = np.arange(4, dtype=dtype).reshape(2, 2), np.ones((2, 2), dtype)
-    if routine == 'gemm': _call_gemm(blas, a, a.T, out, 2.0, 3.0)
-    else: _call_axpby(blas, 2.0, a, 3.0, out)
-    return np.array_equal(out, 2 * (a @ a.T if routine == 'gemm' else a) + 3)
+    if routine == "gemm":
+        _call_gemm(blas, a, a.T, out, 2.0, 3.0)
+    else:
+        _call_axpby(blas, 2.0, a, 3.0, out)
+    return np.array_equal(out, 2 * (a @ a.T if routine == "gemm" else a) + 3)
+
 
 @cache
 def _numpy_blas(routine: str, dtype: np.dtype) -> Callable[..., None] | None:
     "A CBLAS routine of the OpenBLAS that NumPy runs on, or None where there is none or where it fails the trial."
-    found = [pool['filepath'] for pool in threadpool_info() if pool.get('internal_api') == 'openblas']
-    own = [path for path in found if 'numpy' in path] or (found if len(found) == 1 else [])
-    blas = _declare(ctypes.CDLL(own[0]), 's' if dtype == np.float32 else 'd', routine) if own else None
+    found = [
+        pool["filepath"] for pool in threadpool_info() if pool.get("internal_api") == "openblas"
+    ]
+    own = [path for path in found if "numpy" in path] or (found if len(found) == 1 else [])
+    blas = (
+        _declare(ctypes.CDLL(own[0]), "s" if dtype == np.float32 else "d", routine) if own else None
+    )
     return blas if blas is not None and _passes(blas, routine, dtype) else None
 
 # %% ../nbs/03_gemm.ipynb #5e741e10
-PANEL_BYTES = 256 * 1024 # of a result, worked on at a time: a panel and what goes with it stay in the L2 cache
+PANEL_BYTES = (
+    256 * 1024
+)  # of a result, worked on at a time: a panel and what goes with it stay in the L2 cache
+
 
 def panels(n_rows: int, row_bytes: int, panel_bytes: int = PANEL_BYTES) -> Iterator[slice]:
     "Slices that cut `n_rows` rows into panels of about `panel_bytes`."
     step = max(1, panel_bytes // max(row_bytes, 1))
     return (slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step))
 
+
 def _accumulate(a: np.ndarray, b: np.ndarray, out: np.ndarray, alpha: float, beta: float) -> None:
     "`out = alpha * a @ b + beta * out` with NumPy alone, panel by panel of the rows of `out`."
     alpha, beta, scratch = out.dtype.type(alpha), out.dtype.type(beta), None
-    for rows in panels(len(a), out.shape[1] * out.itemsize, 4 * PANEL_BYTES): # larger: BLAS needs rows to be quick
-        if scratch is None: scratch = np.empty((rows.stop, out.shape[1]), out.dtype)
-        product = np.matmul(a[rows], b, out=scratch[:rows.stop - rows.start])
+    for rows in panels(
+        len(a), out.shape[1] * out.itemsize, 4 * PANEL_BYTES
+    ):  # larger: BLAS needs rows to be quick
+        if scratch is None:
+            scratch = np.empty((rows.stop, out.shape[1]), out.dtype)
+        product = np.matmul(a[rows], b, out=scratch[: rows.stop - rows.start])
         product *= alpha
-        if beta == 0: out[rows] = product
+        if beta == 0:
+            out[rows] = product
         else:
             out[rows] *= beta
             out[rows] += product
 
 # %% ../nbs/03_gemm.ipynb #e65f077c
-def gemm(a: np.ndarray, # (m, k) float32 or float64, in a layout that BLAS takes
-         b: np.ndarray, # (k, n), same dtype
-         out: np.ndarray, # (m, n), same dtype, written in place; must not overlap `a` or `b`
-         *,
-         alpha: float = 1.0, # factor of the product; 0 leaves `a` and `b` unread
-         beta: float = 0.0, # factor of what `out` holds; 0 leaves it unread
-         ) -> np.ndarray: # out
+def gemm(
+    a: np.ndarray,  # (m, k) float32 or float64, in a layout that BLAS takes
+    b: np.ndarray,  # (k, n), same dtype
+    out: np.ndarray,  # (m, n), same dtype, written in place; must not overlap `a` or `b`
+    *,
+    alpha: float = 1.0,  # factor of the product; 0 leaves `a` and `b` unread
+    beta: float = 0.0,  # factor of what `out` holds; 0 leaves it unread
+) -> np.ndarray:  # out
     "`out = alpha * a @ b + beta * out`, without a temporary of the result's size (BLAS xGEMM; Julia's `mul!`)."
     alpha, beta = float(alpha), float(beta)
     a, b, c = _check_product(a, b, out)
-    if c.size == 0: return out
+    if c.size == 0:
+        return out
     if alpha == 0 or a.shape[1] == 0:
-        if beta == 0: c.fill(0)
-        elif beta != 1: c *= c.dtype.type(beta)
-    elif alpha == 1 and beta == 0: np.matmul(a, b, out=c)
-    elif (blas := _numpy_blas('gemm', c.dtype)) is not None and max(*a.strides, *b.strides, *c.strides, *c.shape) < 2**31:
+        if beta == 0:
+            c.fill(0)
+        elif beta != 1:
+            c *= c.dtype.type(beta)
+    elif alpha == 1 and beta == 0:
+        np.matmul(a, b, out=c)
+    elif (blas := _numpy_blas("gemm", c.dtype)) is not None and max(
+        *a.strides, *b.strides, *c.strides, *c.shape
+    ) < 2**31:
         _call_gemm(blas, a, b, c, alpha, beta)
-    elif c.strides[0] < c.strides[1]: _accumulate(b.T, a.T, c.T, alpha, beta) # Fortran order: its rows are columns
-    else: _accumulate(a, b, c, alpha, beta)
+    elif c.strides[0] < c.strides[1]:
+        _accumulate(b.T, a.T, c.T, alpha, beta)  # Fortran order: its rows are columns
+    else:
+        _accumulate(a, b, c, alpha, beta)
     return out
 
 # %% ../nbs/03_gemm.ipynb #8e9bd469
@@ -156,28 +234,41 @@ def gemm(a: np.ndarray, # (m, k) float32 or float64, in a layout that BLAS takes
 def unbuffered() -> Iterator[None]:
     "Within this context, broadcasting ufuncs on arrays of one dtype allocate no iterator buffer."
     size = np.setbufsize(16)
-    try: yield
-    finally: np.setbufsize(size)
+    try:
+        yield
+    finally:
+        np.setbufsize(size)
 
 # %% ../nbs/03_gemm.ipynb #4d6f07d7
-def blend(x: np.ndarray, # as `y`; scaled in place where BLAS cannot do it, so it must be scratch unless `alpha` is 1
-          y: np.ndarray, # float32 or float64, written in place
-          alpha: float, # factor of x
-          beta: float, # factor of y
-          ) -> None:
+def blend(
+    x: np.ndarray,  # as `y`; scaled in place where BLAS cannot do it, so it must be scratch unless `alpha` is 1
+    y: np.ndarray,  # float32 or float64, written in place
+    alpha: float,  # factor of x
+    beta: float,  # factor of y
+) -> None:
     "`y = alpha * x + beta * y`, in one pass over contiguous arrays where NumPy's OpenBLAS offers it (xAXPBY)."
-    contiguous = x.flags.c_contiguous and y.flags.c_contiguous or x.flags.f_contiguous and y.flags.f_contiguous
-    blas = _numpy_blas('axpby', y.dtype) if contiguous else None
-    if blas is not None: return _call_axpby(blas, alpha, x, beta, y)
+    contiguous = (
+        x.flags.c_contiguous
+        and y.flags.c_contiguous
+        or x.flags.f_contiguous
+        and y.flags.f_contiguous
+    )
+    blas = _numpy_blas("axpby", y.dtype) if contiguous else None
+    if blas is not None:
+        return _call_axpby(blas, alpha, x, beta, y)
     with unbuffered():
-        if alpha != 1: x *= x.dtype.type(alpha)
+        if alpha != 1:
+            x *= x.dtype.type(alpha)
         y *= y.dtype.type(beta)
         y += x
 
 # %% ../nbs/03_gemm.ipynb #e023f0f9
-ALIGNMENT = 64 # bytes: a cache line, and the widest vector register
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
-def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32, offset: int = 0) -> np.ndarray:
+
+def aligned_empty(
+    shape: tuple[int, ...], dtype: DTypeLike = np.float32, offset: int = 0
+) -> np.ndarray:
     "Like `np.empty`, C-ordered, starting `offset` bytes after a multiple of 64 bytes."
     dtype = np.dtype(dtype)
     nbytes = int(np.prod(shape, dtype=np.intp)) * dtype.itemsize
@@ -185,19 +276,24 @@ def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32, offset:
     return np.ndarray(shape, dtype, raw, -raw.ctypes.data % ALIGNMENT + offset)
 
 # %% ../nbs/03_gemm.ipynb #48252972
-Product = Callable[[str, np.ndarray, np.ndarray], np.ndarray] # (site, a, b) -> a @ b
+Product = Callable[[str, np.ndarray, np.ndarray], np.ndarray]  # (site, a, b) -> a @ b
+
 
 def dot(site: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "A fresh result."
     return a @ b
 
+
 def zeros_gemm(site: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "A fresh array of zeros, written to by `gemm`."
     return gemm(a, b, np.zeros((a.shape[0], b.shape[1]), a.dtype))
 
+
 class ReusedOut:
     "The array that the site used last time, written to by `gemm`; replaced only when the shape changes."
-    def __init__(self) -> None: self.outs: dict[str, np.ndarray] = {}
+
+    def __init__(self) -> None:
+        self.outs: dict[str, np.ndarray] = {}
 
     def __call__(self, site: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         shape, out = (a.shape[0], b.shape[1]), self.outs.get(site)
@@ -208,4 +304,4 @@ class ReusedOut:
 # %% ../nbs/03_gemm.ipynb #d9bfa6ae
 def forms() -> dict[str, Product]:
     "The three forms by name; a new `ReusedOut` each time."
-    return {'dot': dot, 'zeros + gemm': zeros_gemm, 'reused out': ReusedOut()}
+    return {"dot": dot, "zeros + gemm": zeros_gemm, "reused out": ReusedOut()}

@@ -15,64 +15,80 @@ import numpy as np
 from .workspace import GROWTH, Workspace
 
 # %% ../nbs/04a_growth.ipynb #4d372ae7
-def sentence_lengths() -> list[int]: # words of each sentence, in order
+def sentence_lengths() -> list[int]:  # words of each sentence, in order
     "Lengths of the sentences in the standard library's `pydoc_data.topics` (it differs a little between versions of Python)."
     from pydoc_data.topics import topics
-    text = ' '.join(' '.join(topics[key] for key in sorted(topics)).split())
-    return [len(sentence.split()) for sentence in re.split(r'(?<=[.!?])\s+', text) if sentence]
+
+    text = " ".join(" ".join(topics[key] for key in sorted(topics)).split())
+    return [len(sentence.split()) for sentence in re.split(r"(?<=[.!?])\s+", text) if sentence]
 
 # %% ../nbs/04a_growth.ipynb #b1e40f72
 Shape = tuple[int, ...]
 BUFFERS: dict[str, Callable[[int], Shape]] = {
-    'activations': lambda S: (S, 768), # S x D
-    'attention weights': lambda S: (12, S, S), # H x S x S
+    "activations": lambda S: (S, 768),  # S x D
+    "attention weights": lambda S: (12, S, S),  # H x S x S
 }
 
 # %% ../nbs/04a_growth.ipynb #b71a233b
-def power_of_two(n: int) -> int: # >= n
+def power_of_two(n: int) -> int:  # >= n
     "The next power of two."
-    return GROWTH['pow2'](int(n), 0)
+    return GROWTH["pow2"](int(n), 0)
+
 
 @dataclass(frozen=True)
 class Policy:
     "How a buffer follows a changing shape."
-    growth: str # of the workspace
-    keeps: bool = True # capacity, when the shape changes
-    rounds: bool = False # each dimension up to a power of two
+
+    growth: str  # of the workspace
+    keeps: bool = True  # capacity, when the shape changes
+    rounds: bool = False  # each dimension up to a power of two
+
 
 POLICIES = {
-    'exact shape (original)': Policy('exact', keeps=False),
-    'exact': Policy('exact'),
-    'geometric 1.5': Policy('geometric'),
-    'pow2, flat size': Policy('pow2'),
-    'pow2 per dimension': Policy('exact', rounds=True),
+    "exact shape (original)": Policy("exact", keeps=False),
+    "exact": Policy("exact"),
+    "geometric 1.5": Policy("geometric"),
+    "pow2, flat size": Policy("pow2"),
+    "pow2 per dimension": Policy("exact", rounds=True),
 }
 
 # %% ../nbs/04a_growth.ipynb #4e71685b
 @dataclass(frozen=True)
 class Replay:
     "What happened to one buffer along a stream of shapes."
+
     reallocations: int
-    held: np.ndarray # (n,) bytes after each request
-    needed: np.ndarray # (n,) bytes of each request
+    held: np.ndarray  # (n,) bytes after each request
+    needed: np.ndarray  # (n,) bytes of each request
 
     @property
-    def overhead(self) -> float: return float(self.held.max() / self.needed.max()) # most held over most needed
+    def overhead(self) -> float:
+        return float(self.held.max() / self.needed.max())  # most held over most needed
+
     @property
-    def wasted(self) -> float: return float(np.mean(self.held - self.needed)) # bytes held and not needed, on average
+    def wasted(self) -> float:
+        return float(np.mean(self.held - self.needed))  # bytes held and not needed, on average
+
 
 def replay(shapes: Iterable[Shape], policy: Policy) -> Replay:
     "Take a buffer of each shape in turn."
     ws, last, held, needed = Workspace(growth=policy.growth), None, [], []
     for shape in shapes:
         ws.next_generation()
-        if not policy.keeps and shape != last: ws.release()
-        ws.take('x', tuple(map(power_of_two, shape)) if policy.rounds else shape)
+        if not policy.keeps and shape != last:
+            ws.release()
+        ws.take("x", tuple(map(power_of_two, shape)) if policy.rounds else shape)
         held.append(ws.nbytes)
         needed.append(4 * int(np.prod(shape)))
         last = shape
     return Replay(ws.allocation_count, np.array(held), np.array(needed))
 
-def study(lengths: Sequence[int]) -> dict[str, dict[str, Replay]]: # buffer -> policy -> what happened
+
+def study(
+    lengths: Sequence[int],
+) -> dict[str, dict[str, Replay]]:  # buffer -> policy -> what happened
     "Every policy on every buffer."
-    return {buffer: {name: replay(map(shape, lengths), policy) for name, policy in POLICIES.items()} for buffer, shape in BUFFERS.items()}
+    return {
+        buffer: {name: replay(map(shape, lengths), policy) for name, policy in POLICIES.items()}
+        for buffer, shape in BUFFERS.items()
+    }

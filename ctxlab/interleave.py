@@ -19,24 +19,31 @@ from typing import Any, NamedTuple
 # %% ../nbs/09b_interleave.ipynb #c3d067b2
 class Step(NamedTuple):
     "One shared access."
-    thread: int
-    place: str # what was accessed, as 'Counter.n'
-    what: str # 'load', 'store', 'append', 'acquire' or 'release'
-    value: str # what was loaded or stored, in short
 
-    def __str__(self) -> str: return f"{chr(65 + self.thread % 26)}{self.thread // 26 or ''} {self.what} {self.place}{' ' * bool(self.value)}{self.value}"
+    thread: int
+    place: str  # what was accessed, as 'Counter.n'
+    what: str  # 'load', 'store', 'append', 'acquire' or 'release'
+    value: str  # what was loaded or stored, in short
+
+    def __str__(self) -> str:
+        return f"{chr(65 + self.thread % 26)}{self.thread // 26 or ''} {self.what} {self.place}{' ' * bool(self.value)}{self.value}"
+
 
 class Deadlock(Exception):
     "Every thread that has not ended waits for a lock."
 
+
 class Impossible(ValueError):
     "A path that names a thread which cannot move there."
+
 
 class _Abandoned(BaseException):
     "Ends a thread whose run is of no more interest."
 
+
 class _Made(tuple):
     "The name of something that a thread has made."
+
 
 def _closed() -> threading.Lock:
     "A gate that the next `release` opens for one `acquire`."
@@ -47,85 +54,123 @@ def _closed() -> threading.Lock:
 # %% ../nbs/09b_interleave.ipynb #47c65130
 class Schedule:
     "A run of threads in a given order of their shared accesses."
-    def __init__(self,
-                 prefix: Sequence[int] = (), # which thread makes the first steps
-                 graph: dict | None = None): # situations met by earlier runs: key -> {thread: next key}; None: remember nothing
-        self.prefix, self.graph, self.prune = tuple(prefix), {} if graph is None else graph, graph is not None
-        self.path: list[int] = [] # the thread of each step
+
+    def __init__(
+        self,
+        prefix: Sequence[int] = (),  # which thread makes the first steps
+        graph: dict | None = None,
+    ):  # situations met by earlier runs: key -> {thread: next key}; None: remember nothing
+        self.prefix, self.graph, self.prune = (
+            tuple(prefix),
+            {} if graph is None else graph,
+            graph is not None,
+        )
+        self.path: list[int] = []  # the thread of each step
         self.steps: list[Step] = []
-        self.branches: list[tuple[int, ...]] = [] # prefixes still to be run
+        self.branches: list[tuple[int, ...]] = []  # prefixes still to be run
         self.failure: BaseException | None = None
-        self._who: dict[int, int] = {} # identity of a thread -> its number
-        self._ready: dict[int, Callable[[], bool]] = {} # threads at a step -> whether it could be made now
-        self._shared: dict[Any, Any] = {} # place -> what lies there, in a form that can be compared
-        self._labels: dict[int, tuple[Any, Any]] = {} # identity of an object -> itself, and a name that is the same in every run
-        self._before: tuple[Any, int] | None = None # key and choice of the step before
-        self._own: list[threading.local] = [] # what threads keep for themselves from one task to the next
+        self._who: dict[int, int] = {}  # identity of a thread -> its number
+        self._ready: dict[
+            int, Callable[[], bool]
+        ] = {}  # threads at a step -> whether it could be made now
+        self._shared: dict[
+            Any, Any
+        ] = {}  # place -> what lies there, in a form that can be compared
+        self._labels: dict[
+            int, tuple[Any, Any]
+        ] = {}  # identity of an object -> itself, and a name that is the same in every run
+        self._before: tuple[Any, int] | None = None  # key and choice of the step before
+        self._own: list[
+            threading.local
+        ] = []  # what threads keep for themselves from one task to the next
         self._over = False
         self._done = _closed()
 
-    def run(self, bodies: Sequence[Callable[[], Any]]) -> 'Schedule': # itself
+    def run(self, bodies: Sequence[Callable[[], Any]]) -> "Schedule":  # itself
         "Start a thread for every body, and let them move one at a time until all have ended or one has failed."
         self._history: list[tuple] = [() for _ in bodies]
         self._turn, self._ended = [_closed() for _ in bodies], [_closed() for _ in bodies]
         try:
-            for i, body in enumerate(bodies): # each runs up to its first step
+            for i, body in enumerate(bodies):  # each runs up to its first step
                 start_new_thread(self._body, (i, body))
                 self._done.acquire()
             self._next(None)
-            for gate in (self._done, *self._ended): gate.acquire()
-        except BaseException as e: # as Ctrl-C
+            for gate in (self._done, *self._ended):
+                gate.acquire()
+        except BaseException as e:  # as Ctrl-C
             self._finish(e)
             raise
-        if isinstance(self.failure, Impossible): raise self.failure
+        if isinstance(self.failure, Impossible):
+            raise self.failure
         return self
 
-    def settle(self, at: Any) -> None: # at: what this thread has still to do
+    def settle(self, at: Any) -> None:  # at: what this thread has still to do
         "Say that what this thread does from here on depends on `at`, and on nothing that it has loaded before."
         me = self._who.get(get_ident())
-        if me is not None: self._history[me] = self._label(at), *(self._label(tuple(vars(own).items())) for own in self._own)
+        if me is not None:
+            self._history[me] = (
+                self._label(at),
+                *(self._label(tuple(vars(own).items())) for own in self._own),
+            )
 
-    def step(self,
-             place: Any, # what is accessed, by a name that is the same in every run
-             name: str, # the same for a reader
-             what: str, # as in `Step`
-             act: Callable[[], Any], # makes the access; its result is what the thread gets to know
-             *,
-             ready: Callable[[], bool] = lambda: True, # whether it could be made now
-             lies: Callable[[], Any] | None = None, # what lies there afterwards; default: the result
-             ) -> Any: # the result
+    def step(
+        self,
+        place: Any,  # what is accessed, by a name that is the same in every run
+        name: str,  # the same for a reader
+        what: str,  # as in `Step`
+        act: Callable[[], Any],  # makes the access; its result is what the thread gets to know
+        *,
+        ready: Callable[[], bool] = lambda: True,  # whether it could be made now
+        lies: Callable[[], Any] | None = None,  # what lies there afterwards; default: the result
+    ) -> Any:  # the result
         "Wait for the turn, then act; outside of the threads, only act."
         me = self._who.get(get_ident())
-        if me is None or self._over: return act()
+        if me is None or self._over:
+            return act()
         first, self._ready[me] = me not in self._ready, ready
-        if first: self._done.release() # `run` waits for this
-        if first or self._next(me) != me: self._turn[me].acquire()
-        if self._over: raise _Abandoned
+        if first:
+            self._done.release()  # `run` waits for this
+        if first or self._next(me) != me:
+            self._turn[me].acquire()
+        if self._over:
+            raise _Abandoned
         value = act()
         seen = self._label(value)
         self._history[me] += ((place, what, seen),)
-        if what != 'load': self._shared[place] = seen if lies is None else lies()
-        self.steps.append(Step(me, name, what, '' if what in ('acquire', 'release') else _short(value)))
+        if what != "load":
+            self._shared[place] = seen if lies is None else lies()
+        self.steps.append(
+            Step(me, name, what, "" if what in ("acquire", "release") else _short(value))
+        )
         return value
 
-    def _label(self, value: Any) -> Any: # equal for what no thread can tell apart
-        if isinstance(value, (bool, float, complex, bytes, frozenset)): return type(value).__name__, repr(value) # True is not 1
-        if value is None or isinstance(value, (int, str)): return value
-        if isinstance(value, tuple): return tuple(map(self._label, value))
-        if isinstance(value, _Traced): return value._label
-        if type(value) is list: return ('list', *map(self._label, value))
-        return self._labels.setdefault(id(value), (value, _Made((type(value).__name__, len(self._labels)))))[1]
+    def _label(self, value: Any) -> Any:  # equal for what no thread can tell apart
+        if isinstance(value, (bool, float, complex, bytes, frozenset)):
+            return type(value).__name__, repr(value)  # True is not 1
+        if value is None or isinstance(value, (int, str)):
+            return value
+        if isinstance(value, tuple):
+            return tuple(map(self._label, value))
+        if isinstance(value, _Traced):
+            return value._label
+        if type(value) is list:
+            return ("list", *map(self._label, value))
+        return self._labels.setdefault(
+            id(value), (value, _Made((type(value).__name__, len(self._labels))))
+        )[1]
 
-    def _next(self, me: int | None) -> int | None: # who moves
+    def _next(self, me: int | None) -> int | None:  # who moves
         "Choose the next thread, and wake it where it is not the one that asks."
         able = [t for t, ready in self._ready.items() if ready()]
         if not able:
-            self._finish(Deadlock('every thread waits') if self._ready else None)
+            self._finish(Deadlock("every thread waits") if self._ready else None)
             return None
         key, at = _situation(self._history, self._shared), len(self.path)
         self._link(key)
         if at < len(self.prefix) and self.prefix[at] not in able:
-            self._finish(Impossible(f'path: thread {self.prefix[at]} cannot make step {at}; able: {able}'))
+            self._finish(
+                Impossible(f"path: thread {self.prefix[at]} cannot make step {at}; able: {able}")
+            )
             return None
         if at >= len(self.prefix) and self.prune and key in self.graph:
             self._finish(None, key)
@@ -136,195 +181,335 @@ class Schedule:
             self.branches += [(*self.path, t) for t in able if t != chosen]
         self._before = key, chosen
         self.path.append(chosen)
-        if chosen != me: self._turn[chosen].release()
+        if chosen != me:
+            self._turn[chosen].release()
         return chosen
 
     def _link(self, key: Any) -> None:
-        if self._before is not None: self.graph.setdefault(self._before[0], {})[self._before[1]] = key
+        if self._before is not None:
+            self.graph.setdefault(self._before[0], {})[self._before[1]] = key
 
     def _finish(self, failure: BaseException | None, key: Any = None) -> None:
         "End the run: no more turns, whoever waits is let go."
-        if self._over: return
-        if key is None: self._link(None)
+        if self._over:
+            return
+        if key is None:
+            self._link(None)
         self.failure, self._over = self.failure or failure, True
         for turn in self._turn:
-            if turn.locked(): turn.release()
+            if turn.locked():
+                turn.release()
         self._done.release()
 
     def _body(self, me: int, body: Callable[[], Any]) -> None:
         self._who[get_ident()] = me
-        try: body()
-        except _Abandoned: pass
+        try:
+            body()
+        except _Abandoned:
+            pass
         except BaseException as e:
-            if not self._over: self.failure = self.failure or e # what is raised on the way out of an abandoned run did not happen in any
-        finally: self._who.pop(get_ident())
-        if self._ready.pop(me, None) is None: self._done.release() # ended without a step
-        elif not self._over: self._finish(self.failure) if self.failure else self._next(None)
+            if not self._over:
+                self.failure = (
+                    self.failure or e
+                )  # what is raised on the way out of an abandoned run did not happen in any
+        finally:
+            self._who.pop(get_ident())
+        if self._ready.pop(me, None) is None:
+            self._done.release()  # ended without a step
+        elif not self._over:
+            self._finish(self.failure) if self.failure else self._next(None)
         self._ended[me].release()
 
 # %% ../nbs/09b_interleave.ipynb #733a84f1
-def _situation(history: list[tuple], shared: dict[Any, Any]) -> Any: # can be compared
+def _situation(history: list[tuple], shared: dict[Any, Any]) -> Any:  # can be compared
     "What the threads know and what lies in the shared places that they can reach."
     numbers: dict[_Made, int] = {}
+
     def plain(x: Any) -> Any:
-        if isinstance(x, _Made): return '#', numbers.setdefault(x, len(numbers))
+        if isinstance(x, _Made):
+            return "#", numbers.setdefault(x, len(numbers))
         return tuple(map(plain, x)) if isinstance(x, tuple) else x
+
     roots = sorted((place for place in shared if not isinstance(place, _Made)), key=repr)
-    known, lies, followed = plain(tuple(history)), [(place, plain(shared[place])) for place in roots], 0
-    while followed < len(numbers): # more may turn up on the way
+    known, lies, followed = (
+        plain(tuple(history)),
+        [(place, plain(shared[place])) for place in roots],
+        0,
+    )
+    while followed < len(numbers):  # more may turn up on the way
         made = list(numbers)[followed]
         lies.append((followed, plain(shared.get(made))))
         followed += 1
     return known, tuple(lies)
 
 # %% ../nbs/09b_interleave.ipynb #002f8c48
-def _short(value: Any) -> str: # the same in every run
-    if isinstance(value, list): return f'[{list.__len__(value)}]'
-    if value is None or isinstance(value, (bool, int, float, str)): return repr(value)
-    if isinstance(value, tuple): return f"({', '.join(map(_short, value))})"
+def _short(value: Any) -> str:  # the same in every run
+    if isinstance(value, list):
+        return f"[{list.__len__(value)}]"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
     return type(value).__name__
+
 
 class _Traced:
     "Something whose operations are steps of a schedule."
+
     _schedule: Schedule
-    _label: Any # the same for the same thing in every run
+    _label: Any  # the same for the same thing in every run
     _name: str
+
     def _step(self, what: str, act: Callable[[], Any], **options: Any) -> Any:
         return self._schedule.step(self._label, self._name, what, act, **options)
 
+
 class _List(list, _Traced):
     "A list whose operations are steps."
-    def contents(self) -> tuple: return tuple(map(self._schedule._label, list.__getitem__(self, slice(None))))
+
+    def contents(self) -> tuple:
+        return tuple(map(self._schedule._label, list.__getitem__(self, slice(None))))
+
     def append(self, item: Any) -> None:
         def act() -> Any:
             list.append(self, item)
             return item
-        self._step('append', act, lies=self.contents)
-    def __iter__(self) -> Iterator: return iter(self[:])
-    def __reversed__(self) -> Iterator: return iter(self[::-1])
+
+        self._step("append", act, lies=self.contents)
+
+    def __iter__(self) -> Iterator:
+        return iter(self[:])
+
+    def __reversed__(self) -> Iterator:
+        return iter(self[::-1])
+
 
 def _operation(name: str, what: str) -> Callable[..., Any]:
     def operation(self: _List, *args: Any, **options: Any) -> Any:
-        return self._step(what, lambda: getattr(list, name)(self, *args, **options), lies=self.contents)
+        return self._step(
+            what, lambda: getattr(list, name)(self, *args, **options), lies=self.contents
+        )
+
     return operation
 
-_LOADS = ('__getitem__', '__len__', '__contains__', '__add__', '__mul__', '__rmul__', '__eq__', '__ne__', '__lt__', '__le__', '__gt__', '__ge__',
-          'copy', 'count', 'index')
-_STORES = '__setitem__', '__delitem__', '__iadd__', '__imul__', 'extend', 'insert', 'pop', 'remove', 'clear', 'sort', 'reverse'
-for _name in _LOADS: setattr(_List, _name, _operation(_name, 'load'))
-for _name in _STORES: setattr(_List, _name, _operation(_name, 'store'))
+
+_LOADS = (
+    "__getitem__",
+    "__len__",
+    "__contains__",
+    "__add__",
+    "__mul__",
+    "__rmul__",
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "copy",
+    "count",
+    "index",
+)
+_STORES = (
+    "__setitem__",
+    "__delitem__",
+    "__iadd__",
+    "__imul__",
+    "extend",
+    "insert",
+    "pop",
+    "remove",
+    "clear",
+    "sort",
+    "reverse",
+)
+for _name in _LOADS:
+    setattr(_List, _name, _operation(_name, "load"))
+for _name in _STORES:
+    setattr(_List, _name, _operation(_name, "store"))
 
 # %% ../nbs/09b_interleave.ipynb #ba7e8394
 class _Lock(_Traced):
     "A lock whose waiting is done by the schedule."
+
     def __init__(self, reentrant: bool):
         self.reentrant, self.depth = reentrant, 0
-        self.holder: int | None = None # identity of a thread
-    def _take(self, me: int) -> int: # of the thread, the number that it has in every run
+        self.holder: int | None = None  # identity of a thread
+
+    def _take(self, me: int) -> int:  # of the thread, the number that it has in every run
         self.holder, self.depth = me, self.depth + 1
         return self._schedule._who.get(me, -1)
+
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        if timeout != -1: raise TypeError('timeout: a schedule has no clock')
+        if timeout != -1:
+            raise TypeError("timeout: a schedule has no clock")
         me = get_ident()
         free = lambda: self.holder is None or self.reentrant and self.holder == me
-        return self._step('acquire', lambda: self._take(me) if free() else None, ready=lambda: free() or not blocking) is not None
-    def release(self) -> None: self._step('release', self._give)
+        return (
+            self._step(
+                "acquire",
+                lambda: self._take(me) if free() else None,
+                ready=lambda: free() or not blocking,
+            )
+            is not None
+        )
+
+    def release(self) -> None:
+        self._step("release", self._give)
+
     def _give(self) -> None:
-        if self.holder is None or self.reentrant and self.holder != get_ident(): raise RuntimeError('cannot release a lock that is not held')
+        if self.holder is None or self.reentrant and self.holder != get_ident():
+            raise RuntimeError("cannot release a lock that is not held")
         self.depth -= 1
-        if self.depth <= 0: self.holder, self.depth = None, 0
-    def __enter__(self) -> bool: return self.acquire()
-    def __exit__(self, *_: Any) -> None: self.release()
+        if self.depth <= 0:
+            self.holder, self.depth = None, 0
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
 
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
 _WAITING = threading.Event, threading.Condition, threading.Semaphore, threading.Barrier
 
-def _constant(value: Any) -> bool: # what nobody stores to once it is there
+
+def _constant(value: Any) -> bool:  # what nobody stores to once it is there
     return callable(value) or isinstance(value, (_Lock, threading.local))
 
 # %% ../nbs/09b_interleave.ipynb #87500484
 @lru_cache
 def _stepping(cls: type) -> type:
     "`cls`, with every access to an instance's attributes as a step."
+
     class Stepping(cls):
         def __getattribute__(self, name: str) -> Any:
-            own = object.__getattribute__(self, '__dict__')
+            own = object.__getattribute__(self, "__dict__")
             held = own[name] if name in own else getattr(cls, name, None)
-            if name.startswith('__') or name == '_sharing' or _constant(held) or hasattr(held, '__get__'): return super().__getattribute__(name)
-            schedule, label = own['_sharing']
-            return schedule.step((label, name), f'{cls.__name__}.{name}', 'load', lambda: object.__getattribute__(self, name))
+            if (
+                name.startswith("__")
+                or name == "_sharing"
+                or _constant(held)
+                or hasattr(held, "__get__")
+            ):
+                return super().__getattribute__(name)
+            schedule, label = own["_sharing"]
+            return schedule.step(
+                (label, name),
+                f"{cls.__name__}.{name}",
+                "load",
+                lambda: object.__getattribute__(self, name),
+            )
 
         def __setattr__(self, name: str, value: Any) -> None:
-            own = object.__getattribute__(self, '__dict__')
-            schedule, label = own['_sharing']
-            if hasattr(getattr(cls, name, None), '__set__'): return super().__setattr__(name, value) # its own stores are steps
+            own = object.__getattribute__(self, "__dict__")
+            schedule, label = own["_sharing"]
+            if hasattr(getattr(cls, name, None), "__set__"):
+                return super().__setattr__(name, value)  # its own stores are steps
             value = schedule.wrap(value, name)
             if get_ident() in schedule._who and (_constant(value) or _constant(own.get(name))):
-                raise TypeError(f'{name}: a thread stores a function or a lock, or over one; loads of those are no steps')
+                raise TypeError(
+                    f"{name}: a thread stores a function or a lock, or over one; loads of those are no steps"
+                )
+
             def store() -> Any:
                 own[name] = value
                 return value
-            schedule.step((label, name), f'{cls.__name__}.{name}', 'store', store)
+
+            schedule.step((label, name), f"{cls.__name__}.{name}", "store", store)
 
         def __delattr__(self, name: str) -> None:
-            schedule, label = object.__getattribute__(self, '__dict__')['_sharing']
-            schedule.step((label, name), f'{cls.__name__}.{name}', 'store', lambda: super(Stepping, self).__delattr__(name), lies=lambda: ('deleted',))
+            schedule, label = object.__getattribute__(self, "__dict__")["_sharing"]
+            schedule.step(
+                (label, name),
+                f"{cls.__name__}.{name}",
+                "store",
+                lambda: super(Stepping, self).__delattr__(name),
+                lies=lambda: ("deleted",),
+            )
+
     return Stepping
 
 # %% ../nbs/09b_interleave.ipynb #144d7756
 class Sharing(Schedule):
     "A schedule that makes the objects whose accesses are its steps."
+
     _made = 0
-    def _new_label(self) -> Any: # the same in every run: a thread has made the same steps when it makes the same thing
+
+    def _new_label(
+        self,
+    ) -> (
+        Any
+    ):  # the same in every run: a thread has made the same steps when it makes the same thing
         me, self._made = self._who.get(get_ident()), self._made + 1
-        if me is None: return self._made
-        self._history[me] += ('made',) # or two things made between the same steps would have one name
+        if me is None:
+            return self._made
+        self._history[me] += (
+            "made",
+        )  # or two things made between the same steps would have one name
         return _Made((me, self._made))
 
     def share(self, cls: Any, *args: Any, **options: Any) -> Any:
         "An instance of `cls` whose attribute accesses are steps; `share(list)` gives a list whose operations are."
-        if cls is list: return self.wrap(list(*args), options.get('name', 'list'))
+        if cls is list:
+            return self.wrap(list(*args), options.get("name", "list"))
         instance: Any = object.__new__(_stepping(cls))
-        instance.__dict__['_sharing'] = self, self._new_label()
+        instance.__dict__["_sharing"] = self, self._new_label()
         instance.__init__(*args, **options)
         return instance
 
     def wrap(self, value: Any, name: str) -> Any:
         "What is stored in place of a list or a lock; anything else stays."
         parts = value if isinstance(value, (list, tuple)) and not isinstance(value, _List) else ()
-        if isinstance(value, _WAITING) or any(isinstance(part, (*_WAITING, _LOCK, _RLOCK)) for part in parts):
-            raise TypeError(f'{name}: a {type(value).__name__} would wait outside of the schedule; needed a lock in an attribute of its own')
-        if isinstance(value, threading.local): self._own.append(value)
+        if isinstance(value, _WAITING) or any(
+            isinstance(part, (*_WAITING, _LOCK, _RLOCK)) for part in parts
+        ):
+            raise TypeError(
+                f"{name}: a {type(value).__name__} would wait outside of the schedule; needed a lock in an attribute of its own"
+            )
+        if isinstance(value, threading.local):
+            self._own.append(value)
         kind: Any = {list: _List, _LOCK: _Lock, _RLOCK: _Lock}.get(type(value))
-        if kind is None: return value
+        if kind is None:
+            return value
         traced = _List(value) if kind is _List else _Lock(type(value) is _RLOCK)
         traced._schedule, traced._label, traced._name = self, self._new_label(), name
-        if isinstance(traced, _List): self._shared[traced._label] = traced.contents()
+        if isinstance(traced, _List):
+            self._shared[traced._label] = traced.contents()
         return traced
 
 # %% ../nbs/09b_interleave.ipynb #3cd6d0e9
-Scenario = Callable[[Sharing], Sequence[Callable[[], Any]]] # makes shared objects; gives what each thread does
+Scenario = Callable[
+    [Sharing], Sequence[Callable[[], Any]]
+]  # makes shared objects; gives what each thread does
+
 
 class Race(NamedTuple):
     "A run in which a thread failed."
-    path: tuple[int, ...] # which thread moved at each step
+
+    path: tuple[int, ...]  # which thread moved at each step
     steps: list[Step]
     error: BaseException
 
     @property
-    def switches(self) -> int: return sum(a != b for a, b in zip(self.path, self.path[1:]))
+    def switches(self) -> int:
+        return sum(a != b for a, b in zip(self.path, self.path[1:]))
+
 
 @dataclass(frozen=True)
 class Explored:
     "What came of running a scenario in every order."
-    interleavings: int # orders of all shared accesses
-    situations: int # different ones in which a thread was chosen
-    runs: int # that were made to see all of them
-    races: list[Race] = field(repr=False) # one for each run that failed
+
+    interleavings: int  # orders of all shared accesses
+    situations: int  # different ones in which a thread was chosen
+    runs: int  # that were made to see all of them
+    races: list[Race] = field(repr=False)  # one for each run that failed
 
     @property
     def shortest(self) -> Race:
-        if not self.races: raise ValueError('races: there is none')
+        if not self.races:
+            raise ValueError("races: there is none")
         return min(self.races, key=lambda r: (r.switches, len(r.path)))
 
 # %% ../nbs/09b_interleave.ipynb #4b76935b
@@ -334,45 +519,54 @@ def _paths(graph: dict, root: Any) -> int:
     while todo:
         key = todo[-1]
         left = [] if key in ways else [k for k in graph[key].values() if k not in ways]
-        if not left and key not in ways: ways[key] = sum(ways[k] for k in graph[key].values())
+        if not left and key not in ways:
+            ways[key] = sum(ways[k] for k in graph[key].values())
         todo = todo + left if left else todo[:-1]
     return ways[root]
+
 
 @contextmanager
 def _one_core() -> Iterator[None]:
     "This thread, and those it starts, stay on one core (Linux)."
-    if not hasattr(os, 'sched_setaffinity'):
+    if not hasattr(os, "sched_setaffinity"):
         yield
         return
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
-    try: yield
-    finally: os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 # %% ../nbs/09b_interleave.ipynb #793acb85
 @_one_core()
-def explore(scenario: Scenario, # builds shared objects with `schedule.share`, and gives the bodies of the threads
-            *,
-            prune: bool = True, # False: run every interleaving to its end, even if nothing new can come of it
-            most: int = 100_000, # runs; a RuntimeError says so if they are not enough
-            ) -> Explored:
+def explore(
+    scenario: Scenario,  # builds shared objects with `schedule.share`, and gives the bodies of the threads
+    *,
+    prune: bool = True,  # False: run every interleaving to its end, even if nothing new can come of it
+    most: int = 100_000,  # runs; a RuntimeError says so if they are not enough
+) -> Explored:
     "Run a scenario in every order of its shared accesses. The threads must end whatever the order."
-    if not isinstance(most, int) or most < 1: raise ValueError(f'most: {most!r}, needed a whole number of at least 1')
+    if not isinstance(most, int) or most < 1:
+        raise ValueError(f"most: {most!r}, needed a whole number of at least 1")
     graph: dict = {}
     races: list[Race] = []
     todo: list[tuple[int, ...]] = [()]
     runs = 0
     while todo:
-        if runs == most: raise RuntimeError(f'most: {most} runs were not enough; take shorter threads')
+        if runs == most:
+            raise RuntimeError(f"most: {most} runs were not enough; take shorter threads")
         run = Sharing(todo.pop(), graph if prune else None)
         run.run(scenario(run))
         todo += run.branches
         runs += 1
-        if run.failure is not None: races.append(Race(tuple(run.path), run.steps, run.failure))
+        if run.failure is not None:
+            races.append(Race(tuple(run.path), run.steps, run.failure))
     root = next(iter(graph), None)
     return Explored(_paths(graph, root) if prune else runs, len(graph), runs, races)
 
-def replay(scenario: Scenario, path: Sequence[int]) -> Sharing: # its `failure` and `steps`
+
+def replay(scenario: Scenario, path: Sequence[int]) -> Sharing:  # its `failure` and `steps`
     "Run a scenario in one given order."
     run = Sharing(path)
-    return run.run(scenario(run)) # type: ignore[return-value]
+    return run.run(scenario(run))  # type: ignore[return-value]

@@ -19,21 +19,31 @@ from .context import SharedAttentionContext
 from .gemm import Product, aligned_empty, forms
 from .measure import time_paired
 from .original import backward, forward, update, update_step
-from .reference import apply_context, apply_context_vjp, ema, sample_rows, similarity, similarity_step
+from ctxlab.reference import (
+    apply_context,
+    apply_context_vjp,
+    ema,
+    sample_rows,
+    similarity,
+    similarity_step,
+)
 from .testing import assert_equiv
 
 # %% ../nbs/05a_ladder.ipynb #35d62da2
-PATHS = ('apply', 'backward', 'update', 'step update')
-RUNGS = ('reference', 'dot', 'zeros + gemm', 'reused out', 'less work')
-RATE = 0.1 # of the updates
+PATHS = ("apply", "backward", "update", "step update")
+RUNGS = ("reference", "dot", "zeros + gemm", "reused out", "less work")
+RATE = 0.1  # of the updates
+
 
 class Inputs(NamedTuple):
     "What the paths run on; float32, on cache lines."
-    X: np.ndarray # (S, D)
-    Y: np.ndarray # (S, D)
-    G: np.ndarray # (S, D)
-    C: np.ndarray # (D, D)
+
+    X: np.ndarray  # (S, D)
+    Y: np.ndarray  # (S, D)
+    G: np.ndarray  # (S, D)
+    C: np.ndarray  # (D, D)
     s: float = 0.5
+
 
 def inputs(S: int, D: int, seed: int = 0) -> Inputs:
     "Random activations and their context."
@@ -42,51 +52,74 @@ def inputs(S: int, D: int, seed: int = 0) -> Inputs:
     return Inputs(X, Y, G, similarity(X, Y))
 
 # %% ../nbs/05a_ladder.ipynb #a7cbadd3
-Calls = dict[str, dict[str, Callable[[], Any]]] # path -> rung -> call; a call returns its result
-Ratios = dict[tuple[str, str], Any] # (path, rung) -> Interval in units of the bare product
+Calls = dict[str, dict[str, Callable[[], Any]]]  # path -> rung -> call; a call returns its result
+Ratios = dict[tuple[str, str], Any]  # (path, rung) -> Interval in units of the bare product
+
 
 def _learning(into: Callable[[np.ndarray], Any], D: int) -> Callable[[], np.ndarray]:
     "A call that learns into a context of its own, starting at zero, and returns it."
     C = np.zeros((D, D), np.float32)
+
     def call() -> np.ndarray:
         into(C)
         return C
+
     return call
 
-def reference_calls(data: Inputs) -> dict[str, Callable[[], Any]]: # path -> call
+
+def reference_calls(data: Inputs) -> dict[str, Callable[[], Any]]:  # path -> call
     "The first rung."
     X, Y, G, C, s = data
     zero = np.zeros_like(C)
-    return {'apply': partial(apply_context, X, C, s), 'backward': partial(apply_context_vjp, X, C, s, G),
-            'update': lambda: ema(zero, similarity(X, Y), RATE),
-            'step update': lambda: ema(zero, similarity_step(X[0], Y[0]), RATE)}
+    return {
+        "apply": partial(apply_context, X, C, s),
+        "backward": partial(apply_context_vjp, X, C, s, G),
+        "update": lambda: ema(zero, similarity(X, Y), RATE),
+        "step update": lambda: ema(zero, similarity_step(X[0], Y[0]), RATE),
+    }
 
 # %% ../nbs/05a_ladder.ipynb #b309cc17
-def form_calls(data: Inputs, product: Product) -> dict[str, Callable[[], Any]]: # path -> call
+def form_calls(data: Inputs, product: Product) -> dict[str, Callable[[], Any]]:  # path -> call
     "The original's paths with a given form of product."
     X, Y, G, C, s = data
-    return {'apply': partial(forward, product, X, C, s), 'backward': partial(backward, product, X, C, s, G),
-            'update': _learning(lambda C: update(product, X, Y, C, RATE), len(C)),
-            'step update': _learning(lambda C: update_step(product, X[0], Y[0], C, RATE), len(C))}
+    return {
+        "apply": partial(forward, product, X, C, s),
+        "backward": partial(backward, product, X, C, s, G),
+        "update": _learning(lambda C: update(product, X, Y, C, RATE), len(C)),
+        "step update": _learning(lambda C: update_step(product, X[0], Y[0], C, RATE), len(C)),
+    }
 
-def context_calls(data: Inputs) -> dict[str, Callable[[], Any]]: # path -> call
+
+def context_calls(data: Inputs) -> dict[str, Callable[[], Any]]:  # path -> call
     "The last rung."
     X, Y, G, C, s = data
     mixer, batch, token = (SharedAttentionContext(s, RATE) for _ in range(3))
     mixer.set_incoming(C)
     out, grad = aligned_empty(X.shape), aligned_empty(X.shape)
+
     def learn() -> Any:
         batch.update(X, Y)
         return batch.outgoing
+
     def learn_step() -> Any:
         token.update_step(X[0], Y[0])
         return token.outgoing
-    return dict(zip(PATHS, (partial(mixer.apply, X, out), partial(mixer.backward, X, G, grad), learn, learn_step)))
+
+    return dict(
+        zip(
+            PATHS,
+            (partial(mixer.apply, X, out), partial(mixer.backward, X, G, grad), learn, learn_step),
+        )
+    )
+
 
 def rungs(data: Inputs) -> Calls:
     "Every path on every rung."
-    columns = {'reference': reference_calls(data), **{form: form_calls(data, p) for form, p in forms().items()},
-               'less work': context_calls(data)}
+    columns = {
+        "reference": reference_calls(data),
+        **{form: form_calls(data, p) for form, p in forms().items()},
+        "less work": context_calls(data),
+    }
     return {path: {rung: columns[rung][path] for rung in RUNGS} for path in PATHS}
 
 # %% ../nbs/05a_ladder.ipynb #e2d8fd6b
@@ -95,86 +128,169 @@ def check_call(path: str, call: Callable[[], Any], data: Inputs) -> None:
     want, got = reference_calls(data)[path](), call()
     X, _, G, C, s = data
     D, mixed = len(C), np.abs(G) @ np.abs(C.T)
-    if path == 'backward':
-        assert_equiv(np.float32(got[1]), np.float32(want[1]), depth=D, scale=np.sum(mixed * np.abs(X)) / D)
+    if path == "backward":
+        assert_equiv(
+            np.float32(got[1]), np.float32(want[1]), depth=D, scale=np.sum(mixed * np.abs(X)) / D
+        )
         assert_equiv(got[0], want[0], depth=D, scale=np.abs(G) + abs(s) / D * mixed)
-    elif path == 'apply': assert_equiv(got, want, depth=D, scale=np.abs(X) + abs(s) / D * (np.abs(X) @ np.abs(C)))
-    else: assert_equiv(np.asarray(got), want, depth=32, scale=RATE)
+    elif path == "apply":
+        assert_equiv(got, want, depth=D, scale=np.abs(X) + abs(s) / D * (np.abs(X) @ np.abs(C)))
+    else:
+        assert_equiv(np.asarray(got), want, depth=32, scale=RATE)
+
 
 def checked(calls: Calls, data: Inputs) -> Calls:
     "`calls`, after each gave the right result once."
     for path, by_rung in calls.items():
-        for call in by_rung.values(): check_call(path, call, data)
+        for call in by_rung.values():
+            check_call(path, call, data)
     return calls
 
 # %% ../nbs/05a_ladder.ipynb #c5073130
-BARE = 'bare matmul' # the unit
+BARE = "bare matmul"  # the unit
 
-def climb(data: Inputs, # what to run on
-          calls: Calls | None = None, # default: all rungs
-          *,
-          budget: float = 10.0, # seconds
-          seed: int = 0) -> Ratios: # (path, rung) -> Interval, in units of the bare product
+
+def climb(
+    data: Inputs,  # what to run on
+    calls: Calls | None = None,  # default: all rungs
+    *,
+    budget: float = 10.0,  # seconds
+    seed: int = 0,
+) -> Ratios:  # (path, rung) -> Interval, in units of the bare product
     "Check every rung, then time all of them and the bare product in turn."
     calls, out = checked(calls or rungs(data), data), aligned_empty(data.X.shape)
-    flat = {f'{path}|{rung}': call for path, by_rung in calls.items() for rung, call in by_rung.items()}
-    t = time_paired({BARE: lambda: np.matmul(data.X, data.C, out=out), **flat}, control=BARE, budget=budget, seed=seed)
-    ratios: Ratios = {(path, rung): t.ratio(f'{path}|{rung}', BARE) for path, by_rung in calls.items() for rung in by_rung}
-    return ratios | {(BARE, 'control'): t.compare(BARE).control, (BARE, 'seconds'): float(np.median(t.seconds[BARE]))}
+    flat = {
+        f"{path}|{rung}": call for path, by_rung in calls.items() for rung, call in by_rung.items()
+    }
+    t = time_paired(
+        {BARE: lambda: np.matmul(data.X, data.C, out=out), **flat},
+        control=BARE,
+        budget=budget,
+        seed=seed,
+    )
+    ratios: Ratios = {
+        (path, rung): t.ratio(f"{path}|{rung}", BARE)
+        for path, by_rung in calls.items()
+        for rung in by_rung
+    }
+    return ratios | {
+        (BARE, "control"): t.compare(BARE).control,
+        (BARE, "seconds"): float(np.median(t.seconds[BARE])),
+    }
 
 # %% ../nbs/05a_ladder.ipynb #191335f2
-def work(path: str, S: int, D: int) -> tuple[float, float]: # operations, bytes
+def work(path: str, S: int, D: int) -> tuple[float, float]:  # operations, bytes
     "Useful operations of a path and the bytes that it must touch; a tanh counts as one operation."
     n = min(S, 32)
-    return {'apply': (2 * S * D**2, 4 * (2 * S * D + D**2)), 'backward': (2 * S * D**2 + 4 * S * D, 4 * (3 * S * D + D**2)),
-            'update': (2 * n * D**2 + 4 * D**2, 4 * (2 * n * D + 2 * D**2)), 'step update': (5 * D**2, 4 * (2 * D + 2 * D**2))}[path]
+    return {
+        "apply": (2 * S * D**2, 4 * (2 * S * D + D**2)),
+        "backward": (2 * S * D**2 + 4 * S * D, 4 * (3 * S * D + D**2)),
+        "update": (2 * n * D**2 + 4 * D**2, 4 * (2 * n * D + 2 * D**2)),
+        "step update": (5 * D**2, 4 * (2 * D + 2 * D**2)),
+    }[path]
 
 # %% ../nbs/05a_ladder.ipynb #71509492
-def torch_calls(data: Inputs) -> dict[str, Callable[[], Any]]: # path -> call; empty where PyTorch is missing
+def torch_calls(
+    data: Inputs,
+) -> dict[str, Callable[[], Any]]:  # path -> call; empty where PyTorch is missing
     "The four paths in eager PyTorch."
-    try: import torch
-    except ImportError: return {}
+    try:
+        import torch
+    except ImportError:
+        return {}
     X, Y, G, C = map(torch.from_numpy, data[:4])
     D, rows = len(C), torch.from_numpy(sample_rows(len(X)))
-    scale, out, T, learned = data.s / D, torch.empty_like(X), torch.empty_like(X), [torch.zeros_like(C) for _ in range(2)]
-    def unit(a: Any, dim: int) -> Any: # centred, and divided by the norm
+    scale, out, T, learned = (
+        data.s / D,
+        torch.empty_like(X),
+        torch.empty_like(X),
+        [torch.zeros_like(C) for _ in range(2)],
+    )
+
+    def unit(a: Any, dim: int) -> Any:  # centred, and divided by the norm
         a = a - a.mean(dim, keepdim=True)
         norm = torch.linalg.vector_norm(a, dim=dim, keepdim=True)
         return a.div_(torch.where(norm > 0, norm, 1))
-    def apply() -> np.ndarray: return torch.addmm(X, X, C, alpha=scale, out=out).numpy()
+
+    def apply() -> np.ndarray:
+        return torch.addmm(X, X, C, alpha=scale, out=out).numpy()
+
     def backward() -> tuple[np.ndarray, float]:
         torch.mm(G, C.T, out=T)
         grad_s = torch.dot(T.view(-1), X.view(-1)).item() / D
         return torch.add(G, T, alpha=scale, out=T).numpy(), grad_s
-    def update() -> np.ndarray: return learned[0].lerp_(torch.mm(unit(X[rows], 0).T, unit(Y[rows], 0)).tanh_(), RATE).numpy()
-    def step() -> np.ndarray: return learned[1].lerp_(torch.outer(unit(X[0], 0), unit(Y[0], 0)).tanh_(), RATE).numpy()
-    return {path: torch.inference_mode()(call) for path, call in zip(PATHS, (apply, backward, update, step))}
+
+    def update() -> np.ndarray:
+        return (
+            learned[0].lerp_(torch.mm(unit(X[rows], 0).T, unit(Y[rows], 0)).tanh_(), RATE).numpy()
+        )
+
+    def step() -> np.ndarray:
+        return learned[1].lerp_(torch.outer(unit(X[0], 0), unit(Y[0], 0)).tanh_(), RATE).numpy()
+
+    return {
+        path: torch.inference_mode()(call)
+        for path, call in zip(PATHS, (apply, backward, update, step))
+    }
 
 # %% ../nbs/05a_ladder.ipynb #8b2ef47e
-ORIGINAL = {'apply': '1.06 to 4.6', 'backward': '2.96 to 9.6', 'update': '11.5', 'step update': '21'} # at S = 512, D = 768
+ORIGINAL = {
+    "apply": "1.06 to 4.6",
+    "backward": "2.96 to 9.6",
+    "update": "11.5",
+    "step update": "21",
+}  # at S = 512, D = 768
 
-def against_torch(data: Inputs, *, budget: float = 10.0, seed: int = 0) -> Ratios | None: # None where PyTorch is missing
+
+def against_torch(
+    data: Inputs, *, budget: float = 10.0, seed: int = 0
+) -> Ratios | None:  # None where PyTorch is missing
     "The last rung beside PyTorch, one thread each. Limits BLAS and PyTorch to one thread for the rest of the process."
     peer, own = torch_calls(data), context_calls(data)
-    if not peer: return None
+    if not peer:
+        return None
     import torch
+
     torch.set_num_threads(1)
-    threadpool_limits(1, user_api='blas')
-    return climb(data, {path: {'less work': own[path], 'PyTorch': peer[path]} for path in PATHS}, budget=budget, seed=seed)
+    threadpool_limits(1, user_api="blas")
+    return climb(
+        data,
+        {path: {"less work": own[path], "PyTorch": peer[path]} for path in PATHS},
+        budget=budget,
+        seed=seed,
+    )
 
 # %% ../nbs/05a_ladder.ipynb #c29e0ee0
-def benchmark_table(ratios: Ratios,
-                    original: bool = False, # show the compiled original's figures, which hold for S = 512, D = 768
-                    ) -> str:
+def benchmark_table(
+    ratios: Ratios,
+    original: bool = False,  # show the compiled original's figures, which hold for S = 512, D = 768
+) -> str:
     "The ratios as a table for a terminal: medians, and for the last rung and PyTorch the interval."
-    columns = [r for r in (*RUNGS, 'PyTorch') if ('apply', r) in ratios]
+    columns = [r for r in (*RUNGS, "PyTorch") if ("apply", r) in ratios]
+
     def cell(path: str, rung: str) -> str:
         r = ratios[path, rung]
-        return f'{r.median:.2f} [{r.low:.2f}, {r.high:.2f}]' if rung in ('less work', 'PyTorch') else f'{r.median:.2f}'
-    rows = [['', *columns], *([path, *(cell(path, c) for c in columns)] for path in PATHS)]
-    if original: rows = [row + [ORIGINAL.get(row[0], 'original')] for row in rows]
+        return (
+            f"{r.median:.2f} [{r.low:.2f}, {r.high:.2f}]"
+            if rung in ("less work", "PyTorch")
+            else f"{r.median:.2f}"
+        )
+
+    rows = [["", *columns], *([path, *(cell(path, c) for c in columns)] for path in PATHS)]
+    if original:
+        rows = [row + [ORIGINAL.get(row[0], "original")] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['  '.join(f'{text:>{w}}' if i else f'{text:{w}}' for i, (text, w) in enumerate(zip(row, widths))) for row in rows]
-    control = ratios[BARE, 'control']
-    return '\n'.join([*lines, f"unit: one bare matmul, {ratios[BARE, 'seconds'] * 1e3:.3g} ms; "
-                      f'against itself {control.low:.3f} to {control.high:.3f}'])
+    lines = [
+        "  ".join(
+            f"{text:>{w}}" if i else f"{text:{w}}" for i, (text, w) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
+    control = ratios[BARE, "control"]
+    return "\n".join(
+        [
+            *lines,
+            f"unit: one bare matmul, {ratios[BARE, 'seconds'] * 1e3:.3g} ms; "
+            f"against itself {control.low:.3f} to {control.high:.3f}",
+        ]
+    )

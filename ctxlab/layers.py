@@ -20,13 +20,18 @@ from .gemm import PANEL_BYTES, panels
 from .workspace import Buffer, Requirement, Workspace, all_of
 
 # %% ../nbs/06_layers.ipynb #1db5bd13
-def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-5) -> np.ndarray: # (N, D), (D,), (D,) -> (N, D)
+def layer_norm(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-5
+) -> np.ndarray:  # (N, D), (D,), (D,) -> (N, D)
     "`(x - mean) / sqrt(var + eps) * weight + bias` over the last axis."
     centred = x - x.mean(axis=-1, keepdims=True)
     variance = np.mean(centred * centred, axis=-1, keepdims=True)
     return centred / np.sqrt(variance + x.dtype.type(eps)) * weight + bias
 
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float = 1e-5) -> np.ndarray: # (N, D), (D,) -> (N, D)
+
+def rms_norm(
+    x: np.ndarray, weight: np.ndarray, eps: float = 1e-5
+) -> np.ndarray:  # (N, D), (D,) -> (N, D)
     "`x / sqrt(mean(x^2) + eps) * weight` over the last axis."
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
 
@@ -36,21 +41,26 @@ def _normalise(X: np.ndarray, stats: np.ndarray, out: np.ndarray) -> None:
     np.subtract(X, stats[0, :, None], out=out)
     out *= stats[1, :, None]
 
-def norm_into(x: np.ndarray, # (N, D)
-              weight: np.ndarray, # (D,)
-              bias: np.ndarray | None, # (D,): LayerNorm; None: RMSNorm
-              out: np.ndarray, # (N, D), may be `x`
-              stats: np.ndarray, # (2, N), receives mean and 1 / sd of the rows
-              eps: float = 1e-5, # added to the variance
-              ) -> np.ndarray: # out
+
+def norm_into(
+    x: np.ndarray,  # (N, D)
+    weight: np.ndarray,  # (D,)
+    bias: np.ndarray | None,  # (D,): LayerNorm; None: RMSNorm
+    out: np.ndarray,  # (N, D), may be `x`
+    stats: np.ndarray,  # (2, N), receives mean and 1 / sd of the rows
+    eps: float = 1e-5,  # added to the variance
+) -> np.ndarray:  # out
     "`layer_norm`, or `rms_norm` where there is no bias."
     D = x.shape[1]
     for rows in panels(len(x), D * x.itemsize):
         X, Y, mean, scale = x[rows], out[rows], stats[0, rows], stats[1, rows]
-        if bias is None: mean.fill(0)
+        if bias is None:
+            mean.fill(0)
         else:
             np.add.reduce(X, axis=1, out=mean)
-            mean /= D # a product with 1 / D is off by a digit, and a constant row would have a spread
+            mean /= (
+                D  # a product with 1 / D is off by a digit, and a constant row would have a spread
+            )
         np.subtract(X, mean[:, None], out=Y)
         np.vecdot(Y, Y, out=scale)
         scale *= 1 / D
@@ -59,50 +69,63 @@ def norm_into(x: np.ndarray, # (N, D)
         np.reciprocal(scale, out=scale)
         Y *= scale[:, None]
         Y *= weight
-        if bias is not None: Y += bias
+        if bias is not None:
+            Y += bias
     return out
 
 # %% ../nbs/06_layers.ipynb #0596db1b
-def renorm_into(x: np.ndarray, # (N, D) input of the forward pass
-                stats: np.ndarray, # (2, N) from it
-                weight: np.ndarray, bias: np.ndarray | None, # as in the forward pass
-                out: np.ndarray, # (N, D)
-                ) -> np.ndarray: # out
+def renorm_into(
+    x: np.ndarray,  # (N, D) input of the forward pass
+    stats: np.ndarray,  # (2, N) from it
+    weight: np.ndarray,
+    bias: np.ndarray | None,  # as in the forward pass
+    out: np.ndarray,  # (N, D)
+) -> np.ndarray:  # out
     "What `norm_into` gave, to the bit."
     for rows in panels(len(x), x.shape[1] * x.itemsize):
         Y = out[rows]
         _normalise(x[rows], stats[:, rows], Y)
         Y *= weight
-        if bias is not None: Y += bias
+        if bias is not None:
+            Y += bias
     return out
 
 # %% ../nbs/06_layers.ipynb #a89573ad
-def layer_norm_vjp(x: np.ndarray, weight: np.ndarray, grad_out: np.ndarray, eps: float = 1e-5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def layer_norm_vjp(
+    x: np.ndarray, weight: np.ndarray, grad_out: np.ndarray, eps: float = 1e-5
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Gradients of `layer_norm` for x (N, D), weight (D,) and bias (D,)."
     centred = x - x.mean(axis=1, keepdims=True)
     scale = 1 / np.sqrt(np.mean(centred * centred, axis=1, keepdims=True) + x.dtype.type(eps))
     hat, g = centred * scale, grad_out * weight
-    grad_x = scale * (g - g.mean(axis=1, keepdims=True) - hat * np.mean(g * hat, axis=1, keepdims=True))
+    grad_x = scale * (
+        g - g.mean(axis=1, keepdims=True) - hat * np.mean(g * hat, axis=1, keepdims=True)
+    )
     return grad_x, np.sum(grad_out * hat, axis=0), np.sum(grad_out, axis=0)
 
 # %% ../nbs/06_layers.ipynb #2fea4bde
-def norm_backward_into(x: np.ndarray, # (N, D) input of the forward pass
-                       stats: np.ndarray, # (2, N) from the forward pass
-                       weight: np.ndarray, # (D,)
-                       grad_out: np.ndarray, # (N, D)
-                       out: np.ndarray, # (N, D), receives dL/dx; may be `grad_out`
-                       grad_weight: np.ndarray, # (D,), receives dL/dweight
-                       grad_bias: np.ndarray | None, # (D,), or None for RMSNorm
-                       ws: Workspace, # for two panels and two vectors
-                       ) -> np.ndarray: # out
+def norm_backward_into(
+    x: np.ndarray,  # (N, D) input of the forward pass
+    stats: np.ndarray,  # (2, N) from the forward pass
+    weight: np.ndarray,  # (D,)
+    grad_out: np.ndarray,  # (N, D)
+    out: np.ndarray,  # (N, D), receives dL/dx; may be `grad_out`
+    grad_weight: np.ndarray,  # (D,), receives dL/dweight
+    grad_bias: np.ndarray | None,  # (D,), or None for RMSNorm
+    ws: Workspace,  # for two panels and two vectors
+) -> np.ndarray:  # out
     "Gradients of `norm_into`."
     D, steps = x.shape[1], list(panels(len(x), x.shape[1] * x.itemsize))
     grad_weight.fill(0)
-    if grad_bias is not None: np.add.reduce(grad_out, axis=0, out=grad_bias)
+    if grad_bias is not None:
+        np.add.reduce(grad_out, axis=0, out=grad_bias)
     with ws.scope():
         n = steps[0].stop if steps else 0
-        hats, products = ws.take('norm.hat', (n, D), x.dtype), ws.take('norm.product', (n, D), x.dtype)
-        column, row = ws.take('norm.column', (D,), x.dtype), ws.take('norm.row', (n,), x.dtype)
+        hats, products = (
+            ws.take("norm.hat", (n, D), x.dtype),
+            ws.take("norm.product", (n, D), x.dtype),
+        )
+        column, row = ws.take("norm.column", (D,), x.dtype), ws.take("norm.row", (n,), x.dtype)
         for rows in steps:
             G, dX, n = grad_out[rows], out[rows], rows.stop - rows.start
             hat, product, mean = hats[:n], products[:n], row[:n]
@@ -122,84 +145,123 @@ def norm_backward_into(x: np.ndarray, # (N, D) input of the forward pass
     return out
 
 # %% ../nbs/06_layers.ipynb #d1adeb28
-def norm_requirement(dtype: DTypeLike = np.float32) -> Requirement: # in D and m, rows of a panel
+def norm_requirement(dtype: DTypeLike = np.float32) -> Requirement:  # in D and m, rows of a panel
     "Scratch of `norm_backward_into`."
-    return all_of(Buffer('norm.hat', ('m', 'D'), dtype), Buffer('norm.product', ('m', 'D'), dtype), Buffer('norm.column', ('D',), dtype),
-                  Buffer('norm.row', ('m',), dtype))
+    return all_of(
+        Buffer("norm.hat", ("m", "D"), dtype),
+        Buffer("norm.product", ("m", "D"), dtype),
+        Buffer("norm.column", ("D",), dtype),
+        Buffer("norm.row", ("m",), dtype),
+    )
 
 # %% ../nbs/06_layers.ipynb #cde3df4b
-def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray: # (N, D), (F, D), (F,) -> (N, F)
+def linear(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None
+) -> np.ndarray:  # (N, D), (F, D), (F,) -> (N, F)
     "`x @ weight.T + bias`."
     return x @ weight.T if bias is None else x @ weight.T + bias
 
-def add_rows(out: np.ndarray, # (N, F), changed in place
-             vector: np.ndarray | None, # (F,)
-             ) -> np.ndarray: # out
+
+def add_rows(
+    out: np.ndarray,  # (N, F), changed in place
+    vector: np.ndarray | None,  # (F,)
+) -> np.ndarray:  # out
     "Add a vector to every row, panel by panel."
     if vector is not None:
-        for rows in panels(len(out), out.shape[1] * out.itemsize): out[rows] += vector
+        for rows in panels(len(out), out.shape[1] * out.itemsize):
+            out[rows] += vector
     return out
 
-def _add_residual(out: np.ndarray, # (N, D), changed in place
-                  residual: np.ndarray, # (N, D)
-                  bias: np.ndarray | None = None, # (D,)
-                  ) -> np.ndarray: # out
+
+def _add_residual(
+    out: np.ndarray,  # (N, D), changed in place
+    residual: np.ndarray,  # (N, D)
+    bias: np.ndarray | None = None,  # (D,)
+) -> np.ndarray:  # out
     "Add a matrix, and a vector to every row, panel by panel."
     for rows in panels(len(out), out.shape[1] * out.itemsize):
-        if bias is not None: out[rows] += bias
+        if bias is not None:
+            out[rows] += bias
         out[rows] += residual[rows]
     return out
 
-def linear_into(x: np.ndarray, # (N, D)
-                weight: np.ndarray, # (F, D)
-                bias: np.ndarray | None, # (F,)
-                out: np.ndarray, # (N, F)
-                ) -> np.ndarray: # out
+
+def linear_into(
+    x: np.ndarray,  # (N, D)
+    weight: np.ndarray,  # (F, D)
+    bias: np.ndarray | None,  # (F,)
+    out: np.ndarray,  # (N, F)
+) -> np.ndarray:  # out
     "`linear`, written to `out`."
     return add_rows(np.matmul(x, weight.T, out=out), bias)
 
-def linear_backward_into(x: np.ndarray, # (N, D)
-                         weight: np.ndarray, # (F, D)
-                         grad_out: np.ndarray, # (N, F)
-                         out: np.ndarray | None, # (N, D), receives dL/dx; None: not needed
-                         grad_weight: np.ndarray, # (F, D), receives dL/dweight
-                         grad_bias: np.ndarray | None, # (F,)
-                         ) -> np.ndarray | None: # out
+
+def linear_backward_into(
+    x: np.ndarray,  # (N, D)
+    weight: np.ndarray,  # (F, D)
+    grad_out: np.ndarray,  # (N, F)
+    out: np.ndarray | None,  # (N, D), receives dL/dx; None: not needed
+    grad_weight: np.ndarray,  # (F, D), receives dL/dweight
+    grad_bias: np.ndarray | None,  # (F,)
+) -> np.ndarray | None:  # out
     "Gradients of `linear_into`."
     np.matmul(grad_out.T, x, out=grad_weight)
-    if grad_bias is not None: np.add.reduce(grad_out, axis=0, out=grad_bias)
+    if grad_bias is not None:
+        np.add.reduce(grad_out, axis=0, out=grad_bias)
     return out if out is None else np.matmul(grad_out, weight, out=out)
 
 # %% ../nbs/06_layers.ipynb #00ecbc5d
-CUBIC, SLOPE = 0.044715, math.sqrt(2 / math.pi) # of the tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415)
-APPROXIMATE = ('none', 'tanh')
+CUBIC, SLOPE = (
+    0.044715,
+    math.sqrt(2 / math.pi),
+)  # of the tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415)
+APPROXIMATE = ("none", "tanh")
+
 
 def check_form(approximate: str) -> None:
     "A ValueError unless it is one of the two forms."
-    if approximate not in APPROXIMATE: raise ValueError(f'approximate: {approximate!r}, needed one of {APPROXIMATE}')
+    if approximate not in APPROXIMATE:
+        raise ValueError(f"approximate: {approximate!r}, needed one of {APPROXIMATE}")
 
-def gelu(x: np.ndarray, approximate: str = 'none') -> np.ndarray: # same shape and dtype
+
+def gelu(x: np.ndarray, approximate: str = "none") -> np.ndarray:  # same shape and dtype
     "`x Phi(x)`, exactly ('none') or by the 'tanh' form."
     check_form(approximate)
-    if approximate == 'tanh': return x * (1 + np.tanh(SLOPE * (x + CUBIC * x * x * x))) / 2
+    if approximate == "tanh":
+        return x * (1 + np.tanh(SLOPE * (x + CUBIC * x * x * x))) / 2
     from scipy.special import ndtr
+
     return x * ndtr(x)
 
 # %% ../nbs/06_layers.ipynb #9cf13350
-def gelu_vjp(x: np.ndarray, grad_out: np.ndarray, approximate: str = 'none') -> np.ndarray: # same shape
+def gelu_vjp(
+    x: np.ndarray, grad_out: np.ndarray, approximate: str = "none"
+) -> np.ndarray:  # same shape
     "Gradient of `gelu`: `Phi(x) + x phi(x)`, or the derivative of the tanh form, times `grad_out`."
     check_form(approximate)
-    if approximate == 'tanh':
+    if approximate == "tanh":
         c = (1 + np.tanh(SLOPE * (x + CUBIC * x * x * x))) / 2
         return grad_out * (c + x * 2 * c * (1 - c) * SLOPE * (1 + 3 * CUBIC * x * x))
     from scipy.special import ndtr
+
     return grad_out * (ndtr(x) + x * np.exp(-x * x / 2) / x.dtype.type(math.sqrt(2 * math.pi)))
 
 # %% ../nbs/06_layers.ipynb #4342482a
 TANH = (SLOPE, SLOPE * CUBIC)
-ERF = (7.97884942e-01, 3.63330842e-02, -3.25945353e-05, -5.53064163e-05, 3.96479350e-06, -1.32268059e-07, 1.75633118e-09)
+ERF = (
+    7.97884942e-01,
+    3.63330842e-02,
+    -3.25945353e-05,
+    -5.53064163e-05,
+    3.96479350e-06,
+    -1.32268059e-07,
+    1.75633118e-09,
+)
 
-def _cdf_panel(X: np.ndarray, out: np.ndarray, t: np.ndarray, coefficients: tuple[float, ...]) -> None:
+
+def _cdf_panel(
+    X: np.ndarray, out: np.ndarray, t: np.ndarray, coefficients: tuple[float, ...]
+) -> None:
     "`(1 + tanh(x (c0 + c1 x^2 + ...))) / 2`; `t` is scratch."
     np.multiply(X, X, out=t)
     np.multiply(t, coefficients[-1], out=out)
@@ -213,79 +275,94 @@ def _cdf_panel(X: np.ndarray, out: np.ndarray, t: np.ndarray, coefficients: tupl
     out *= 0.5
 
 # %% ../nbs/06_layers.ipynb #d8fd082b
-def gelu_into(x: np.ndarray, # (N, F)
-              bias: np.ndarray | None, # (F,), added to `x` in place on the way, since it is in cache
-              cdf: np.ndarray, # (N, F), receives Phi(x), which the backward pass needs
-              out: np.ndarray, # (N, F)
-              ws: Workspace, # for a panel
-              approximate: str = 'none', # or 'tanh'
-              ) -> np.ndarray: # out
+def gelu_into(
+    x: np.ndarray,  # (N, F)
+    bias: np.ndarray | None,  # (F,), added to `x` in place on the way, since it is in cache
+    cdf: np.ndarray,  # (N, F), receives Phi(x), which the backward pass needs
+    out: np.ndarray,  # (N, F)
+    ws: Workspace,  # for a panel
+    approximate: str = "none",  # or 'tanh'
+) -> np.ndarray:  # out
     "`gelu` of `x + bias`."
     check_form(approximate)
     steps = list(panels(len(x), x.shape[1] * x.itemsize))
-    with ws.scope(), np.errstate(over='ignore'): # powers of a large x may be inf, whose tanh is right
-        t = ws.take('gelu.scratch', (steps[0].stop if steps else 0, x.shape[1]), x.dtype)
+    with (
+        ws.scope(),
+        np.errstate(over="ignore"),
+    ):  # powers of a large x may be inf, whose tanh is right
+        t = ws.take("gelu.scratch", (steps[0].stop if steps else 0, x.shape[1]), x.dtype)
         for rows in steps:
             X, C = x[rows], cdf[rows]
-            if bias is not None: X += bias
-            if approximate == 'tanh' or x.dtype == np.float32:
-                _cdf_panel(X, C, t[:rows.stop - rows.start], TANH if approximate == 'tanh' else ERF)
+            if bias is not None:
+                X += bias
+            if approximate == "tanh" or x.dtype == np.float32:
+                _cdf_panel(
+                    X, C, t[: rows.stop - rows.start], TANH if approximate == "tanh" else ERF
+                )
             else:
                 from scipy.special import ndtr
+
                 ndtr(X, out=C)
             np.multiply(X, C, out=out[rows])
     return out
 
 # %% ../nbs/06_layers.ipynb #fdfd9243
-def gelu_backward_into(x: np.ndarray, # (N, F) as after the forward pass, bias included
-                       cdf: np.ndarray, # (N, F) from the forward pass
-                       grad_out: np.ndarray, # (N, F)
-                       out: np.ndarray, # (N, F), receives dL/dx; may be `grad_out`
-                       ws: Workspace, # for two panels
-                       approximate: str = 'none',
-                       activated: np.ndarray | None = None, # (N, F), receives what `gelu_into` gave; may be `cdf`, which it replaces
-                       ) -> np.ndarray: # out
+def gelu_backward_into(
+    x: np.ndarray,  # (N, F) as after the forward pass, bias included
+    cdf: np.ndarray,  # (N, F) from the forward pass
+    grad_out: np.ndarray,  # (N, F)
+    out: np.ndarray,  # (N, F), receives dL/dx; may be `grad_out`
+    ws: Workspace,  # for two panels
+    approximate: str = "none",
+    activated: np.ndarray
+    | None = None,  # (N, F), receives what `gelu_into` gave; may be `cdf`, which it replaces
+) -> np.ndarray:  # out
     "Gradient of `gelu_into`; on the way its result again, which the next gradient needs."
     check_form(approximate)
     steps = list(panels(len(x), x.shape[1] * x.itemsize))
     with ws.scope():
-        t, p = ws.take('gelu.slopes', (2, steps[0].stop if steps else 0, x.shape[1]), x.dtype)
+        t, p = ws.take("gelu.slopes", (2, steps[0].stop if steps else 0, x.shape[1]), x.dtype)
         for rows in steps:
             X, C, n = x[rows], cdf[rows], rows.stop - rows.start
             slope, factor = t[:n], p[:n]
             np.multiply(X, X, out=slope)
-            if approximate == 'tanh': # 2 c (1 - c) du/dx
+            if approximate == "tanh":  # 2 c (1 - c) du/dx
                 slope *= 3 * CUBIC * SLOPE
                 slope += SLOPE
                 np.subtract(1, C, out=factor)
                 factor *= C
                 factor *= 2
                 slope *= factor
-            else: # phi(x)
+            else:  # phi(x)
                 slope *= -0.5
                 np.exp(slope, out=slope)
                 slope *= 1 / math.sqrt(2 * math.pi)
             slope *= X
             slope += C
-            if activated is not None: np.multiply(X, C, out=activated[rows])
+            if activated is not None:
+                np.multiply(X, C, out=activated[rows])
             np.multiply(grad_out[rows], slope, out=out[rows])
     return out
 
 # %% ../nbs/06_layers.ipynb #1a0d1e26
-def swiglu(a: np.ndarray, b: np.ndarray) -> np.ndarray: # same shape
+def swiglu(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # same shape
     "`silu(a) * b` (Shazeer 2020, arXiv:2002.05202)."
-    with np.errstate(over='ignore'): return a / (1 + np.exp(-a)) * b
+    with np.errstate(over="ignore"):
+        return a / (1 + np.exp(-a)) * b
 
-def _sigmoid_into(a: np.ndarray, out: np.ndarray) -> None: # by tanh, which cannot overflow
+
+def _sigmoid_into(a: np.ndarray, out: np.ndarray) -> None:  # by tanh, which cannot overflow
     np.multiply(a, 0.5, out=out)
     np.tanh(out, out=out)
     out += 1
     out *= 0.5
 
-def swiglu_into(a: np.ndarray, # (N, F)
-                b: np.ndarray, # (N, F)
-                out: np.ndarray, # (N, F)
-                ) -> np.ndarray: # out
+
+def swiglu_into(
+    a: np.ndarray,  # (N, F)
+    b: np.ndarray,  # (N, F)
+    out: np.ndarray,  # (N, F)
+) -> np.ndarray:  # out
     "`swiglu`, panel by panel."
     for rows in panels(len(a), a.shape[1] * a.itemsize):
         _sigmoid_into(a[rows], out[rows])
@@ -294,19 +371,20 @@ def swiglu_into(a: np.ndarray, # (N, F)
     return out
 
 # %% ../nbs/06_layers.ipynb #24d2f74f
-def swiglu_backward_into(a: np.ndarray, # (N, F)
-                         b: np.ndarray, # (N, F)
-                         grad_out: np.ndarray, # (N, F)
-                         grad_a: np.ndarray, # (N, F), neither this
-                         grad_b: np.ndarray, # (N, F), nor this may be `grad_out`
-                         ws: Workspace, # for a panel
-                         ) -> None:
+def swiglu_backward_into(
+    a: np.ndarray,  # (N, F)
+    b: np.ndarray,  # (N, F)
+    grad_out: np.ndarray,  # (N, F)
+    grad_a: np.ndarray,  # (N, F), neither this
+    grad_b: np.ndarray,  # (N, F), nor this may be `grad_out`
+    ws: Workspace,  # for a panel
+) -> None:
     "Gradients of `swiglu_into`: `b sigma (1 + a (1 - sigma))` for a, `a sigma` for b."
     steps = list(panels(len(a), a.shape[1] * a.itemsize))
     with ws.scope():
-        scratch = ws.take('swiglu.sigma', (steps[0].stop if steps else 0, a.shape[1]), a.dtype)
+        scratch = ws.take("swiglu.sigma", (steps[0].stop if steps else 0, a.shape[1]), a.dtype)
         for rows in steps:
-            A, dA, sigma = a[rows], grad_a[rows], scratch[:rows.stop - rows.start]
+            A, dA, sigma = a[rows], grad_a[rows], scratch[: rows.stop - rows.start]
             _sigmoid_into(A, sigma)
             np.multiply(A, sigma, out=grad_b[rows])
             np.subtract(1, sigma, out=dA)
@@ -317,49 +395,65 @@ def swiglu_backward_into(a: np.ndarray, # (N, F)
             grad_b[rows] *= grad_out[rows]
 
 # %% ../nbs/06_layers.ipynb #16b08e0d
-def check_ids(name: str, ids: Any, limit: int) -> np.ndarray: # integers in [0, limit)
+def check_ids(name: str, ids: Any, limit: int) -> np.ndarray:  # integers in [0, limit)
     "Return token numbers, or raise an error that names them."
     ids = np.asanyarray(ids)
-    if ids.dtype.kind not in 'iu': raise TypeError(f'{name}: {ids.dtype} are no token numbers; use integers')
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{name}: {ids.dtype} are no token numbers; use integers")
     if ids.size and not 0 <= ids.min() <= ids.max() < limit:
-        raise ValueError(f'{name}: {ids.min()}..{ids.max()}, needed 0..{limit - 1}')
+        raise ValueError(f"{name}: {ids.min()}..{ids.max()}, needed 0..{limit - 1}")
     return ids
 
-def embedding_into(table: np.ndarray, # (V, D)
-                   ids: np.ndarray, # (N,) integers
-                   out: np.ndarray, # (N, D)
-                   ) -> np.ndarray: # out
-    "`table[ids]`."
-    return np.take(table, check_ids('ids', ids, len(table)), axis=0, out=out, mode='clip')
 
-def embedding_backward_into(ids: np.ndarray, # (N,)
-                            grad_out: np.ndarray, # (N, D)
-                            grad_table: np.ndarray, # (V, D), receives dL/dtable
-                            ) -> np.ndarray: # grad_table
+def embedding_into(
+    table: np.ndarray,  # (V, D)
+    ids: np.ndarray,  # (N,) integers
+    out: np.ndarray,  # (N, D)
+) -> np.ndarray:  # out
+    "`table[ids]`."
+    return np.take(table, check_ids("ids", ids, len(table)), axis=0, out=out, mode="clip")
+
+
+def embedding_backward_into(
+    ids: np.ndarray,  # (N,)
+    grad_out: np.ndarray,  # (N, D)
+    grad_table: np.ndarray,  # (V, D), receives dL/dtable
+) -> np.ndarray:  # grad_table
     "Gradient of `embedding_into`; tokens are added in their order."
-    ids = check_ids('ids', ids, len(grad_table))
+    ids = check_ids("ids", ids, len(grad_table))
     grad_table.fill(0)
-    for i, token in enumerate(ids): grad_table[token] += grad_out[i]
+    for i, token in enumerate(ids):
+        grad_table[token] += grad_out[i]
     return grad_table
 
 # %% ../nbs/06_layers.ipynb #60f82033
-def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float: # (N, V), (N,) -> mean loss in nats
+def cross_entropy(
+    logits: np.ndarray, targets: np.ndarray
+) -> float:  # (N, V), (N,) -> mean loss in nats
     "Mean of `log sum exp(z) - z[target]`."
     shifted = logits - logits.max(axis=1, keepdims=True)
-    return float(np.mean(np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(targets)), targets]))
+    return float(
+        np.mean(np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(targets)), targets])
+    )
 
-def cross_entropy_into(logits: np.ndarray, # (N, V), receives dL/dlogits
-                       targets: np.ndarray, # (N,) integers
-                       ws: Workspace, # for a vector
-                       ) -> float: # mean loss in nats
+
+def cross_entropy_into(
+    logits: np.ndarray,  # (N, V), receives dL/dlogits
+    targets: np.ndarray,  # (N,) integers
+    ws: Workspace,  # for a vector
+) -> float:  # mean loss in nats
     "`cross_entropy`, with the gradient in place of the logits."
-    targets, (N, V) = check_ids('targets', targets, logits.shape[1]), logits.shape
-    if targets.shape != (N,) or not N: raise ValueError(f'targets: shape {targets.shape} for {N} rows of logits; needed as many, and at least one')
+    targets, (N, V) = check_ids("targets", targets, logits.shape[1]), logits.shape
+    if targets.shape != (N,) or not N:
+        raise ValueError(
+            f"targets: shape {targets.shape} for {N} rows of logits; needed as many, and at least one"
+        )
     total = 0.0
     with ws.scope():
-        row = ws.take('loss.row', (N,), logits.dtype)
+        row = ws.take("loss.row", (N,), logits.dtype)
         np.maximum.reduce(logits, axis=1, out=row)
-        for i, t in enumerate(targets): total += float(row[i]) - float(logits[i, t])
+        for i, t in enumerate(targets):
+            total += float(row[i]) - float(logits[i, t])
         logits -= row[:, None]
         np.exp(logits, out=logits)
         np.add.reduce(logits, axis=1, out=row)
@@ -367,32 +461,45 @@ def cross_entropy_into(logits: np.ndarray, # (N, V), receives dL/dlogits
         logits *= row[:, None]
         np.log(row, out=row)
         total -= float(np.add.reduce(row, dtype=np.float64))
-    for i, t in enumerate(targets): logits[i, t] -= 1
+    for i, t in enumerate(targets):
+        logits[i, t] -= 1
     logits *= 1 / N
     return total / N
 
 # %% ../nbs/06_layers.ipynb #f70b74e2
-def adam_into(param: np.ndarray, # any shape, C order, changed in place
-              grad: np.ndarray, # same shape
-              m: np.ndarray, # same shape, running mean of the gradient, changed in place
-              v: np.ndarray, # same shape, running mean of its square, changed in place
-              step: int, # t, counted from 1
-              ws: Workspace, # for a panel
-              *,
-              lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-              weight_decay: float = 0.0, # decoupled, lambda
-              scale: float = 1.0, # factor of the gradient, for clipping
-              ) -> None:
+def adam_into(
+    param: np.ndarray,  # any shape, C order, changed in place
+    grad: np.ndarray,  # same shape
+    m: np.ndarray,  # same shape, running mean of the gradient, changed in place
+    v: np.ndarray,  # same shape, running mean of its square, changed in place
+    step: int,  # t, counted from 1
+    ws: Workspace,  # for a panel
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,  # decoupled, lambda
+    scale: float = 1.0,  # factor of the gradient, for clipping
+) -> None:
     "One step of AdamW (Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101)."
     for name, a in dict(param=param, grad=grad, m=m, v=v).items():
-        if not a.flags.c_contiguous: raise ValueError(f'{name}: is not C-contiguous, so it cannot be changed in place panel by panel')
+        if not a.flags.c_contiguous:
+            raise ValueError(
+                f"{name}: is not C-contiguous, so it cannot be changed in place panel by panel"
+            )
     (b1, b2), flat = betas, [a.reshape(-1) for a in (param, grad, m, v)]
     first, second = lr / (1 - b1**step), 1 / math.sqrt(1 - b2**step)
     with ws.scope():
-        t = ws.take('adam.scratch', (min(param.size, PANEL_BYTES // 4 // param.itemsize),), param.dtype)
-        for part in panels(param.size, param.itemsize, PANEL_BYTES // 4): # four arrays share the cache
-            (P, G, M, V), T = (a[part] for a in flat), t[:part.stop - part.start]
-            np.multiply(G, (1 - b1) * scale, out=T) # scaled first: the square of what clipping tames may overflow
+        t = ws.take(
+            "adam.scratch", (min(param.size, PANEL_BYTES // 4 // param.itemsize),), param.dtype
+        )
+        for part in panels(
+            param.size, param.itemsize, PANEL_BYTES // 4
+        ):  # four arrays share the cache
+            (P, G, M, V), T = (a[part] for a in flat), t[: part.stop - part.start]
+            np.multiply(
+                G, (1 - b1) * scale, out=T
+            )  # scaled first: the square of what clipping tames may overflow
             M *= b1
             M += T
             T *= 1 / (1 - b1)
@@ -405,13 +512,17 @@ def adam_into(param: np.ndarray, # any shape, C order, changed in place
             T += eps
             np.divide(M, T, out=T)
             T *= first
-            if weight_decay: P *= 1 - lr * weight_decay
+            if weight_decay:
+                P *= 1 - lr * weight_decay
             P -= T
 
 # %% ../nbs/06_layers.ipynb #0b98d298
-def gradient_norm(gradients: dict[str, np.ndarray]) -> float: # NaN or inf if an entry is
+def gradient_norm(gradients: dict[str, np.ndarray]) -> float:  # NaN or inf if an entry is
     "Root of the sum of squares of all entries of all arrays, summed in float64 across arrays."
-    with np.errstate(over='ignore', invalid='ignore'):
+    with np.errstate(over="ignore", invalid="ignore"):
         total = sum(float(np.vecdot(g.reshape(-1), g.reshape(-1))) for g in gradients.values())
-        if math.isinf(total): total = sum(float(np.sum(np.square(g, dtype=np.float64))) for g in gradients.values()) # beyond float32
+        if math.isinf(total):
+            total = sum(
+                float(np.sum(np.square(g, dtype=np.float64))) for g in gradients.values()
+            )  # beyond float32
         return math.sqrt(total)

@@ -24,19 +24,21 @@ from threadpoolctl import threadpool_info, threadpool_limits
 # %% ../nbs/01_measure.ipynb #14e70b6c
 class Interval(NamedTuple):
     "A median and an interval that holds the true one with the stated confidence."
+
     median: float
     low: float
     high: float
 
-    def scaled(self, factor: float, offset: float = 0.0) -> 'Interval':
+    def scaled(self, factor: float, offset: float = 0.0) -> "Interval":
         "The same interval for `factor * value + offset`."
         a, b = sorted((self.low * factor + offset, self.high * factor + offset))
         return Interval(self.median * factor + offset, a, b)
 
 # %% ../nbs/01_measure.ipynb #f5072eb3
-def median_interval(samples, # (n,) independent measurements, n >= 6
-                    confidence: float = 0.95, # at least this probability to hold the true median
-                    ) -> Interval:
+def median_interval(
+    samples,  # (n,) independent measurements, n >= 6
+    confidence: float = 0.95,  # at least this probability to hold the true median
+) -> Interval:
     "Median and its distribution-free interval from order statistics (binomial, exact)."
     x = np.sort(np.asarray(samples, np.float64))
     n, tail, k = len(x), 0.0, 0
@@ -44,42 +46,54 @@ def median_interval(samples, # (n,) independent measurements, n >= 6
         tail += comb(n, k) / 2**n
         k += 1
     if k == 0:
-        raise ValueError(f'samples: {n} are too few for an interval at {confidence:.0%}; 95% needs 6')
+        raise ValueError(
+            f"samples: {n} are too few for an interval at {confidence:.0%}; 95% needs 6"
+        )
     return Interval(float(np.median(x)), float(x[k - 1]), float(x[n - k]))
 
 # %% ../nbs/01_measure.ipynb #3edebdb3
-AGAIN = ' (again)' # suffix of the control's second name
+AGAIN = " (again)"  # suffix of the control's second name
+
 
 @dataclass(frozen=True)
 class Timings:
     "Seconds per call, round by round, of functions timed in turn."
-    seconds: dict[str, np.ndarray] # name -> (rounds,)
-    control: str # the function that was timed twice
-    calls: int # calls in one sample
-    block: np.ndarray | None = None # (rounds,) which placement of the data a round belongs to; None: one
+
+    seconds: dict[str, np.ndarray]  # name -> (rounds,)
+    control: str  # the function that was timed twice
+    calls: int  # calls in one sample
+    block: np.ndarray | None = (
+        None  # (rounds,) which placement of the data a round belongs to; None: one
+    )
 
     def ratio(self, name: str, base: str) -> Interval:
         "Time of `name` in units of `base`, paired by round; over placements, if there are several."
         r = self.seconds[name] / self.seconds[base]
-        if self.block is None: return median_interval(r)
+        if self.block is None:
+            return median_interval(r)
         return median_interval([np.median(r[self.block == i]) for i in np.unique(self.block)])
 
-    def compare(self, name: str, base: str | None = None) -> 'Comparison':
+    def compare(self, name: str, base: str | None = None) -> "Comparison":
         "Ratio of `name` to `base` (default: the control), beside the ratio of the control to itself."
-        return Comparison(self.ratio(name, base or self.control), self.ratio(self.control + AGAIN, self.control))
+        return Comparison(
+            self.ratio(name, base or self.control), self.ratio(self.control + AGAIN, self.control)
+        )
 
 # %% ../nbs/01_measure.ipynb #6876f009
 class Comparison(NamedTuple):
     "A paired ratio, and what the same run measured for a function against itself."
+
     ratio: Interval
     control: Interval
 
     @property
     def outcome(self) -> str:
         "'faster', 'slower', or 'no difference' where the ratio's interval meets the control's (widened to hold 1)."
-        if self.ratio.high < min(self.control.low, 1.0): return 'faster'
-        if self.ratio.low > max(self.control.high, 1.0): return 'slower'
-        return 'no difference'
+        if self.ratio.high < min(self.control.low, 1.0):
+            return "faster"
+        if self.ratio.low > max(self.control.high, 1.0):
+            return "slower"
+        return "no difference"
 
     @property
     def widened(self) -> Interval:
@@ -92,6 +106,7 @@ class Comparison(NamedTuple):
         "How far from 1 the control may lie: a difference smaller than that cannot be told."
         return max(self.control.high - 1.0, 1.0 - self.control.low, 0.0)
 
+
 def apart(one: Comparison, other: Comparison) -> bool:
     "Do two runs disagree beyond the noise of both?"
     a, b = one.widened, other.widened
@@ -100,65 +115,85 @@ def apart(one: Comparison, other: Comparison) -> bool:
 # %% ../nbs/01_measure.ipynb #041fc9e0
 def _sample(fn: Callable[[], Any], calls: int) -> float:
     start = time.perf_counter()
-    for _ in range(calls): fn()
+    for _ in range(calls):
+        fn()
     return (time.perf_counter() - start) / calls
+
 
 def _calls_per_sample(fns, least: float) -> int:
     "Calls that make the quickest function fill `least` seconds; warms every function up on the way."
-    for fn in fns: fn()
+    for fn in fns:
+        fn()
     quickest = min(_sample(fn, 2) for fn in fns)
     return max(1, int(np.ceil(least / max(quickest, 1e-9))))
 
 # %% ../nbs/01_measure.ipynb #f63a6cbc
-def time_paired(fns: Mapping[str, Callable[[], Any]], # what to time, by name; each is called without arguments
-                *,
-                control: str | None = None, # timed twice; default: the first
-                budget: float = 1.0, # seconds to spend, warm-up not counted
-                rounds: tuple[int, int] = (12, 400), # least and most rounds, whatever the budget
-                least: float = 1e-3, # seconds that one sample must last
-                seed: int = 0, # of the order within the rounds
-                ) -> Timings:
+def time_paired(
+    fns: Mapping[str, Callable[[], Any]],  # what to time, by name; each is called without arguments
+    *,
+    control: str | None = None,  # timed twice; default: the first
+    budget: float = 1.0,  # seconds to spend, warm-up not counted
+    rounds: tuple[int, int] = (12, 400),  # least and most rounds, whatever the budget
+    least: float = 1e-3,  # seconds that one sample must last
+    seed: int = 0,  # of the order within the rounds
+) -> Timings:
     "Time functions in turn, in random order, round after round, for `budget` seconds."
-    if not fns: raise ValueError('fns: is empty; needed at least one function to time')
-    if bad := [name for name in fns if name.endswith(AGAIN)]: raise ValueError(f'fns: {bad[0]!r} ends like the name of a control')
-    if control is None: control = next(iter(fns))
-    if control not in fns: raise ValueError(f"control: {control!r}, needed one of {', '.join(fns)}")
+    if not fns:
+        raise ValueError("fns: is empty; needed at least one function to time")
+    if bad := [name for name in fns if name.endswith(AGAIN)]:
+        raise ValueError(f"fns: {bad[0]!r} ends like the name of a control")
+    if control is None:
+        control = next(iter(fns))
+    if control not in fns:
+        raise ValueError(f"control: {control!r}, needed one of {', '.join(fns)}")
     timed = dict(fns) | {control + AGAIN: fns[control]}
     calls = _calls_per_sample(list(timed.values()), least)
     names, rng = list(timed), np.random.default_rng(seed)
     samples: dict[str, list[float]] = {name: [] for name in timed}
     end, pad = time.perf_counter() + budget, None
     for done in range(rounds[1]):
-        if done >= rounds[0] and time.perf_counter() >= end: break
+        if done >= rounds[0] and time.perf_counter() >= end:
+            break
         for i in rng.permutation(len(names)):
-            pad = np.empty(16 * int(rng.integers(64, 4096)), np.uint8) # noqa: F841 -- shifts what is allocated next
+            pad = np.empty(16 * int(rng.integers(64, 4096)), np.uint8)  # noqa: F841 -- shifts what is allocated next
             samples[names[i]].append(_sample(timed[names[i]], calls))
     return Timings({name: np.array(s) for name, s in samples.items()}, control, calls)
 
 # %% ../nbs/01_measure.ipynb #28afdc2d
-def time_placed(place: 'Callable[[np.random.Generator], Mapping[str, Callable[[], Any]]]', # functions on newly placed data
-                *,
-                blocks: int = 7, # placements; 6 is the least for an interval at 95 %
-                budget: float = 1.0, # seconds for all of them
-                seed: int = 0, # of placements and order
-                **options) -> Timings: # as for `time_paired`
+def time_placed(
+    place: "Callable[[np.random.Generator], Mapping[str, Callable[[], Any]]]",  # functions on newly placed data
+    *,
+    blocks: int = 7,  # placements; 6 is the least for an interval at 95 %
+    budget: float = 1.0,  # seconds for all of them
+    seed: int = 0,  # of placements and order
+    **options,
+) -> Timings:  # as for `time_paired`
     "`time_paired` on several placements of the data, with intervals over the placements."
     rng, runs = np.random.default_rng(seed), []
     for i in range(blocks):
-        runs.append(time_paired(place(rng), budget=budget / blocks, rounds=(3, 400), seed=seed + i, **options))
+        runs.append(
+            time_paired(
+                place(rng), budget=budget / blocks, rounds=(3, 400), seed=seed + i, **options
+            )
+        )
     block = np.repeat(np.arange(blocks), [len(run.seconds[run.control]) for run in runs])
-    seconds = {name: np.concatenate([run.seconds[name] for run in runs]) for name in runs[0].seconds}
+    seconds = {
+        name: np.concatenate([run.seconds[name] for run in runs]) for name in runs[0].seconds
+    }
     return Timings(seconds, runs[0].control, runs[0].calls, block)
 
 # %% ../nbs/01_measure.ipynb #2b0fa81f
-def traced_peak(fn: Callable[[], Any], # called without arguments; its result counts, too
-                *,
-                warmup: int = 1, # calls before the one that counts, so that lazily built buffers exist
-                ) -> int: # bytes
+def traced_peak(
+    fn: Callable[[], Any],  # called without arguments; its result counts, too
+    *,
+    warmup: int = 1,  # calls before the one that counts, so that lazily built buffers exist
+) -> int:  # bytes
     "Most bytes that were alive during `fn()` beyond those alive before it. Do not nest: the inner one resets the peak."
-    for _ in range(warmup): fn()
+    for _ in range(warmup):
+        fn()
     was_tracing = tracemalloc.is_tracing()
-    if not was_tracing: tracemalloc.start()
+    if not was_tracing:
+        tracemalloc.start()
     try:
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
@@ -166,17 +201,21 @@ def traced_peak(fn: Callable[[], Any], # called without arguments; its result co
         peak = tracemalloc.get_traced_memory()[1] - before
         del result
     finally:
-        if not was_tracing: tracemalloc.stop()
+        if not was_tracing:
+            tracemalloc.stop()
     return max(peak, 0)
 
 # %% ../nbs/01_measure.ipynb #24b5f718
-def page_faults(fn: Callable[[], Any], # called without arguments
-                *,
-                warmup: int = 1, # calls before the one that counts
-                ) -> int:
+def page_faults(
+    fn: Callable[[], Any],  # called without arguments
+    *,
+    warmup: int = 1,  # calls before the one that counts
+) -> int:
     "Minor page faults of this process while `fn()` ran (POSIX only)."
     import resource
-    for _ in range(warmup): fn()
+
+    for _ in range(warmup):
+        fn()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     result = fn()
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -184,60 +223,89 @@ def page_faults(fn: Callable[[], Any], # called without arguments
     return faults
 
 # %% ../nbs/01_measure.ipynb #f04ae1ba
-def resident_bytes() -> int | None: # None where the system does not tell
+def resident_bytes() -> int | None:  # None where the system does not tell
     "Bytes of this process that are in memory now, shared libraries included (Linux)."
     try:
-        with open('/proc/self/statm') as f: return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    except OSError: return None
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
 
 # %% ../nbs/01_measure.ipynb #04696c16
 def _processor() -> str:
     "Model name of the processor, where the system tells."
     try:
-        with open('/proc/cpuinfo') as f:
-            names = (line.split(':', 1)[1].strip() for line in f if line.startswith('model name'))
+        with open("/proc/cpuinfo") as f:
+            names = (line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
             return next(names, platform.machine())
-    except OSError: pass
-    if sys.platform == 'darwin':
+    except OSError:
+        pass
+    if sys.platform == "darwin":
         import subprocess
-        ask = subprocess.run(['sysctl', '-n', 'machdep.cpu.brand_string'], capture_output=True, text=True)
+
+        ask = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
+        )
         return ask.stdout.strip() or platform.machine()
     return platform.processor() or platform.machine()
 
 # %% ../nbs/01_measure.ipynb #0c40e111
-def machine() -> dict[str, Any]: # plain values, fit for JSON
+def machine() -> dict[str, Any]:  # plain values, fit for JSON
     "What a reader must know of this machine to compare figures."
-    keys = ('internal_api', 'version', 'architecture', 'threading_layer', 'num_threads')
-    blas = [{k: pool.get(k) for k in keys} for pool in threadpool_info() if pool.get('user_api') == 'blas']
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return dict(processor=_processor(), cores=usable, system=f'{platform.system()} {platform.machine()}',
-                python=platform.python_version(), numpy=np.__version__, blas=blas,
-                gil=getattr(sys, '_is_gil_enabled', lambda: True)())
+    keys = ("internal_api", "version", "architecture", "threading_layer", "num_threads")
+    blas = [
+        {k: pool.get(k) for k in keys}
+        for pool in threadpool_info()
+        if pool.get("user_api") == "blas"
+    ]
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return dict(
+        processor=_processor(),
+        cores=usable,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        numpy=np.__version__,
+        blas=blas,
+        gil=getattr(sys, "_is_gil_enabled", lambda: True)(),
+    )
+
 
 def machine_line(facts: Mapping[str, Any]) -> str:
     "`machine()` in one line of text."
-    blas = ', '.join(f"{b['internal_api']} {b['version']} ({b['num_threads']} threads)" for b in facts['blas'])
-    return (f"{facts['processor']}, {facts['cores']} cores, {facts['system']}, Python {facts['python']}, "
-            f"NumPy {facts['numpy']}, BLAS: {blas or 'unknown'}")
+    blas = ", ".join(
+        f"{b['internal_api']} {b['version']} ({b['num_threads']} threads)" for b in facts["blas"]
+    )
+    return (
+        f"{facts['processor']}, {facts['cores']} cores, {facts['system']}, Python {facts['python']}, "
+        f"NumPy {facts['numpy']}, BLAS: {blas or 'unknown'}"
+    )
 
 # %% ../nbs/01_measure.ipynb #30ae7d7c
-def _blas_counts() -> list[int]: return [pool['num_threads'] for pool in threadpool_info() if pool.get('user_api') == 'blas']
+def _blas_counts() -> list[int]:
+    return [pool["num_threads"] for pool in threadpool_info() if pool.get("user_api") == "blas"]
+
 
 @contextmanager
-def blas_threads(count: int | None, # None: as it is
-                 ) -> Iterator[None]:
+def blas_threads(
+    count: int | None,  # None: as it is
+) -> Iterator[None]:
     "Run the block with `count` threads in every BLAS library that is loaded."
     if count is None:
         yield
         return
-    if count < 1: raise ValueError(f'threads: must be 1 or more, not {count}')
-    with threadpool_limits(count, user_api='blas'):
+    if count < 1:
+        raise ValueError(f"threads: must be 1 or more, not {count}")
+    with threadpool_limits(count, user_api="blas"):
         counts = _blas_counts()
-        if not counts: raise ValueError('threads: this BLAS does not say how many it runs, so it cannot be told either')
-        if set(counts) != {count}: raise ValueError(f'threads: {count} are not to be had; BLAS runs {min(counts)}')
+        if not counts:
+            raise ValueError(
+                "threads: this BLAS does not say how many it runs, so it cannot be told either"
+            )
+        if set(counts) != {count}:
+            raise ValueError(f"threads: {count} are not to be had; BLAS runs {min(counts)}")
         yield
 
 # %% ../nbs/01_measure.ipynb #da505ee2
-def megabytes(n: float) -> str: # '1.57 MB'
+def megabytes(n: float) -> str:  # '1.57 MB'
     "`n` bytes in decimal megabytes (10^6); whatever would round to nothing reads '0 MB'."
-    return '0 MB' if abs(n) < 5e3 else f'{n / 1e6:.2f} MB'
+    return "0 MB" if abs(n) < 5e3 else f"{n / 1e6:.2f} MB"

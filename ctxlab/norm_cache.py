@@ -25,68 +25,94 @@ from .interleave import Explored, Scenario, Sharing, explore
 from .measure import Interval, Timings, median_interval, time_paired
 
 # %% ../nbs/10_norm_cache.ipynb #81020a47
-def break_even(recompute: float, # r, seconds to compute the value
-               hit: float, # h, seconds to get it from the cache
-               overhead: float, # o, what invalidation and miss take beyond computing
-               ) -> float: # k*, inf where a hit costs as much as computing
+def break_even(
+    recompute: float,  # r, seconds to compute the value
+    hit: float,  # h, seconds to get it from the cache
+    overhead: float,  # o, what invalidation and miss take beyond computing
+) -> float:  # k*, inf where a hit costs as much as computing
     "Requests per change from which on a cache pays."
-    return 1 + overhead / (recompute - hit) if recompute > hit else float('inf')
+    return 1 + overhead / (recompute - hit) if recompute > hit else float("inf")
 
 # %% ../nbs/10_norm_cache.ipynb #f1d3a442
-T = TypeVar('T', covariant=True)
+T = TypeVar("T", covariant=True)
+
 
 class Cached(Protocol[T]):
     "A value computed from others. Each variant is made from the function that computes it."
+
     def get(self) -> T:
         "The value; an error of the compute function reaches the caller, and leaves the value out of date."
         ...
+
     def invalidate(self) -> None:
         "Say that something has changed from which the value is computed."
         ...
 
+
 class Recompute(Cached[T]):
     "No cache. Invariant: there is nothing that could be out of date."
-    def __init__(self, compute: Callable[[], T]): self._compute = _checked(compute)
-    def get(self) -> T: return self._compute()
-    def invalidate(self) -> None: pass
+
+    def __init__(self, compute: Callable[[], T]):
+        self._compute = _checked(compute)
+
+    def get(self) -> T:
+        return self._compute()
+
+    def invalidate(self) -> None:
+        pass
+
 
 def _checked(compute: Any) -> Any:
-    if not callable(compute): raise TypeError(f'compute: a {type(compute).__name__}, needed a function without arguments')
+    if not callable(compute):
+        raise TypeError(f"compute: a {type(compute).__name__}, needed a function without arguments")
     return compute
 
 # %% ../nbs/10_norm_cache.ipynb #5c1f07e5
 class _Guarded(Generic[T]):
     "A compute function that no thread enters a second time."
+
     def __init__(self, compute: Callable[[], T]):
         self._compute = _checked(compute)
-        self._inside: set[int] = set() # threads that compute
+        self._inside: set[int] = set()  # threads that compute
+
     def __call__(self) -> T:
         me = get_ident()
-        if me in self._inside: raise RuntimeError('compute: asks for the value that it computes; needed a function of other values')
+        if me in self._inside:
+            raise RuntimeError(
+                "compute: asks for the value that it computes; needed a function of other values"
+            )
         self._inside.add(me)
-        try: return self._compute()
-        finally: self._inside.discard(me)
+        try:
+            return self._compute()
+        finally:
+            self._inside.discard(me)
 
 # %% ../nbs/10_norm_cache.ipynb #028ee86b
 class PlainFlag(Cached[T]):
     "A dirty flag, cleared after computing. Invariant, for one thread and a compute that changes nothing: not dirty means that the value is of now."
+
     def __init__(self, compute: Callable[[], T]):
         self._compute, self._dirty = _Guarded(compute), True
         self._value: Any = None
+
     def get(self) -> T:
         if self._dirty:
             self._value = self._compute()
             self._dirty = False
         return self._value
-    def invalidate(self) -> None: self._dirty = True
+
+    def invalidate(self) -> None:
+        self._dirty = True
 
 # %% ../nbs/10_norm_cache.ipynb #699fac5f
 class EarlyFlag(PlainFlag[T]):
     "A dirty flag, cleared before computing. The same invariant, and the same condition."
+
     def get(self) -> T:
         if self._dirty:
             self._dirty = False
-            try: self._value = self._compute()
+            try:
+                self._value = self._compute()
             except BaseException:
                 self._dirty = True
                 raise
@@ -95,50 +121,66 @@ class EarlyFlag(PlainFlag[T]):
 # %% ../nbs/10_norm_cache.ipynb #4dcf983c
 class LockedFlag(Cached[T]):
     "A dirty flag under a lock. Invariant: whoever holds the lock finds value and flag in agreement. Two that ask each other may wait for ever."
+
     def __init__(self, compute: Callable[[], T]):
         self._compute, self._dirty = _Guarded(compute), True
         self._value: Any = None
-        self._lock = threading.RLock() # re-entrant, so that a compute function that asks again meets an error and not itself
+        self._lock = (
+            threading.RLock()
+        )  # re-entrant, so that a compute function that asks again meets an error and not itself
+
     def get(self) -> T:
         with self._lock:
             if self._dirty:
                 self._value = self._compute()
                 self._dirty = False
             return self._value
+
     def invalidate(self) -> None:
         with self._lock:
-            if self._compute._inside: raise RuntimeError('invalidate: called by the compute function, whose value it would outdate')
+            if self._compute._inside:
+                raise RuntimeError(
+                    "invalidate: called by the compute function, whose value it would outdate"
+                )
             self._dirty = True
 
 # %% ../nbs/10_norm_cache.ipynb #469036b3
 class VersionCounter(Cached[T]):
     "A count of changes. Invariant: a pair holds a value computed from a state no older than its version."
+
     def __init__(self, compute: Callable[[], T]):
         self._compute, self._lock = _Guarded(compute), threading.Lock()
         self._version = 0
         self._pair: tuple[Any, int] = None, -1
+
     def get(self) -> T:
-        version = self._version # before anything is read from which the value is computed
+        version = self._version  # before anything is read from which the value is computed
         value, computed = self._pair
         if computed != version:
             value = self._compute()
             self._pair = value, version
         return value
+
     def invalidate(self) -> None:
-        with self._lock: self._version += 1
+        with self._lock:
+            self._version += 1
 
 # %% ../nbs/10_norm_cache.ipynb #f8423aa5
 class PerThread(Cached[T]):
     "A value for each thread. Invariant: a thread's value was computed from a state no older than the version beside it."
+
     def __init__(self, compute: Callable[[], T]):
         self._compute, self._version, self._local = _Guarded(compute), object(), threading.local()
+
     def get(self) -> T:
         version, mine = self._version, self._local
-        if getattr(mine, 'version', None) is not version:
+        if getattr(mine, "version", None) is not version:
             value = self._compute()
             mine.value, mine.version = value, version
         return mine.value
-    def invalidate(self) -> None: self._version = object()
+
+    def invalidate(self) -> None:
+        self._version = object()
 
 # %% ../nbs/10_norm_cache.ipynb #a021bd4d
 class DerivedValue(Cached[T]):
@@ -148,8 +190,10 @@ class DerivedValue(Cached[T]):
     Any number of threads may call both methods. Nobody waits: readers that find the cell empty at the same time each
     compute, and all return the value that was first. An error of `compute` reaches the caller, and the cell stays empty.
     """
-    def __init__(self,
-                 compute: Callable[[], T]): # of no arguments; must not change what it returned before
+
+    def __init__(
+        self, compute: Callable[[], T]
+    ):  # of no arguments; must not change what it returned before
         self._compute: Callable[[], T] = _Guarded(compute)
         self._cell: list[T] = []
 
@@ -158,7 +202,7 @@ class DerivedValue(Cached[T]):
         cell = self._cell
         if not cell:
             cell.append(self._compute())
-            del cell[1:] # of readers that were later: one value is kept
+            del cell[1:]  # of readers that were later: one value is kept
         return cell[0]
 
     def invalidate(self) -> None:
@@ -167,141 +211,215 @@ class DerivedValue(Cached[T]):
 
 # %% ../nbs/10_norm_cache.ipynb #59089d75
 VARIANTS: dict[str, Callable[[Callable[[], Any]], Cached]] = {
-    'recompute': Recompute, 'plain flag': PlainFlag, 'early flag': EarlyFlag, 'locked flag': LockedFlag,
-    'version counter': VersionCounter, 'per thread': PerThread, 'snapshot swap': DerivedValue}
-SAFE = ('recompute', 'locked flag', 'version counter', 'per thread', 'snapshot swap') # to share between threads
+    "recompute": Recompute,
+    "plain flag": PlainFlag,
+    "early flag": EarlyFlag,
+    "locked flag": LockedFlag,
+    "version counter": VersionCounter,
+    "per thread": PerThread,
+    "snapshot swap": DerivedValue,
+}
+SAFE = (
+    "recompute",
+    "locked flag",
+    "version counter",
+    "per thread",
+    "snapshot swap",
+)  # to share between threads
 
 # %% ../nbs/10_norm_cache.ipynb #9fc9f903
 class Stale(AssertionError):
     "A value without a change that had been announced before it was asked for."
 
-def asking(variant: Callable[[Callable[[], Any]], Any], # of VARIANTS
-           words: Sequence[str], # for each thread, a word of 'R' (read) and 'W' (write, invalidate, announce)
-           ) -> Scenario:
+
+def asking(
+    variant: Callable[[Callable[[], Any]], Any],  # of VARIANTS
+    words: Sequence[
+        str
+    ],  # for each thread, a word of 'R' (read) and 'W' (write, invalidate, announce)
+) -> Scenario:
     "Threads that read and write through a cache; a stale read fails."
-    if bad := [word for word in words if not isinstance(word, str) or set(word) - set('RW')]: raise ValueError(f"words: {bad[0]!r}, needed a text of 'R' and 'W'")
+    if bad := [word for word in words if not isinstance(word, str) or set(word) - set("RW")]:
+        raise ValueError(f"words: {bad[0]!r}, needed a text of 'R' and 'W'")
+
     def scenario(schedule: Sharing) -> list[Callable[[], None]]:
-        writes, announced = schedule.share(list, name='writes'), schedule.share(list, name='announced')
+        writes, announced = (
+            schedule.share(list, name="writes"),
+            schedule.share(list, name="announced"),
+        )
         cache = schedule.share(variant, lambda: tuple(writes[:]))
+
         def write(change: tuple[int, int]) -> None:
             writes.append(change)
             cache.invalidate()
             announced.append(change)
+
         def read() -> None:
             known = announced[:]
             value = cache.get()
-            if missing := set(known) - set(value or ()): raise Stale(f"a read without {len(missing)} of the changes announced before it")
+            if missing := set(known) - set(value or ()):
+                raise Stale(f"a read without {len(missing)} of the changes announced before it")
+
         def body(me: int) -> None:
             for i, letter in enumerate(words[me]):
                 schedule.settle(words[me][i:])
-                read() if letter == 'R' else write((me, i))
+                read() if letter == "R" else write((me, i))
+
         return [partial(body, me) for me in range(len(words))]
+
     return scenario
 
 # %% ../nbs/10_norm_cache.ipynb #a5dc4f4e
-def word_pairs(depth: int) -> list[tuple[str, str]]: # longest word
+def word_pairs(depth: int) -> list[tuple[str, str]]:  # longest word
     "Pairs of words for two threads, in which something is written and something is read."
-    words = [''.join(letters) for n in range(1, depth + 1) for letters in product('RW', repeat=n)]
-    return [(a, b) for i, a in enumerate(words) for b in words[i:] if 'W' in a + b and 'R' in a + b]
+    words = ["".join(letters) for n in range(1, depth + 1) for letters in product("RW", repeat=n)]
+    return [(a, b) for i, a in enumerate(words) for b in words[i:] if "W" in a + b and "R" in a + b]
 
-def search(variant: Callable[[Callable[[], Any]], Any], # of VARIANTS
-           pairs: Iterable[Sequence[str]], # words for the threads, as from `word_pairs`
-           ) -> dict[Sequence[str], Explored]:
+
+def search(
+    variant: Callable[[Callable[[], Any]], Any],  # of VARIANTS
+    pairs: Iterable[Sequence[str]],  # words for the threads, as from `word_pairs`
+) -> dict[Sequence[str], Explored]:
     "Every order of every pair of words."
     return {words: explore(asking(variant, words)) for words in pairs}
 
 # %% ../nbs/10_norm_cache.ipynb #002ef68c
 def _check_number(name: str, n: int, least: int) -> None:
-    if not isinstance(n, int) or n < least: raise ValueError(f'{name}: {n!r}, needed a whole number of at least {least}')
+    if not isinstance(n, int) or n < least:
+        raise ValueError(f"{name}: {n!r}, needed a whole number of at least {least}")
 
-def _together(bodies: Sequence[Callable[[], Any]], interval: float | None = None) -> float: # seconds till the last has ended
+
+def _together(
+    bodies: Sequence[Callable[[], Any]], interval: float | None = None
+) -> float:  # seconds till the last has ended
     "Run every body in a thread of its own. The first error of one is raised here."
     errors: list[BaseException] = []
+
     def guarded(body: Callable[[], Any]) -> None:
-        try: body()
-        except BaseException as e: errors.append(e)
-    threads, before = [threading.Thread(target=guarded, args=(body,)) for body in bodies], sys.getswitchinterval()
-    if interval is not None: sys.setswitchinterval(interval)
+        try:
+            body()
+        except BaseException as e:
+            errors.append(e)
+
+    threads, before = (
+        [threading.Thread(target=guarded, args=(body,)) for body in bodies],
+        sys.getswitchinterval(),
+    )
+    if interval is not None:
+        sys.setswitchinterval(interval)
     try:
         begin = time.perf_counter()
-        for thread in threads: thread.start()
-        for thread in threads: thread.join()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         seconds = time.perf_counter() - begin
-    finally: sys.setswitchinterval(before)
-    if errors: raise errors[0]
+    finally:
+        sys.setswitchinterval(before)
+    if errors:
+        raise errors[0]
     return seconds
 
 # %% ../nbs/10_norm_cache.ipynb #2dda1e34
 class Stress(NamedTuple):
     "What came of many operations by free-running threads."
-    operations: int # reads and writes in all
+
+    operations: int  # reads and writes in all
     reads: int
-    stale: int # reads without a change that had been announced before
+    stale: int  # reads without a change that had been announced before
     seconds: float
 
-def stress(variant: Callable[[Callable[[], Any]], Any], # of VARIANTS
-           operations: int = 100_000, # of all threads together
-           *,
-           readers: int = 2,
-           writers: int = 2,
-           pause: Callable[[], Any] | None = None, # called by compute between reading the state and returning
-           interval: float = 1e-5, # seconds after which the interpreter asks a thread to let another one run
-           ) -> Stress:
+
+def stress(
+    variant: Callable[[Callable[[], Any]], Any],  # of VARIANTS
+    operations: int = 100_000,  # of all threads together
+    *,
+    readers: int = 2,
+    writers: int = 2,
+    pause: Callable[[], Any]
+    | None = None,  # called by compute between reading the state and returning
+    interval: float = 1e-5,  # seconds after which the interpreter asks a thread to let another one run
+) -> Stress:
     "Read and write through one cache from several threads, and count stale reads."
-    for what, n in (('operations', operations), ('readers', readers), ('writers', writers)): _check_number(what, n, 0)
-    if not readers + writers: raise ValueError('readers: 0 beside 0 writers, needed at least one thread')
+    for what, n in (("operations", operations), ("readers", readers), ("writers", writers)):
+        _check_number(what, n, 0)
+    if not readers + writers:
+        raise ValueError("readers: 0 beside 0 writers, needed at least one thread")
     counts, announced = [0] * writers, [0] * writers
+
     def compute() -> tuple[int, ...]:
         state = tuple(counts)
-        if pause is not None: pause()
+        if pause is not None:
+            pause()
         return state
+
     cache, each = variant(compute), -(-operations // (readers + writers))
     stale, start = [0] * readers, threading.Barrier(readers + writers)
+
     def write(me: int) -> None:
         start.wait()
         for n in range(1, each + 1):
             counts[me] = n
             cache.invalidate()
             announced[me] = n
+
     def read(me: int) -> None:
         start.wait()
         for _ in range(each):
             known = tuple(announced)
             value = cache.get() or (0,) * writers
             stale[me] += any(v < k for v, k in zip(value, known))
-    seconds = _together([partial(write, i) for i in range(writers)] + [partial(read, i) for i in range(readers)], interval)
+
+    seconds = _together(
+        [partial(write, i) for i in range(writers)] + [partial(read, i) for i in range(readers)],
+        interval,
+    )
     return Stress(each * (readers + writers), each * readers, sum(stale), seconds)
 
 # %% ../nbs/10_norm_cache.ipynb #aeb98ec4
 def interpreter_line() -> str:
     "Whether this Python has a global interpreter lock, and what that means for races, in one line."
-    version = f'Python {sys.version_info.major}.{sys.version_info.minor}'
-    if getattr(sys, '_is_gil_enabled', lambda: True)():
-        build = ' (switched on in a free-threaded build)' if sysconfig.get_config_var('Py_GIL_DISABLED') else ''
-        return f'{version} with a global lock{build}: threads switch between instructions, and races are rarer than they could be'
-    return f'{version} without a global lock: threads run at the same time, and races show at their full rate'
+    version = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        build = (
+            " (switched on in a free-threaded build)"
+            if sysconfig.get_config_var("Py_GIL_DISABLED")
+            else ""
+        )
+        return f"{version} with a global lock{build}: threads switch between instructions, and races are rarer than they could be"
+    return f"{version} without a global lock: threads run at the same time, and races show at their full rate"
 
 # %% ../nbs/10_norm_cache.ipynb #4cfbac2f
 def nothing() -> None:
     "The cheapest thing to compute."
 
-def costs(names: Iterable[str] = tuple(VARIANTS), # of VARIANTS
-          *,
-          budget: float = 1.0, # seconds for all
-          seed: int = 0, # of the order
-          ) -> Timings: # of 'compute', and for each name of 'NAME hit', 'NAME invalidate' and 'NAME cycle'
+
+def costs(
+    names: Iterable[str] = tuple(VARIANTS),  # of VARIANTS
+    *,
+    budget: float = 1.0,  # seconds for all
+    seed: int = 0,  # of the order
+) -> Timings:  # of 'compute', and for each name of 'NAME hit', 'NAME invalidate' and 'NAME cycle'
     "Time the operations of each variant in turn, with `nothing` to compute."
-    fns: dict[str, Callable[[], Any]] = {'compute': nothing}
+    fns: dict[str, Callable[[], Any]] = {"compute": nothing}
     names = tuple(names)
-    if unknown := [name for name in names if name not in VARIANTS]: raise ValueError(f"names: {unknown[0]!r}, needed some of {', '.join(VARIANTS)}")
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise ValueError(f"names: {unknown[0]!r}, needed some of {', '.join(VARIANTS)}")
     for name in names:
         kept, changing = VARIANTS[name](nothing), VARIANTS[name](nothing)
         kept.get()
+
         def cycle(invalidate: Callable = changing.invalidate, get: Callable = changing.get) -> None:
             invalidate()
             get()
-        fns |= {f'{name} hit': kept.get, f'{name} invalidate': VARIANTS[name](nothing).invalidate, f'{name} cycle': cycle}
+
+        fns |= {
+            f"{name} hit": kept.get,
+            f"{name} invalidate": VARIANTS[name](nothing).invalidate,
+            f"{name} cycle": cycle,
+        }
     return time_paired(fns, budget=budget, seed=seed, least=2e-4)
+
 
 def nanoseconds(t: Timings, name: str) -> Interval:
     "Time of one call."
@@ -311,32 +429,50 @@ def nanoseconds(t: Timings, name: str) -> Interval:
 def norms(D: int, rng: np.random.Generator) -> dict[str, Callable[[], float]]:
     "Norms of a vector of D and of a D x D matrix."
     v, m = rng.standard_normal(D, np.float32), rng.standard_normal(D * D, np.float32)
-    def vector() -> float: return math.sqrt(np.dot(v, v))
-    def matrix() -> float: return math.sqrt(np.dot(m, m))
-    return {f'vector of {D}': vector, f'{D} x {D} matrix': matrix}
+
+    def vector() -> float:
+        return math.sqrt(np.dot(v, v))
+
+    def matrix() -> float:
+        return math.sqrt(np.dot(m, m))
+
+    return {f"vector of {D}": vector, f"{D} x {D} matrix": matrix}
 
 # %% ../nbs/10_norm_cache.ipynb #951fcdb9
-def contended(variant: Callable[[Callable[[], Any]], Any], # of VARIANTS
-              threads: int, # that ask at the same time
-              gets: int = 20_000, # by each
-              ) -> float: # seconds for one request, all threads together
+def contended(
+    variant: Callable[[Callable[[], Any]], Any],  # of VARIANTS
+    threads: int,  # that ask at the same time
+    gets: int = 20_000,  # by each
+) -> float:  # seconds for one request, all threads together
     "Time of a hit while other threads ask as well."
-    _check_number('threads', threads, 1)
-    _check_number('gets', gets, 1)
+    _check_number("threads", threads, 1)
+    _check_number("gets", gets, 1)
     cache = variant(nothing)
     cache.get()
+
     def ask() -> None:
         get = cache.get
-        for _ in range(gets): get()
+        for _ in range(gets):
+            get()
+
     return _together([ask] * threads) / (threads * gets)
 
 # %% ../nbs/10_norm_cache.ipynb #5f71b2a6
-def per_change(compute: Callable[[], Any], asks: int, variant: Callable[[Callable[[], Any]], Any] = DerivedValue) -> dict[str, Callable[[], None]]:
+def per_change(
+    compute: Callable[[], Any],
+    asks: int,
+    variant: Callable[[Callable[[], Any]], Any] = DerivedValue,
+) -> dict[str, Callable[[], None]]:
     "One change and `asks` requests, computed each time ('recompute') and with a cache ('cached'); for `time_paired`."
     cache = variant(compute)
+
     def recompute() -> None:
-        for _ in range(asks): compute()
+        for _ in range(asks):
+            compute()
+
     def cached() -> None:
         cache.invalidate()
-        for _ in range(asks): cache.get()
-    return {'recompute': recompute, 'cached': cached}
+        for _ in range(asks):
+            cache.get()
+
+    return {"recompute": recompute, "cached": cached}

@@ -12,25 +12,30 @@ from .gemm import Product
 from .reference import NORM_FLOOR, sample_rows
 
 # %% ../nbs/03a_original.ipynb #5623ca9d
-def forward(product: Product, # how to multiply
-            X: np.ndarray, # (S, D)
-            C: np.ndarray, # (D, D)
-            s: float, # strength
-            ) -> np.ndarray: # (S, D)
+def forward(
+    product: Product,  # how to multiply
+    X: np.ndarray,  # (S, D)
+    C: np.ndarray,  # (D, D)
+    s: float,  # strength
+) -> np.ndarray:  # (S, D)
     "Apply the context."
-    mix = product('apply', X, C)
+    mix = product("apply", X, C)
     mix *= X.dtype.type(s / len(C))
     mix += X
     return mix
 
 # %% ../nbs/03a_original.ipynb #7cd5cf8c
-def backward(product: Product, X: np.ndarray, C: np.ndarray, s: float,
-             G: np.ndarray, # (S, D) gradient of the output
-             ) -> tuple[np.ndarray, float]: # dL/dX and dL/ds
+def backward(
+    product: Product,
+    X: np.ndarray,
+    C: np.ndarray,
+    s: float,
+    G: np.ndarray,  # (S, D) gradient of the output
+) -> tuple[np.ndarray, float]:  # dL/dX and dL/ds
     "Gradients of `forward`."
-    mixed = product('mixed', X, C)
+    mixed = product("mixed", X, C)
     grad_s = float(np.vdot(G, mixed)) / len(C)
-    grad_x = product('corr', G, C.T)
+    grad_x = product("corr", G, C.T)
     grad_x *= X.dtype.type(s / len(C))
     grad_x += G
     return grad_x, grad_s
@@ -44,36 +49,52 @@ def _blend(cov: np.ndarray, denom: np.ndarray, C: np.ndarray, rate: float) -> No
     C *= C.dtype.type(1 - rate)
     C += C.dtype.type(rate) * sim
 
-def update(product: Product, X: np.ndarray,
-           Y: np.ndarray, # (S, D) the layer's output
-           C: np.ndarray, # (D, D), changed in place
-           rate: float) -> None:
+
+def update(
+    product: Product,
+    X: np.ndarray,
+    Y: np.ndarray,  # (S, D) the layer's output
+    C: np.ndarray,  # (D, D), changed in place
+    rate: float,
+) -> None:
     "Blend the batch statistic into C."
     rows = sample_rows(len(X))
     x, y = X[rows] - X[rows].mean(axis=0), Y[rows] - Y[rows].mean(axis=0)
-    cov = product('cov', x.T, y)
-    denom = product('denom', np.linalg.norm(x, axis=0)[:, None], np.linalg.norm(y, axis=0)[None, :])
+    cov = product("cov", x.T, y)
+    denom = product("denom", np.linalg.norm(x, axis=0)[:, None], np.linalg.norm(y, axis=0)[None, :])
     _blend(cov, denom, C, rate)
 
 # %% ../nbs/03a_original.ipynb #b9fcbd06
-def update_step(product: Product,
-                x: np.ndarray, # (D,) one token's input
-                y: np.ndarray, # (D,) its output
-                C: np.ndarray, rate: float) -> None:
+def update_step(
+    product: Product,
+    x: np.ndarray,  # (D,) one token's input
+    y: np.ndarray,  # (D,) its output
+    C: np.ndarray,
+    rate: float,
+) -> None:
     "Blend the token statistic into C: an outer product of two vectors."
     x, y = x - x.mean(), y - y.mean()
-    cov = product('step', x[:, None], y[None, :])
+    cov = product("step", x[:, None], y[None, :])
     _blend(cov, np.full_like(cov, np.linalg.norm(x) * np.linalg.norm(y)), C, rate)
 
 # %% ../nbs/03a_original.ipynb #e3527ccc
-def sites(X: np.ndarray, Y: np.ndarray, G: np.ndarray, C: np.ndarray, s: float,
-          ) -> dict[str, tuple[np.ndarray, np.ndarray]]: # site -> its operands, in the order in which they occur
+def sites(
+    X: np.ndarray,
+    Y: np.ndarray,
+    G: np.ndarray,
+    C: np.ndarray,
+    s: float,
+) -> dict[
+    str, tuple[np.ndarray, np.ndarray]
+]:  # site -> its operands, in the order in which they occur
     "Every matrix product of the four paths."
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
     def note(site: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         found[site] = a, b
         return a @ b
-    with np.errstate(all='ignore'): # a reader's activations may hold values that are not finite
+
+    with np.errstate(all="ignore"):  # a reader's activations may hold values that are not finite
         forward(note, X, C, s)
         backward(note, X, C, s, G)
         update(note, X, Y, C.copy(), 0.1)

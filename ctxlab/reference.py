@@ -14,54 +14,69 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 # %% ../nbs/02_reference.ipynb #a32fab12
-def check_array(name: str, # the argument's name, for the message
-                a: object, # what the caller passed
-                ndim: tuple[int, ...] = (2,), # numbers of dimensions that are allowed
-                dtype: DTypeLike | None = None, # required dtype; default: float32 or float64
-                ) -> np.ndarray: # `a`; a view of it as a plain ndarray when it is a subclass (a memory map, say)
+def check_array(
+    name: str,  # the argument's name, for the message
+    a: object,  # what the caller passed
+    ndim: tuple[int, ...] = (2,),  # numbers of dimensions that are allowed
+    dtype: DTypeLike | None = None,  # required dtype; default: float32 or float64
+) -> np.ndarray:  # `a`; a view of it as a plain ndarray when it is a subclass (a memory map, say)
     "Return `a` without a copy, or raise a TypeError or ValueError that names it."
     if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
-        raise TypeError(f'{name}: a NumPy array is needed, not {type(a).__name__}')
-    wanted = (np.dtype(dtype),) if dtype is not None else (np.dtype(np.float32), np.dtype(np.float64))
+        raise TypeError(f"{name}: a NumPy array is needed, not {type(a).__name__}")
+    wanted = (
+        (np.dtype(dtype),) if dtype is not None else (np.dtype(np.float32), np.dtype(np.float64))
+    )
     if a.dtype not in wanted:
-        raise TypeError(f"{name}: {a.dtype} is not supported here; use {' or '.join(d.name for d in wanted)}")
+        raise TypeError(
+            f"{name}: {a.dtype} is not supported here; use {' or '.join(d.name for d in wanted)}"
+        )
     if a.ndim not in ndim:
-        raise ValueError(f"{name}: shape {a.shape} has {a.ndim} dimensions, needed {' or '.join(map(str, ndim))}")
+        raise ValueError(
+            f"{name}: shape {a.shape} has {a.ndim} dimensions, needed {' or '.join(map(str, ndim))}"
+        )
     return a if type(a) is np.ndarray else a.view(np.ndarray)
 
 # %% ../nbs/02_reference.ipynb #dd6e2a08
 def check_same_shape(name: str, a: np.ndarray, like_name: str, like: np.ndarray) -> None:
     "Raise a ValueError naming both shapes unless they agree."
     if a.shape != like.shape:
-        raise ValueError(f'{name}: shape {a.shape} does not match {like_name}: {like.shape}')
+        raise ValueError(f"{name}: shape {a.shape} does not match {like_name}: {like.shape}")
 
 # %% ../nbs/02_reference.ipynb #37446720
-def sample_rows(n_rows: int, # S
-                max_rows: int | None = 32, # None takes every row
-                ) -> np.ndarray: # (n,) intp, increasing
+def sample_rows(
+    n_rows: int,  # S
+    max_rows: int | None = 32,  # None takes every row
+) -> np.ndarray:  # (n,) intp, increasing
     "Evenly spread rows: `floor(i * S / n)` for `n = min(S, max_rows)`."
-    if n_rows < 0: raise ValueError(f'n_rows: {n_rows} is negative')
-    if max_rows is not None and operator.index(max_rows) < 1: raise ValueError(f'max_rows: {max_rows}, needed at least 1 or None')
+    if n_rows < 0:
+        raise ValueError(f"n_rows: {n_rows} is negative")
+    if max_rows is not None and operator.index(max_rows) < 1:
+        raise ValueError(f"max_rows: {max_rows}, needed at least 1 or None")
     n = n_rows if max_rows is None else min(n_rows, max_rows)
     return np.arange(n, dtype=np.intp) * n_rows // max(n, 1)
 
 # %% ../nbs/02_reference.ipynb #d9699eae
-def check_rows(rows: ArrayLike, # vector of integers
-               n_rows: int, # S
-               ) -> np.ndarray: # the same, as an array
+def check_rows(
+    rows: ArrayLike,  # vector of integers
+    n_rows: int,  # S
+) -> np.ndarray:  # the same, as an array
     "Row numbers that a caller chose, or an error."
     rows = np.asarray(rows)
-    if rows.ndim != 1 or rows.dtype.kind not in 'iu':
-        raise TypeError(f'rows: {rows.ndim}-dimensional {rows.dtype}, needed a vector of integers')
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise TypeError(f"rows: {rows.ndim}-dimensional {rows.dtype}, needed a vector of integers")
     if rows.size and not 0 <= rows.min() <= rows.max() < n_rows:
-        raise ValueError(f'rows: {rows.min()}..{rows.max()}, needed 0..{n_rows - 1}')
+        raise ValueError(f"rows: {rows.min()}..{rows.max()}, needed 0..{n_rows - 1}")
     return rows
 
 # %% ../nbs/02_reference.ipynb #df1ebfd9
-NORM_FLOOR = 1e-12 # a product of norms at or below it counts as "no norm": similarity 0
+NORM_FLOOR = 1e-12  # a product of norms at or below it counts as "no norm": similarity 0
 
-def _centred(a: np.ndarray, # (n, D)
-             ) -> tuple[np.ndarray, np.ndarray]: # (n, D) float64, and (D,) binary exponents taken out of the columns
+
+def _centred(
+    a: np.ndarray,  # (n, D)
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (n, D) float64, and (D,) binary exponents taken out of the columns
     "Finite, scaled, centred columns: `a = centred * 2**exponent + mean`."
     A = np.where(np.isfinite(a), a, 0).astype(np.float64)
     exponent = np.frexp(np.max(np.abs(A), axis=0, initial=0))[1]
@@ -74,110 +89,130 @@ def _tanh_correlation(c: np.ndarray, d: np.ndarray, norms: np.ndarray) -> np.nda
     "`tanh(c / d)` where the product of `norms` says that there is something to correlate, else 0."
     return np.tanh(np.divide(c, d, out=np.zeros_like(c), where=norms > NORM_FLOOR))
 
-def similarity(x: np.ndarray, # (S, D) a layer's input
-               y: np.ndarray, # (S, D) its output, same dtype
-               *,
-               rows: np.ndarray | None = None, # (n,) rows to use; default: `sample_rows(S, max_rows)`
-               max_rows: int | None = 32, # None takes every row
-               ) -> np.ndarray: # (D, D), dtype of x
+
+def similarity(
+    x: np.ndarray,  # (S, D) a layer's input
+    y: np.ndarray,  # (S, D) its output, same dtype
+    *,
+    rows: np.ndarray | None = None,  # (n,) rows to use; default: `sample_rows(S, max_rows)`
+    max_rows: int | None = 32,  # None takes every row
+) -> np.ndarray:  # (D, D), dtype of x
     "tanh of the Pearson correlation of feature i of `x` with feature j of `y`; 0 where a norm vanishes."
-    x = check_array('x', x)
-    y = check_array('y', y, dtype=x.dtype)
-    check_same_shape('y', y, 'x', x)
+    x = check_array("x", x)
+    y = check_array("y", y, dtype=x.dtype)
+    check_same_shape("y", y, "x", x)
     rows = sample_rows(len(x), max_rows) if rows is None else check_rows(rows, len(x))
     (X, ex), (Y, ey) = _centred(x[rows]), _centred(y[rows])
     d = np.outer(np.linalg.norm(X, axis=0), np.linalg.norm(Y, axis=0))
-    with np.errstate(over='ignore', under='ignore'):
+    with np.errstate(over="ignore", under="ignore"):
         norms = np.ldexp(d, ex[:, None] + ey[None, :])
     return _tanh_correlation(X.T @ Y, d, norms).astype(x.dtype)
 
 # %% ../nbs/02_reference.ipynb #5e2e71f1
-def check_rate(rate: float) -> float: # clipped to [0, 1]
+def check_rate(rate: float) -> float:  # clipped to [0, 1]
     "The update rate as the moving average uses it; NaN is a ValueError."
-    if np.isnan(rate): raise ValueError('update_rate: NaN is not a rate; needed a number in [0, 1]')
+    if np.isnan(rate):
+        raise ValueError("update_rate: NaN is not a rate; needed a number in [0, 1]")
     return float(min(max(rate, 0.0), 1.0))
 
-def ema(previous: np.ndarray | None, # (D, D), or None for zeros
-        new: np.ndarray, # (D, D)
-        rate: float, # weight of `new`, clipped to [0, 1]
-        ) -> np.ndarray: # (D, D), a new array
+
+def ema(
+    previous: np.ndarray | None,  # (D, D), or None for zeros
+    new: np.ndarray,  # (D, D)
+    rate: float,  # weight of `new`, clipped to [0, 1]
+) -> np.ndarray:  # (D, D), a new array
     "`(1 - rate) * previous + rate * new`."
     r = new.dtype.type(check_rate(rate))
-    if previous is None: return r * new
-    check_array('previous', previous, (new.ndim,), new.dtype)
-    check_same_shape('previous', previous, 'new', new)
+    if previous is None:
+        return r * new
+    check_array("previous", previous, (new.ndim,), new.dtype)
+    check_same_shape("previous", previous, "new", new)
     return (1 - r) * previous + r * new
 
 # %% ../nbs/02_reference.ipynb #a5096764
-def similarity_step(x: np.ndarray, # (D,) one token's input
-                    y: np.ndarray, # (D,) its output, same dtype
-                    ) -> np.ndarray: # (D, D), dtype of x
+def similarity_step(
+    x: np.ndarray,  # (D,) one token's input
+    y: np.ndarray,  # (D,) its output, same dtype
+) -> np.ndarray:  # (D, D), dtype of x
     "The token statistic: tanh of the outer product of the centred, normalised vectors. Not a correlation."
-    x = check_array('x', x, ndim=(1,))
-    y = check_array('y', y, ndim=(1,), dtype=x.dtype)
-    check_same_shape('y', y, 'x', x)
+    x = check_array("x", x, ndim=(1,))
+    y = check_array("y", y, ndim=(1,), dtype=x.dtype)
+    check_same_shape("y", y, "x", x)
     (X, ex), (Y, ey) = _centred(x[:, None]), _centred(y[:, None])
     d = np.outer(np.linalg.norm(X), np.linalg.norm(Y))
-    with np.errstate(over='ignore', under='ignore'): norms = np.ldexp(d, ex[:, None] + ey[None, :])
+    with np.errstate(over="ignore", under="ignore"):
+        norms = np.ldexp(d, ex[:, None] + ey[None, :])
     c = np.outer(X, Y)
     return _tanh_correlation(c, np.broadcast_to(d, c.shape), norms).astype(x.dtype)
 
 # %% ../nbs/02_reference.ipynb #aae04e10
 def check_strength(strength: float) -> float:
     "The strength as a float; NaN and infinities are a ValueError."
-    if not np.isfinite(strength): raise ValueError(f'strength: {strength} is not a finite number')
+    if not np.isfinite(strength):
+        raise ValueError(f"strength: {strength} is not a finite number")
     return float(strength)
+
 
 def _finite(a: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(a), a, a.dtype.type(0))
 
+
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "`a @ b` with non-finite entries as 0."
-    with np.errstate(invalid='ignore', over='ignore'): return _finite(a @ b)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _finite(a @ b)
 
 # %% ../nbs/02_reference.ipynb #bca1cfeb
-def apply_context(x: np.ndarray, # (S, D), or (D,) for one token
-                  context: np.ndarray | None, # (D, D), same dtype; None mixes nothing
-                  strength: float, # s
-                  ) -> np.ndarray: # shape and dtype of x, a new array
+def apply_context(
+    x: np.ndarray,  # (S, D), or (D,) for one token
+    context: np.ndarray | None,  # (D, D), same dtype; None mixes nothing
+    strength: float,  # s
+) -> np.ndarray:  # shape and dtype of x, a new array
     "`X + (s/D) X C`; a non-finite entry of the product, or of X in the sum, counts as 0."
-    x = check_array('x', x, ndim=(1, 2))
+    x = check_array("x", x, ndim=(1, 2))
     s = check_strength(strength)
-    if context is None or s == 0: return x.copy()
+    if context is None or s == 0:
+        return x.copy()
     C = check_context(context, x)
     return _finite(x) + x.dtype.type(s / max(len(C), 1)) * _product(x, C)
 
+
 def check_context(context: np.ndarray, x: np.ndarray) -> np.ndarray:
     "The context, or a ValueError naming both shapes when it does not fit the last dimension of `x`."
-    C = check_array('context', context, dtype=x.dtype)
+    C = check_array("context", context, dtype=x.dtype)
     if C.shape != 2 * x.shape[-1:]:
-        raise ValueError(f'context: shape {C.shape} does not fit x: {x.shape}; needed {2 * x.shape[-1:]}')
+        raise ValueError(
+            f"context: shape {C.shape} does not fit x: {x.shape}; needed {2 * x.shape[-1:]}"
+        )
     return C
 
 # %% ../nbs/02_reference.ipynb #9fd44594
-def apply_context_vjp(x: np.ndarray, # (S, D) or (D,)
-                      context: np.ndarray | None, # (D, D), same dtype
-                      strength: float, # s
-                      grad_out: np.ndarray, # shape and dtype of x: dL/d(out)
-                      ) -> tuple[np.ndarray, float]: # dL/dX with the shape of x, and dL/ds
+def apply_context_vjp(
+    x: np.ndarray,  # (S, D) or (D,)
+    context: np.ndarray | None,  # (D, D), same dtype
+    strength: float,  # s
+    grad_out: np.ndarray,  # shape and dtype of x: dL/d(out)
+) -> tuple[np.ndarray, float]:  # dL/dX with the shape of x, and dL/ds
     "Vector-Jacobian product of `apply_context` with respect to `x` and `strength`."
-    x = check_array('x', x, ndim=(1, 2))
-    G = check_array('grad_out', grad_out, ndim=(x.ndim,), dtype=x.dtype)
-    check_same_shape('grad_out', G, 'x', x)
+    x = check_array("x", x, ndim=(1, 2))
+    G = check_array("grad_out", grad_out, ndim=(x.ndim,), dtype=x.dtype)
+    check_same_shape("grad_out", G, "x", x)
     s = check_strength(strength)
-    if context is None: return G.copy(), 0.0
+    if context is None:
+        return G.copy(), 0.0
     C = check_context(context, x)
     grad_s = np.sum(_finite(G).astype(np.float64) * _product(x, C)) / max(len(C), 1)
     grad_x = G + x.dtype.type(s / max(len(C), 1)) * _product(G, C.T)
     return grad_x, float(grad_s)
 
 # %% ../nbs/02_reference.ipynb #c69dab3b
-def context_gradient(x: np.ndarray, # (S, D)
-                     strength: float, # s
-                     grad_out: np.ndarray, # (S, D), same dtype: dL/d(out)
-                     ) -> np.ndarray: # (D, D): dL/dC
+def context_gradient(
+    x: np.ndarray,  # (S, D)
+    strength: float,  # s
+    grad_out: np.ndarray,  # (S, D), same dtype: dL/d(out)
+) -> np.ndarray:  # (D, D): dL/dC
     "Gradient of `apply_context` with respect to the context: `(s/D) X^T G`."
-    x = check_array('x', x)
-    G = check_array('grad_out', grad_out, dtype=x.dtype)
-    check_same_shape('grad_out', G, 'x', x)
+    x = check_array("x", x)
+    G = check_array("grad_out", grad_out, dtype=x.dtype)
+    check_same_shape("grad_out", G, "x", x)
     return x.dtype.type(check_strength(strength) / max(x.shape[1], 1)) * _product(x.T, G)

@@ -31,213 +31,403 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .claims import CONFIRMED, NOTICEABLE, PARTLY, REFUTED, SEVERAL, SHIPPED, UNDECIDED, WORDS, Bench, Claim, Figures, Finding, core, noisy
+from ctxlab.claims import (
+    CONFIRMED,
+    NOTICEABLE,
+    PARTLY,
+    REFUTED,
+    SEVERAL,
+    SHIPPED,
+    UNDECIDED,
+    WORDS,
+    Bench,
+    Claim,
+    Figures,
+    Finding,
+    core,
+    noisy,
+)
 from .data import PACKAGED, InputError
 from .measure import AGAIN, Interval, machine, machine_line
 
 # %% ../nbs/13_report.ipynb #0df3fed7
-def _widths(width: int) -> tuple[int, ...] | None: # None: too narrow for columns
+def _widths(width: int) -> tuple[int, ...] | None:  # None: too narrow for columns
     "Characters of the four columns, with a space between them."
     free = width - 15 - 15 - 3
     return (15, free * 9 // 20, free - free * 9 // 20, 15) if free >= 39 else None
 
+
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     "One row of a table: cells wrapped in their columns, as many lines as the longest needs."
-    wrapped = [textwrap.wrap(cell, width) or [''] for cell, width in zip(cells, widths)]
-    lines = ([c[i] if i < len(c) else '' for c in wrapped] for i in range(max(map(len, wrapped))))
-    return '\n'.join(' '.join(f'{part:{width}}' for part, width in zip(line, widths)).rstrip() for line in lines)
+    wrapped = [textwrap.wrap(cell, width) or [""] for cell, width in zip(cells, widths)]
+    lines = ([c[i] if i < len(c) else "" for c in wrapped] for i in range(max(map(len, wrapped))))
+    return "\n".join(
+        " ".join(f"{part:{width}}" for part, width in zip(line, widths)).rstrip() for line in lines
+    )
 
-def paragraph(text: str, width: int, indent: str = '  ') -> str:
+
+def paragraph(text: str, width: int, indent: str = "  ") -> str:
     "Text in lines of at most `width` characters, those after the first indented further."
-    return textwrap.fill(text, max(width, 20), initial_indent=indent, subsequent_indent=indent + '  ')
+    return textwrap.fill(
+        text, max(width, 20), initial_indent=indent, subsequent_indent=indent + "  "
+    )
 
 # %% ../nbs/13_report.ipynb #5aba7494
-VERDICTS = {CONFIRMED: 32, PARTLY: 33, REFUTED: 31, UNDECIDED: 35} # colour on a terminal
+VERDICTS = {CONFIRMED: 32, PARTLY: 33, REFUTED: 31, UNDECIDED: 35}  # colour on a terminal
+
 
 def _paint(text: str, verdict: str) -> str:
     "Colour the verdict, where it is the last word of the first line."
-    head, newline, rest = text.partition('\n')
-    if not head.endswith(verdict): return text
-    return f'{head[:-len(verdict)]}\x1b[{VERDICTS[verdict]}m{verdict}\x1b[0m{newline}{rest}'
+    head, newline, rest = text.partition("\n")
+    if not head.endswith(verdict):
+        return text
+    return f"{head[: -len(verdict)]}\x1b[{VERDICTS[verdict]}m{verdict}\x1b[0m{newline}{rest}"
+
 
 def scoreboard(findings: Sequence[Finding]) -> str:
     "'5 confirmed, 3 partly, ...'"
     count = Counter(f.verdict for f in findings)
-    return ', '.join(f'{count[v]} {v}' for v in VERDICTS if count[v])
+    return ", ".join(f"{count[v]} {v}" for v in VERDICTS if count[v])
+
 
 def _entry(f: Finding, width: int) -> str:
     "A finding as a row of the table, or as a paragraph where the terminal is too narrow for columns."
     c, widths = f.claim, _widths(width)
-    if widths: return _row((c.id, c.says, f.told, f'{f.verdict} ({c.notebook})'), widths)
-    texts = f'the report says: {c.says}', f'measured here: {f.told} ({c.notebook})'
-    return '\n'.join([f'{c.id} {f.verdict}', *(paragraph(text, width) for text in texts)])
+    if widths:
+        return _row((c.id, c.says, f.told, f"{f.verdict} ({c.notebook})"), widths)
+    texts = f"the report says: {c.says}", f"measured here: {f.told} ({c.notebook})"
+    return "\n".join([f"{c.id} {f.verdict}", *(paragraph(text, width) for text in texts)])
 
-def table(findings: Sequence[Finding],
-          width: int = 100, # of the terminal
-          colour: bool = False,
-          ) -> str:
+
+def table(
+    findings: Sequence[Finding],
+    width: int = 100,  # of the terminal
+    colour: bool = False,
+) -> str:
     "The findings as text."
     entries, widths = [_entry(f, width) for f in findings], _widths(width)
-    if colour: entries = [_paint(entry, f.verdict) for entry, f in zip(entries, findings)]
-    total = paragraph(f'{len(findings)} claims: {scoreboard(findings)}', width, '')
-    if not widths: return '\n\n'.join([*entries, total])
-    rule = ' '.join('-' * w for w in widths)
-    return '\n'.join([_row(('claim', 'the report says', 'measured here', 'verdict'), widths), rule, *entries, rule, total])
+    if colour:
+        entries = [_paint(entry, f.verdict) for entry, f in zip(entries, findings)]
+    total = paragraph(f"{len(findings)} claims: {scoreboard(findings)}", width, "")
+    if not widths:
+        return "\n\n".join([*entries, total])
+    rule = " ".join("-" * w for w in widths)
+    return "\n".join(
+        [
+            _row(("claim", "the report says", "measured here", "verdict"), widths),
+            rule,
+            *entries,
+            rule,
+            total,
+        ]
+    )
 
 # %% ../nbs/13_report.ipynb #d2a189bc
-def terminal() -> dict[str, Any]: # arguments of `table`
+def terminal() -> dict[str, Any]:  # arguments of `table`
     "Width of the terminal, at most 100, and whether colours may be used: not in a file or pipe, nor where `NO_COLOR` is set."
-    colour = sys.stdout.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
+    colour = (
+        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
     return dict(width=min(100, shutil.get_terminal_size((100, 24)).columns), colour=colour)
 
-def noise_line(b: Bench) -> str: # '' if all is quiet
+
+def noise_line(b: Bench) -> str:  # '' if all is quiet
     "Which comparisons are too noisy to decide on small gains."
-    names = [f'{what}, {workload}' if what else workload for workload, what in noisy(b)]
-    if not names: return ''
-    return (f'Too noisy here to tell a gain of {NOTICEABLE:.0%} from none, since a control strays as far, in {len(names)} of {len(b.timings)} '
-            f'comparisons: {"; ".join(names)}.')
+    names = [f"{what}, {workload}" if what else workload for workload, what in noisy(b)]
+    if not names:
+        return ""
+    return (
+        f"Too noisy here to tell a gain of {NOTICEABLE:.0%} from none, since a control strays as far, in {len(names)} of {len(b.timings)} "
+        f"comparisons: {'; '.join(names)}."
+    )
 
 # %% ../nbs/13_report.ipynb #b6fd7fb0
 @contextmanager
 def _styled() -> Iterator[None]:
     "The project's style, for drawing and for saving, since matplotlib looks colours up late."
     import matplotlib.style
-    with matplotlib.style.context('ctxlab.notebook'): yield
+
+    with matplotlib.style.context("ctxlab.notebook"):
+        yield
+
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
     "A figure and its axes, without global state."
     from matplotlib.figure import Figure
+
     with _styled():
         figure = Figure(figsize=(width, height))
         yield figure, figure.subplots()
 
-FORMS = {'dot': ('C4', '', 's'), 'zeros + gemm': ('C1', '//', 'o'), 'reused out': ('C2', 'xx', '^')} # colour, hatch, marker
+
+FORMS = {
+    "dot": ("C4", "", "s"),
+    "zeros + gemm": ("C1", "//", "o"),
+    "reused out": ("C2", "xx", "^"),
+}  # colour, hatch, marker
 
 # %% ../nbs/13_report.ipynb #2a8384f7
-def plot_bytes(b: Bench): # -> matplotlib Figure
+def plot_bytes(b: Bench):  # -> matplotlib Figure
     "Bytes allocated by each site in each form."
     w = b.workloads[-1]
     with _figure(7.5, 3.8) as (figure, ax):
         for i, (form, (colour, hatch, _)) in enumerate(FORMS.items()):
             peaks = [b.peaks(w, site)[form] / 1e6 for site in SHIPPED]
-            bars = ax.barh([y + 0.27 * (i - 1) for y in range(len(SHIPPED))], peaks, 0.25, label=form, color=colour,
-                           hatch=hatch, edgecolor='white')
-            ax.bar_label(bars, [f'{p:.2f}' for p in peaks], padding=3, fontsize=8)
-        ax.set(title=f'Allocated per call by each product, {w.name}', xlabel='MB (traced peak)', yticks=range(len(SHIPPED)),
-               yticklabels=[f'{site}\n({form})' for site, form in SHIPPED.items()], ylabel='site (the form that was shipped)')
+            bars = ax.barh(
+                [y + 0.27 * (i - 1) for y in range(len(SHIPPED))],
+                peaks,
+                0.25,
+                label=form,
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+            )
+            ax.bar_label(bars, [f"{p:.2f}" for p in peaks], padding=3, fontsize=8)
+        ax.set(
+            title=f"Allocated per call by each product, {w.name}",
+            xlabel="MB (traced peak)",
+            yticks=range(len(SHIPPED)),
+            yticklabels=[f"{site}\n({form})" for site, form in SHIPPED.items()],
+            ylabel="site (the form that was shipped)",
+        )
         ax.set_xlim(0, 1.25 * ax.get_xlim()[1])
         ax.invert_yaxis()
-        ax.legend(loc='lower right', fontsize=8)
+        ax.legend(loc="lower right", fontsize=8)
     return figure
 
 # %% ../nbs/13_report.ipynb #8d5acdb9
 def _error(interval: Interval) -> list[list[float]]:
     return [[interval.median - interval.low], [interval.high - interval.median]]
 
-def plot_times(b: Bench): # -> matplotlib Figure
+
+def plot_times(b: Bench):  # -> matplotlib Figure
     "Time of each form of each site in units of dot, with the control."
     labels = [(w, site) for w in b.workloads for site in SHIPPED]
-    marks = {'dot' + AGAIN: FORMS['dot']} | {form: FORMS[form] for form in ('zeros + gemm', 'reused out')}
+    marks = {"dot" + AGAIN: FORMS["dot"]} | {
+        form: FORMS[form] for form in ("zeros + gemm", "reused out")
+    }
     with _figure(7.5, 4.6) as (figure, ax):
         for i, (form, (colour, _, marker)) in enumerate(marks.items()):
             for y, (w, site) in enumerate(labels):
-                r = b.timed(w, site).ratio(form, 'dot')
-                ax.errorbar(r.median, y + 0.25 * (i - 1), xerr=_error(r), fmt=marker, color=colour, capsize=3,
-                            label=form if y == 0 else None)
-        ax.axvline(1, color='k', lw=1)
-        ax.set(title='Time of each product in units of dot (median, 95 % over placements)', xlabel='time / time of dot',
-               yticks=range(len(labels)), yticklabels=[f'{site}, {w.name}' for w, site in labels])
+                r = b.timed(w, site).ratio(form, "dot")
+                ax.errorbar(
+                    r.median,
+                    y + 0.25 * (i - 1),
+                    xerr=_error(r),
+                    fmt=marker,
+                    color=colour,
+                    capsize=3,
+                    label=form if y == 0 else None,
+                )
+        ax.axvline(1, color="k", lw=1)
+        ax.set(
+            title="Time of each product in units of dot (median, 95 % over placements)",
+            xlabel="time / time of dot",
+            yticks=range(len(labels)),
+            yticklabels=[f"{site}, {w.name}" for w, site in labels],
+        )
         ax.invert_yaxis()
         ax.legend(fontsize=8)
     return figure
 
 # %% ../nbs/13_report.ipynb #9beb70a2
-def plot_gain(b: Bench, findings: Sequence[Finding]): # -> matplotlib Figure
+def plot_gain(b: Bench, findings: Sequence[Finding]):  # -> matplotlib Figure
     "Measured gain of the two paths against the claimed one."
-    claimed = {'forward': (3, 5), 'backward': (5, 8)}
-    rows = [(path, w, form) for path in claimed for w in b.workloads for form in ('zeros + gemm', 'reused out')]
-    gains = {f.claim.id.removeprefix('speed-'): f.figures for f in findings if f.claim.id.startswith('speed-')}
+    claimed = {"forward": (3, 5), "backward": (5, 8)}
+    rows = [
+        (path, w, form)
+        for path in claimed
+        for w in b.workloads
+        for form in ("zeros + gemm", "reused out")
+    ]
+    gains = {
+        f.claim.id.removeprefix("speed-"): f.figures
+        for f in findings
+        if f.claim.id.startswith("speed-")
+    }
     with _figure(7.5, 3.8) as (figure, ax):
         for y, (path, w, form) in enumerate(rows):
             colour, _, marker = FORMS[form]
-            gain, control = gains[path][w.name][form], gains[path][w.name]['control']
-            ax.barh(y, control.high - control.low, 0.8, control.low, color='0.85', label='A/A control' if y == 0 else None)
-            ax.errorbar(gain.median, y, xerr=_error(gain), fmt=marker, color=colour, capsize=3, label=form if y < 2 else None)
+            gain, control = gains[path][w.name][form], gains[path][w.name]["control"]
+            ax.barh(
+                y,
+                control.high - control.low,
+                0.8,
+                control.low,
+                color="0.85",
+                label="A/A control" if y == 0 else None,
+            )
+            ax.errorbar(
+                gain.median,
+                y,
+                xerr=_error(gain),
+                fmt=marker,
+                color=colour,
+                capsize=3,
+                label=form if y < 2 else None,
+            )
             low, high = claimed[path]
-            ax.barh(y, high - low, 1.0, low, color='C3', alpha=0.3, edgecolor='C3', hatch='//', lw=0, label='claimed' if y == 0 else None)
-        ax.axvline(0, color='k', lw=1)
-        ax.set(title='Gain in throughput over dot (median, 95 % over placements)', xlabel='gain, %', yticks=range(len(rows)),
-               yticklabels=[f'{path}, {w.name}' for path, w, _ in rows])
+            ax.barh(
+                y,
+                high - low,
+                1.0,
+                low,
+                color="C3",
+                alpha=0.3,
+                edgecolor="C3",
+                hatch="//",
+                lw=0,
+                label="claimed" if y == 0 else None,
+            )
+        ax.axvline(0, color="k", lw=1)
+        ax.set(
+            title="Gain in throughput over dot (median, 95 % over placements)",
+            xlabel="gain, %",
+            yticks=range(len(rows)),
+            yticklabels=[f"{path}, {w.name}" for path, w, _ in rows],
+        )
         ax.invert_yaxis()
-        ax.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=8)
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure
 
 # %% ../nbs/13_report.ipynb #2084abca
-def plot_memory(findings: Sequence[Finding]): # -> matplotlib Figure
+def plot_memory(findings: Sequence[Finding]):  # -> matplotlib Figure
     "Claimed megabytes against what the arithmetic and the traced peak say."
     by_id = {f.claim.id: next(iter(f.figures.values())) for f in findings}
-    rows = {'saved per update\n(2 D² floats)': (8.4, by_id['mem-update']['actual'] / 1e6),
-            'saved per apply\n(S D floats)': (2.0, by_id['mem-apply']['actual'] / 1e6),
-            'saved per forward pass\n(peak, shipped form)': (20.0, (by_id['mem-forward']['dot'] - by_id['mem-forward']['shipped']) / 1e6)}
+    rows = {
+        "saved per update\n(2 D² floats)": (8.4, by_id["mem-update"]["actual"] / 1e6),
+        "saved per apply\n(S D floats)": (2.0, by_id["mem-apply"]["actual"] / 1e6),
+        "saved per forward pass\n(peak, shipped form)": (
+            20.0,
+            (by_id["mem-forward"]["dot"] - by_id["mem-forward"]["shipped"]) / 1e6,
+        ),
+    }
     with _figure(7.5, 3.0) as (figure, ax):
-        for i, (label, colour, hatch) in enumerate((('claimed', 'C3', '//'), ('here', 'C0', ''))):
+        for i, (label, colour, hatch) in enumerate((("claimed", "C3", "//"), ("here", "C0", ""))):
             values = [max(0.0, pair[i]) for pair in rows.values()]
-            bars = ax.barh([y + 0.3 * (i - 0.5) for y in range(len(rows))], values, 0.28, label=label, color=colour, hatch=hatch,
-                           edgecolor='white')
-            ax.bar_label(bars, [f'{v:.2f}' for v in values], padding=3, fontsize=8)
-        ax.set(title='Memory: claimed and true, S = 512, D = 768', xlabel='MB', yticks=range(len(rows)), yticklabels=list(rows))
+            bars = ax.barh(
+                [y + 0.3 * (i - 0.5) for y in range(len(rows))],
+                values,
+                0.28,
+                label=label,
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+            )
+            ax.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontsize=8)
+        ax.set(
+            title="Memory: claimed and true, S = 512, D = 768",
+            xlabel="MB",
+            yticks=range(len(rows)),
+            yticklabels=list(rows),
+        )
         ax.set_xlim(0, 23)
         ax.invert_yaxis()
         ax.legend(fontsize=8)
     return figure
 
 # %% ../nbs/13_report.ipynb #9d3dd393
-PLOTS: dict[str, tuple[str, Callable[[Bench, Sequence[Finding]], Any]]] = { # file name -> (what it shows, how to draw it)
-    'bytes': ('Allocated bytes of each product in three forms. zeros + gemm allocates as much as dot; only a reused out saves.',
-              lambda b, findings: plot_bytes(b)),
-    'gain': ('Gain in throughput of the two paths, beside the claimed range and the control.', plot_gain),
-    'times': ('Time of each product in units of dot. The squares are dot against itself.', lambda b, findings: plot_times(b)),
-    'memory': ('Claimed megabytes beside the true ones.', lambda b, findings: plot_memory(findings)),
+PLOTS: dict[
+    str, tuple[str, Callable[[Bench, Sequence[Finding]], Any]]
+] = {  # file name -> (what it shows, how to draw it)
+    "bytes": (
+        "Allocated bytes of each product in three forms. zeros + gemm allocates as much as dot; only a reused out saves.",
+        lambda b, findings: plot_bytes(b),
+    ),
+    "gain": (
+        "Gain in throughput of the two paths, beside the claimed range and the control.",
+        plot_gain,
+    ),
+    "times": (
+        "Time of each product in units of dot. The squares are dot against itself.",
+        lambda b, findings: plot_times(b),
+    ),
+    "memory": (
+        "Claimed megabytes beside the true ones.",
+        lambda b, findings: plot_memory(findings),
+    ),
 }
 
-PLOT_OF = {**{f'site-{site}': 'bytes' for site in SHIPPED}, # claim -> the plot that belongs to it
-           **dict.fromkeys(('mem-update', 'mem-apply', 'mem-forward', 'mem-batch'), 'memory'),
-           'speed-forward': 'gain', 'speed-backward': 'gain', 'why-faster': 'times'}
+PLOT_OF = {
+    **{f"site-{site}": "bytes" for site in SHIPPED},  # claim -> the plot that belongs to it
+    **dict.fromkeys(("mem-update", "mem-apply", "mem-forward", "mem-batch"), "memory"),
+    "speed-forward": "gain",
+    "speed-backward": "gain",
+    "why-faster": "times",
+}
+
 
 def png(figure) -> bytes:
     "A figure as PNG; the file holds no date and no version, so equal plots are equal files."
     buffer = BytesIO()
-    with _styled(): figure.savefig(buffer, format='png', dpi=144, metadata={'Software': None})
+    with _styled():
+        figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     return buffer.getvalue()
 
 # %% ../nbs/13_report.ipynb #932f922c
-SCHEMA, SCHEMA_VERSION = 'ctxlab.claims', 2
+SCHEMA, SCHEMA_VERSION = "ctxlab.claims", 2
+
 
 def plain(figures: Figures) -> dict[str, dict[str, Any]]:
     "Figures for JSON: an interval becomes an object with median, low and high."
-    return {w: {k: v._asdict() if isinstance(v, Interval) else v for k, v in f.items()} for w, f in figures.items()}
+    return {
+        w: {k: v._asdict() if isinstance(v, Interval) else v for k, v in f.items()}
+        for w, f in figures.items()
+    }
+
 
 def _claim(f: Finding) -> dict[str, Any]:
     c = f.claim
-    return dict(id=c.id, says=c.says, verdict=f.verdict, measured=f.told, rule=c.rule, notebook=f'nbs/{c.notebook}.ipynb',
-                section=c.section, original=c.original or None, units=c.units, figures=plain(f.figures))
+    return dict(
+        id=c.id,
+        says=c.says,
+        verdict=f.verdict,
+        measured=f.told,
+        rule=c.rule,
+        notebook=f"nbs/{c.notebook}.ipynb",
+        section=c.section,
+        original=c.original or None,
+        units=c.units,
+        figures=plain(f.figures),
+    )
+
 
 def plain_timings(b: Bench) -> list[dict[str, Any]]:
     "Raw timings for JSON, in seconds a call."
-    return [dict(workload=w, what=what, control=t.control, calls_per_sample=t.calls, placement=None if t.block is None else t.block.tolist(),
-                 seconds={name: s.tolist() for name, s in t.seconds.items()}) for (w, what), t in b.timings.items()]
+    return [
+        dict(
+            workload=w,
+            what=what,
+            control=t.control,
+            calls_per_sample=t.calls,
+            placement=None if t.block is None else t.block.tolist(),
+            seconds={name: s.tolist() for name, s in t.seconds.items()},
+        )
+        for (w, what), t in b.timings.items()
+    ]
+
 
 def as_json(findings: Sequence[Finding], b: Bench, settings: Mapping[str, Any]) -> dict[str, Any]:
     "The whole report as plain values: settings, machine, workloads, claims with figures, raw timings in seconds."
     loud = [dict(workload=w, what=what, control_strays=n) for (w, what), n in noisy(b).items()]
-    return dict(schema=SCHEMA, schema_version=SCHEMA_VERSION, ctxlab=__version__,
-                created=datetime.now(timezone.utc).isoformat(timespec='seconds'), settings=dict(settings), machine=machine(),
-                workloads=[dict(name=w.name, rows=w.X.shape[0], features=w.X.shape[1]) for w in b.workloads],
-                claims=[_claim(f) for f in findings], too_noisy=loud, timings=plain_timings(b))
+    return dict(
+        schema=SCHEMA,
+        schema_version=SCHEMA_VERSION,
+        ctxlab=__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        settings=dict(settings),
+        machine=machine(),
+        workloads=[
+            dict(name=w.name, rows=w.X.shape[0], features=w.X.shape[1]) for w in b.workloads
+        ],
+        claims=[_claim(f) for f in findings],
+        too_noisy=loud,
+        timings=plain_timings(b),
+    )
 
 # %% ../nbs/13_report.ipynb #72fe72b5
-CSS = '''
+CSS = """
 :root { color-scheme: light dark; --fg: #1c1d1f; --dim: #55595f; --bg: #fff; --line: #d8dade; --soft: #f4f5f7; --link: #0b57a4;
   --yes: #17652b; --no: #a11b1b; --part: #7a4d00; --open: #4a4a55; }
 @media (prefers-color-scheme: dark) { :root { --fg: #e7e8ea; --dim: #a9adb3; --bg: #17181a; --line: #3a3d41; --soft: #212326; --link: #8cbcf2;
@@ -274,21 +464,34 @@ pre { overflow-x: auto; background: var(--soft); padding: .7rem; border-radius: 
   :root { color-scheme: light; --fg: #000; --dim: #444; --bg: #fff; --line: #bbb; --soft: #f4f5f7; --link: #000; --yes: #17652b; --no: #a11b1b; --part: #7a4d00; --open: #444; }
   body { font-size: 10pt; max-width: none; padding: 0; } nav, .skip, details { display: none; } a { text-decoration: none; }
   h2, h3 { break-after: avoid; } tr, figure, dl, .scroll { break-inside: avoid; } th, td { padding: .2rem .5rem; } figure img { max-height: 9cm; } thead { display: table-header-group; } }
-'''
+"""
 
 # %% ../nbs/13_report.ipynb #9c087345
-def _cells(cells: Iterable[tuple[str, str]]) -> str: # (label, HTML); the first is the row's header
+def _cells(cells: Iterable[tuple[str, str]]) -> str:  # (label, HTML); the first is the row's header
     "One row of a table that can be shown as a block."
     (_, first), *rest = cells
-    return (f'<tr role="row"><th scope="row" role="rowheader" class="id">{first}</th>'
-            + ''.join(f'<td role="cell" data-label="{html.escape(label)}">{cell}</td>' for label, cell in rest) + '</tr>')
+    return (
+        f'<tr role="row"><th scope="row" role="rowheader" class="id">{first}</th>'
+        + "".join(
+            f'<td role="cell" data-label="{html.escape(label)}">{cell}</td>' for label, cell in rest
+        )
+        + "</tr>"
+    )
 
-def board(caption: str, labels: Sequence[str], rows: Iterable[Sequence[str]]) -> str: # cells are HTML
+
+def board(
+    caption: str, labels: Sequence[str], rows: Iterable[Sequence[str]]
+) -> str:  # cells are HTML
     "A table with a caption, that becomes a list of blocks on a narrow screen."
-    head = ''.join(f'<th scope="col" role="columnheader">{html.escape(label)}</th>' for label in labels)
-    body = ''.join(_cells(zip(labels, row)) for row in rows)
-    return (f'<table class="board" role="table"><caption>{html.escape(caption)}</caption><thead role="rowgroup"><tr role="row">{head}</tr></thead>'
-            f'<tbody role="rowgroup">{body}</tbody></table>')
+    head = "".join(
+        f'<th scope="col" role="columnheader">{html.escape(label)}</th>' for label in labels
+    )
+    body = "".join(_cells(zip(labels, row)) for row in rows)
+    return (
+        f'<table class="board" role="table"><caption>{html.escape(caption)}</caption><thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{body}</tbody></table>'
+    )
+
 
 def badge(verdict: str) -> str:
     "A verdict with its sign and colour."
@@ -297,100 +500,187 @@ def badge(verdict: str) -> str:
 # %% ../nbs/13_report.ipynb #04aa869e
 def _amount(value: Any) -> str:
     "A figure as text: an interval with its median, a whole number with separators."
-    if isinstance(value, Interval): return f'{value.median:.4g} [{value.low:.4g}, {value.high:.4g}]'
-    if isinstance(value, float) and not (value.is_integer() and abs(value) >= 1000): return f'{value:.4g}'
-    return f'{value:,.0f}' if isinstance(value, int | float) else str(value)
+    if isinstance(value, Interval):
+        return f"{value.median:.4g} [{value.low:.4g}, {value.high:.4g}]"
+    if isinstance(value, float) and not (value.is_integer() and abs(value) >= 1000):
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
+
 
 def _figures_table(f: Finding) -> str:
     "All figures of a claim, a column for each workload."
-    esc, names = html.escape, list(dict.fromkeys(name for figures in f.figures.values() for name in figures))
-    head = ''.join(f'<th scope="col">{esc(w)}</th>' for w in f.figures)
-    rows = ''.join(f'<tr><th scope="row">{esc(name)}</th>' + ''.join(f"<td>{esc(_amount(v.get(name, '')))}</td>" for v in f.figures.values()) + '</tr>'
-                   for name in names)
-    return (f'<div class="scroll" role="region" tabindex="0" aria-label="Figures of {f.claim.id}"><table class="figures">'
-            f'<caption>Figures: {esc(f.claim.units)}</caption><thead><tr><th scope="col">figure</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
+    esc, names = (
+        html.escape,
+        list(dict.fromkeys(name for figures in f.figures.values() for name in figures)),
+    )
+    head = "".join(f'<th scope="col">{esc(w)}</th>' for w in f.figures)
+    rows = "".join(
+        f'<tr><th scope="row">{esc(name)}</th>'
+        + "".join(f"<td>{esc(_amount(v.get(name, '')))}</td>" for v in f.figures.values())
+        + "</tr>"
+        for name in names
+    )
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="Figures of {f.claim.id}"><table class="figures">'
+        f'<caption>Figures: {esc(f.claim.units)}</caption><thead><tr><th scope="col">figure</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
 
 # %% ../nbs/13_report.ipynb #3373e7d7
-_TOKEN = re.compile(r'(?P<s>[rbfu]*(?:\'(?:[^\'\\\n]|\\.)*\'|"(?:[^"\\\n]|\\.)*"))|(?P<c>\#[^\n]*)|(?P<k>\b(?:' + '|'.join(keyword.kwlist) + r')\b)')
+_TOKEN = re.compile(
+    r'(?P<s>[rbfu]*(?:\'(?:[^\'\\\n]|\\.)*\'|"(?:[^"\\\n]|\\.)*"))|(?P<c>\#[^\n]*)|(?P<k>\b(?:'
+    + "|".join(keyword.kwlist)
+    + r")\b)"
+)
 
-def highlighted(code: str) -> str: # HTML
+
+def highlighted(code: str) -> str:  # HTML
     "Python code with its strings, comments and keywords marked."
     done, parts = 0, []
     for m in _TOKEN.finditer(code):
-        parts += [html.escape(code[done:m.start()]), f'<span class="{m.lastgroup}">{html.escape(m[0])}</span>']
+        parts += [
+            html.escape(code[done : m.start()]),
+            f'<span class="{m.lastgroup}">{html.escape(m[0])}</span>',
+        ]
         done = m.end()
-    return ''.join([*parts, html.escape(code[done:])])
+    return "".join([*parts, html.escape(code[done:])])
+
 
 def _code(claim: Claim) -> str:
     "How the claim is measured and judged, as code; '' where the package has no source files."
     found = [core(f) for f in (claim.measure, claim.judge)]
-    try: sources = [textwrap.dedent(inspect.getsource(f)) for f, _ in found]
-    except (OSError, TypeError): return ''
+    try:
+        sources = [textwrap.dedent(inspect.getsource(f)) for f, _ in found]
+    except (OSError, TypeError):
+        return ""
     filled = [f"{f.__name__}({', '.join([*map(repr, given), '...'])})" for f, given in found]
-    return (f'<details><summary>Code of the measurement and of the rule<span class="dim"> of {claim.id}</span></summary>'
-            f'<p>Measured by <code>{html.escape(filled[0])}</code>, judged by <code>{html.escape(filled[1])}</code>.</p>'
-            f'<pre tabindex="0" role="region" aria-label="Code of {claim.id}"><code>{highlighted(chr(10).join(sources))}</code></pre></details>')
+    return (
+        f'<details><summary>Code of the measurement and of the rule<span class="dim"> of {claim.id}</span></summary>'
+        f"<p>Measured by <code>{html.escape(filled[0])}</code>, judged by <code>{html.escape(filled[1])}</code>.</p>"
+        f'<pre tabindex="0" role="region" aria-label="Code of {claim.id}"><code>{highlighted(chr(10).join(sources))}</code></pre></details>'
+    )
 
 # %% ../nbs/13_report.ipynb #89c684d0
 def _notebook_link(claim: Claim) -> str:
     "The notebook's path, as a link where this package runs from a checkout that holds it, and the section."
-    path = Path(str(files('ctxlab'))).resolve().parent / 'nbs' / f'{claim.notebook}.ipynb'
-    label = f'<code>nbs/{claim.notebook}.ipynb</code>'
+    path = Path(str(files("ctxlab"))).resolve().parent / "nbs" / f"{claim.notebook}.ipynb"
+    label = f"<code>nbs/{claim.notebook}.ipynb</code>"
     link = f'<a href="{path.as_uri()}">{label}</a>' if path.exists() else label
-    return f'{link}, section \u201c{html.escape(claim.section)}\u201d'
+    return f"{link}, section \u201c{html.escape(claim.section)}\u201d"
+
 
 def _picture(id: str, plots: Mapping[str, bytes], shown: set[str]) -> str:
     "The plot that belongs to a claim; where it has been shown already, a link to it."
-    name = PLOT_OF.get(id, '')
-    if name not in plots: return ''
+    name = PLOT_OF.get(id, "")
+    if name not in plots:
+        return ""
     caption = html.escape(PLOTS[name][0])
-    if name in shown: return f'<p><a href="#plot-{name}">Picture: {caption}</a></p>'
+    if name in shown:
+        return f'<p><a href="#plot-{name}">Picture: {caption}</a></p>'
     shown.add(name)
-    return (f'<figure id="plot-{name}"><img alt="{caption}" src="data:image/png;base64,{base64.b64encode(plots[name]).decode()}">'
-            f'<figcaption>{caption}</figcaption></figure>')
+    return (
+        f'<figure id="plot-{name}"><img alt="{caption}" src="data:image/png;base64,{base64.b64encode(plots[name]).decode()}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
 
 def _article(f: Finding, picture: str) -> str:
     "The section of one claim."
     c, esc = f.claim, html.escape
-    facts = {'The report says': esc(c.says), 'Measured here': esc(f.told), 'In the compiled original': esc(c.original), 'Rule': esc(c.rule),
-             'Explained in': _notebook_link(c)}
-    listed = ''.join(f'<dt>{name}</dt><dd>{text}</dd>' for name, text in facts.items() if text)
-    return (f'<article id="{c.id}" aria-labelledby="{c.id}-name"><h3 id="{c.id}-name">{c.id} {badge(f.verdict)}</h3>'
-            f'<dl>{listed}</dl>{_figures_table(f)}{picture}{_code(c)}</article>')
+    facts = {
+        "The report says": esc(c.says),
+        "Measured here": esc(f.told),
+        "In the compiled original": esc(c.original),
+        "Rule": esc(c.rule),
+        "Explained in": _notebook_link(c),
+    }
+    listed = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items() if text)
+    return (
+        f'<article id="{c.id}" aria-labelledby="{c.id}-name"><h3 id="{c.id}-name">{c.id} {badge(f.verdict)}</h3>'
+        f"<dl>{listed}</dl>{_figures_table(f)}{picture}{_code(c)}</article>"
+    )
 
 # %% ../nbs/13_report.ipynb #26268cf1
-def _scoreboard(findings: Sequence[Finding], loud: Sequence[Mapping[str, Any]], comparisons: int) -> str:
+def _scoreboard(
+    findings: Sequence[Finding], loud: Sequence[Mapping[str, Any]], comparisons: int
+) -> str:
     "Counts, the table of verdicts, and a warning where the machine was too noisy."
     count, esc = Counter(f.verdict for f in findings), html.escape
-    tiles = ''.join(f'<li><b>{count[v]}</b>{badge(v)}</li>' for v in VERDICTS if count[v])
-    rows = [(f'<a href="#{f.claim.id}">{f.claim.id}</a>', esc(f.claim.says), esc(f.told), badge(f.verdict)) for f in findings]
-    names = '; '.join(esc(f"{n['what']}, {n['workload']}" if n['what'] else n['workload']) for n in loud)
-    note = (f'<p class="note" role="note"><strong>Too noisy to decide.</strong> In {len(loud)} of {comparisons} comparisons the control strays by '
-            f'more than {NOTICEABLE:.0%}, so a gain of that size cannot be told from none: {names}.</p>') if loud else ''
-    return (f'<ul class="tiles" aria-label="{len(findings)} claims by verdict">{tiles}</ul>{note}'
-            + board(f'{len(findings)} claims: {scoreboard(findings)}', ('Claim', 'The report says', 'Measured here', 'Verdict'), rows))
+    tiles = "".join(f"<li><b>{count[v]}</b>{badge(v)}</li>" for v in VERDICTS if count[v])
+    rows = [
+        (
+            f'<a href="#{f.claim.id}">{f.claim.id}</a>',
+            esc(f.claim.says),
+            esc(f.told),
+            badge(f.verdict),
+        )
+        for f in findings
+    ]
+    names = "; ".join(
+        esc(f"{n['what']}, {n['workload']}" if n["what"] else n["workload"]) for n in loud
+    )
+    note = (
+        (
+            f'<p class="note" role="note"><strong>Too noisy to decide.</strong> In {len(loud)} of {comparisons} comparisons the control strays by '
+            f"more than {NOTICEABLE:.0%}, so a gain of that size cannot be told from none: {names}.</p>"
+        )
+        if loud
+        else ""
+    )
+    return (
+        f'<ul class="tiles" aria-label="{len(findings)} claims by verdict">{tiles}</ul>{note}'
+        + board(
+            f"{len(findings)} claims: {scoreboard(findings)}",
+            ("Claim", "The report says", "Measured here", "Verdict"),
+            rows,
+        )
+    )
 
-MEANS = {CONFIRMED: 'the figures bear the claim out', PARTLY: 'a part of it holds, or it holds on one workload and not on the other',
-         REFUTED: 'the figures contradict it', UNDECIDED: 'the interval is too wide to tell on this machine'}
+
+MEANS = {
+    CONFIRMED: "the figures bear the claim out",
+    PARTLY: "a part of it holds, or it holds on one workload and not on the other",
+    REFUTED: "the figures contradict it",
+    UNDECIDED: "the interval is too wide to tell on this machine",
+}
+
 
 def _glossary() -> str:
     "What the verdicts, and the words of rules and figures, mean."
     esc = html.escape
-    verdicts = ''.join(f'<dt>{badge(v)}</dt><dd>{esc(means)}</dd>' for v, means in MEANS.items())
-    return f'<dl>{verdicts}' + ''.join(f'<dt>{esc(word)}</dt><dd>{esc(means)}</dd>' for word, means in WORDS.items()) + f'</dl><p>{esc(SEVERAL)}</p>'
+    verdicts = "".join(f"<dt>{badge(v)}</dt><dd>{esc(means)}</dd>" for v, means in MEANS.items())
+    return (
+        f"<dl>{verdicts}"
+        + "".join(f"<dt>{esc(word)}</dt><dd>{esc(means)}</dd>" for word, means in WORDS.items())
+        + f"</dl><p>{esc(SEVERAL)}</p>"
+    )
+
 
 def _about(data: Mapping[str, Any]) -> str:
     "What was run, on what, and how to run it again."
-    s, esc = data['settings'], html.escape
-    sizes = ', '.join(f"{w['name']} ({w['rows']} x {w['features']})" for w in data['workloads'])
-    options = f" --seed {s.get('seed', 0)}{' --quick' if s.get('quick') else ''}" + (f" --threads {s['threads']}" if s.get('threads') else '')
-    if s.get('activations', PACKAGED) != PACKAGED: options += f" --activations {shlex.quote(s['activations'].encode(errors='replace').decode())}"
-    facts = {'Machine': machine_line(data['machine']), 'Workloads': sizes, 'Made': f"{data['created']}, by ctxlab {data['ctxlab']}",
-             'To repeat': f'ctxlab report{options}', 'Raw timings': 'claims.json, in seconds a call'}
-    return '<dl>' + ''.join(f'<dt>{name}</dt><dd>{esc(text)}</dd>' for name, text in facts.items()) + '</dl>'
+    s, esc = data["settings"], html.escape
+    sizes = ", ".join(f"{w['name']} ({w['rows']} x {w['features']})" for w in data["workloads"])
+    options = f" --seed {s.get('seed', 0)}{' --quick' if s.get('quick') else ''}" + (
+        f" --threads {s['threads']}" if s.get("threads") else ""
+    )
+    if s.get("activations", PACKAGED) != PACKAGED:
+        options += (
+            f" --activations {shlex.quote(s['activations'].encode(errors='replace').decode())}"
+        )
+    facts = {
+        "Machine": machine_line(data["machine"]),
+        "Workloads": sizes,
+        "Made": f"{data['created']}, by ctxlab {data['ctxlab']}",
+        "To repeat": f"ctxlab report{options}",
+        "Raw timings": "claims.json, in seconds a call",
+    }
+    return (
+        "<dl>"
+        + "".join(f"<dt>{name}</dt><dd>{esc(text)}</dd>" for name, text in facts.items())
+        + "</dl>"
+    )
 
 # %% ../nbs/13_report.ipynb #18955070
-_PAGE = '''<!DOCTYPE html>
+_PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>ctxlab report: {score}</title><style>{css}</style></head><body>
@@ -401,26 +691,49 @@ _PAGE = '''<!DOCTYPE html>
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 <main id="main" tabindex="-1">{sections}</main>
 <footer class="dim"><p>Every figure and every raw timing is in claims.json, beside this page.</p></footer></body></html>
-'''
+"""
 
-def as_html(findings: Sequence[Finding], data: Mapping[str, Any], plots: Mapping[str, bytes],
-            changes: str = '', # HTML of a section: what changed since an earlier report
-            ) -> str:
+
+def as_html(
+    findings: Sequence[Finding],
+    data: Mapping[str, Any],
+    plots: Mapping[str, bytes],
+    changes: str = "",  # HTML of a section: what changed since an earlier report
+) -> str:
     "The report as one page with everything in it."
     shown: set[str] = set()
-    articles = ''.join(_article(f, _picture(f.claim.id, plots, shown)) for f in findings)
-    sections = {'scoreboard': ('Scoreboard', _scoreboard(findings, data['too_noisy'], len(data['timings']))),
-                'changes': ('What changed', changes), 'words': ('What the words mean', _glossary()), 'claims': ('Claim by claim', articles), 'run': ('This run', _about(data))}
+    articles = "".join(_article(f, _picture(f.claim.id, plots, shown)) for f in findings)
+    sections = {
+        "scoreboard": (
+            "Scoreboard",
+            _scoreboard(findings, data["too_noisy"], len(data["timings"])),
+        ),
+        "changes": ("What changed", changes),
+        "words": ("What the words mean", _glossary()),
+        "claims": ("Claim by claim", articles),
+        "run": ("This run", _about(data)),
+    }
     sections = {id: (title, text) for id, (title, text) in sections.items() if text}
-    links = ''.join(f'<li><a href="#{id}">{title}</a></li>' for id, (title, _) in sections.items())
-    body = ''.join(f'<section aria-labelledby="{id}"><h2 id="{id}">{title}</h2>{text}</section>' for id, (title, text) in sections.items())
-    return _PAGE.format(score=scoreboard(findings), css=CSS, machine=html.escape(machine_line(data['machine'])), links=links, sections=body)
+    links = "".join(f'<li><a href="#{id}">{title}</a></li>' for id, (title, _) in sections.items())
+    body = "".join(
+        f'<section aria-labelledby="{id}"><h2 id="{id}">{title}</h2>{text}</section>'
+        for id, (title, text) in sections.items()
+    )
+    return _PAGE.format(
+        score=scoreboard(findings),
+        css=CSS,
+        machine=html.escape(machine_line(data["machine"])),
+        links=links,
+        sections=body,
+    )
 
 # %% ../nbs/13_report.ipynb #fe67619d
 def _no_folders(target: Path, names: Iterable[str]) -> None:
     "Raise an InputError where a folder stands in the place of a file to come."
     for name in names:
-        if (target / name).is_dir(): raise InputError(f'{target / name}: is a folder; a file of that name is to be written')
+        if (target / name).is_dir():
+            raise InputError(f"{target / name}: is a folder; a file of that name is to be written")
+
 
 def _move(place: Path, target: Path) -> None:
     "Move the files of `place` into `target`, all of them or none; what they replace goes to a folder in `place`."
@@ -430,15 +743,19 @@ def _move(place: Path, target: Path) -> None:
     try:
         for path in files:
             moved.append(path.name)
-            if (target / path.name).exists(): os.replace(target / path.name, old / path.name)
+            if (target / path.name).exists():
+                os.replace(target / path.name, old / path.name)
             os.replace(path, target / path.name)
     except BaseException:
         for name in moved:
-            if (old / name).exists(): os.replace(old / name, target / name)
-            elif not (place / name).exists(): (target / name).unlink(missing_ok=True)
+            if (old / name).exists():
+                os.replace(old / name, target / name)
+            elif not (place / name).exists():
+                (target / name).unlink(missing_ok=True)
         raise
 
-def _make_folder(folder: Path) -> list[Path]: # what was made, deepest first
+
+def _make_folder(folder: Path) -> list[Path]:  # what was made, deepest first
     "Make `folder` and its parents where they are missing."
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -446,37 +763,52 @@ def _make_folder(folder: Path) -> list[Path]: # what was made, deepest first
 
 # %% ../nbs/13_report.ipynb #facd014d
 @contextmanager
-def staging(target: str | Path, # folder; made if it does not exist
-            names: Iterable[str] = (), # of the files to come; none of them may be a folder there
-            ) -> Iterator[Path]: # an empty folder to write to
+def staging(
+    target: str | Path,  # folder; made if it does not exist
+    names: Iterable[str] = (),  # of the files to come; none of them may be a folder there
+) -> Iterator[Path]:  # an empty folder to write to
     "Files written to the yielded folder appear in `target` when the block succeeds, and vanish when it fails."
     target, made = Path(target), []
     try:
-        if target.exists() and not target.is_dir(): raise InputError(f'{target}: is a file; needed a folder to write to')
+        if target.exists() and not target.is_dir():
+            raise InputError(f"{target}: is a file; needed a folder to write to")
         _no_folders(target, names)
         made = _make_folder(target)
-        place = Path(tempfile.mkdtemp(prefix='.ctxlab-', dir=target))
-    except (FileExistsError, NotADirectoryError) as e: raise InputError(f'{target}: {target.parent} is not a folder') from e
-    except OSError as e: raise InputError(f'{target}: cannot be written ({e.strerror})') from e
+        place = Path(tempfile.mkdtemp(prefix=".ctxlab-", dir=target))
+    except (FileExistsError, NotADirectoryError) as e:
+        raise InputError(f"{target}: {target.parent} is not a folder") from e
+    except OSError as e:
+        raise InputError(f"{target}: cannot be written ({e.strerror})") from e
     try:
         yield place
         _move(place, target)
         made = []
     finally:
         shutil.rmtree(place, ignore_errors=True)
-        for folder in made: # nothing was written: leave no empty folders behind
-            with suppress(OSError): folder.rmdir()
+        for folder in made:  # nothing was written: leave no empty folders behind
+            with suppress(OSError):
+                folder.rmdir()
 
 # %% ../nbs/13_report.ipynb #125c4309
-FILES = ('index.html', 'claims.json', *(f'{name}.png' for name in PLOTS)) # what a report consists of
+FILES = (
+    "index.html",
+    "claims.json",
+    *(f"{name}.png" for name in PLOTS),
+)  # what a report consists of
 
-def write_report(place: Path, # an empty folder, from `staging`
-                 findings: Sequence[Finding], b: Bench,
-                 data: Mapping[str, Any], # from `as_json`
-                 changes: str = '', # a section of the page: what changed since an earlier report
-                 ) -> None:
+
+def write_report(
+    place: Path,  # an empty folder, from `staging`
+    findings: Sequence[Finding],
+    b: Bench,
+    data: Mapping[str, Any],  # from `as_json`
+    changes: str = "",  # a section of the page: what changed since an earlier report
+) -> None:
     "Write index.html, claims.json and the plots."
     plots = {name: png(draw(b, findings)) for name, (_, draw) in PLOTS.items()}
-    for name, image in plots.items(): (place / f'{name}.png').write_bytes(image)
-    (place / 'claims.json').write_text(json.dumps(data, indent=1, allow_nan=False), encoding='utf-8')
-    (place / 'index.html').write_text(as_html(findings, data, plots, changes), encoding='utf-8')
+    for name, image in plots.items():
+        (place / f"{name}.png").write_bytes(image)
+    (place / "claims.json").write_text(
+        json.dumps(data, indent=1, allow_nan=False), encoding="utf-8"
+    )
+    (place / "index.html").write_text(as_html(findings, data, plots, changes), encoding="utf-8")

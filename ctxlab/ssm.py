@@ -19,16 +19,32 @@ from numpy.typing import DTypeLike
 from .block import SizedBlock, _buffer, check_size
 from .context import SharedAttentionContext
 from .gemm import gemm, panels, unbuffered
-from .layers import (_add_residual, gelu, gelu_backward_into, gelu_into, linear, linear_backward_into, linear_into,
-                           norm_backward_into, norm_into, norm_requirement, renorm_into, rms_norm, swiglu, swiglu_backward_into, swiglu_into)
+from ctxlab.layers import (
+    _add_residual,
+    gelu,
+    gelu_backward_into,
+    gelu_into,
+    linear,
+    linear_backward_into,
+    linear_into,
+    norm_backward_into,
+    norm_into,
+    norm_requirement,
+    renorm_into,
+    rms_norm,
+    swiglu,
+    swiglu_backward_into,
+    swiglu_into,
+)
 from .reference import check_array
 from .workspace import Buffer, Dim, Requirement, Workspace, all_of, any_of
 
 # %% ../nbs/09_ssm.ipynb #035912ef
-def scan(a: np.ndarray, # (B, S, D)
-         b: np.ndarray, # (B, S, D)
-         state: np.ndarray | None = None, # (B, D) before the first token; default: 0
-         ) -> np.ndarray: # (B, S, D)
+def scan(
+    a: np.ndarray,  # (B, S, D)
+    b: np.ndarray,  # (B, S, D)
+    state: np.ndarray | None = None,  # (B, D) before the first token; default: 0
+) -> np.ndarray:  # (B, S, D)
     "All states of `h = a h + b`, clear and allocating."
     h, out = np.zeros_like(b[:, 0]) if state is None else state, []
     for t in range(b.shape[1]):
@@ -44,9 +60,13 @@ def _steps(a: np.ndarray, b: np.ndarray, out: np.ndarray, state: np.ndarray, t: 
         np.add(t, X, out=H)
         state = H
 
-def _carry(a: np.ndarray, b: np.ndarray, ends: np.ndarray, decays: np.ndarray, t: np.ndarray) -> None:
+
+def _carry(
+    a: np.ndarray, b: np.ndarray, ends: np.ndarray, decays: np.ndarray, t: np.ndarray
+) -> None:
     "States before all chunks: `ends` (B, K, D) holds that of the first and receives the rest. `a`, `b`: (T, B, K, D)."
-    if ends.shape[1] == 1: return
+    if ends.shape[1] == 1:
+        return
     E, P = ends[:, 1:], decays[:, 1:]
     E.fill(0)
     P.fill(1)
@@ -59,68 +79,92 @@ def _carry(a: np.ndarray, b: np.ndarray, ends: np.ndarray, decays: np.ndarray, t
         ends[:, k] += t[:, 0]
 
 # %% ../nbs/09_ssm.ipynb #0df58482
-WIDE, SHORT = 1536, 128 # channels in a step beyond which, and tokens below which, chunks do not pay
+WIDE, SHORT = (
+    1536,
+    128,
+)  # channels in a step beyond which, and tokens below which, chunks do not pay
 
-def chunk_count(S: int, # tokens
-                width: int, # channels in a step: B D
-                ) -> int: # K
+
+def chunk_count(
+    S: int,  # tokens
+    width: int,  # channels in a step: B D
+) -> int:  # K
     "Chunks that `scan_into` makes when it is not told."
     return 1 if S < SHORT or width > WIDE else math.isqrt(2 * S)
 
-def _chunked(a: np.ndarray, K: int, T: int) -> np.ndarray: # (B, S, D) -> (T, B, K, D), a view of the first K T tokens
-    B, S, D = a.shape
-    return a[:, :K * T].reshape(B, K, T, D).transpose(2, 0, 1, 3)
 
-def scan_into(a: np.ndarray, # (B, S, D), any strides
-              b: np.ndarray, # (B, S, D), same dtype
-              out: np.ndarray, # (B, S, D), receives the states; may be `b`, not `a`
-              ws: Workspace, # for three steps of all chunks
-              state: np.ndarray | None = None, # (B, D) before the first token; default: 0
-              chunks: int | None = None, # K, at most S; default: `chunk_count`
-              ) -> np.ndarray: # out
+def _chunked(
+    a: np.ndarray, K: int, T: int
+) -> np.ndarray:  # (B, S, D) -> (T, B, K, D), a view of the first K T tokens
+    B, S, D = a.shape
+    return a[:, : K * T].reshape(B, K, T, D).transpose(2, 0, 1, 3)
+
+
+def scan_into(
+    a: np.ndarray,  # (B, S, D), any strides
+    b: np.ndarray,  # (B, S, D), same dtype
+    out: np.ndarray,  # (B, S, D), receives the states; may be `b`, not `a`
+    ws: Workspace,  # for three steps of all chunks
+    state: np.ndarray | None = None,  # (B, D) before the first token; default: 0
+    chunks: int | None = None,  # K, at most S; default: `chunk_count`
+) -> np.ndarray:  # out
     "`scan`, written to `out`."
     B, S, D = b.shape
     K = chunk_count(S, B * D) if chunks is None else chunks
-    if not 1 <= K <= max(S, 1): raise ValueError(f'chunks: {K}, needed 1..{max(S, 1)}')
+    if not 1 <= K <= max(S, 1):
+        raise ValueError(f"chunks: {K}, needed 1..{max(S, 1)}")
     done = S // K * K
     with ws.scope():
-        ends, decays, t = ws.take('scan.lanes', (3, B, K, D), b.dtype)
+        ends, decays, t = ws.take("scan.lanes", (3, B, K, D), b.dtype)
         ends[:, 0] = 0 if state is None else state
         A, X, H = (_chunked(v, K, S // K) for v in (a, b, out))
         _carry(A, X, ends, decays, t)
         _steps(A, X, H, ends, t)
-        A, X, H = (v[:, done:].swapaxes(0, 1) for v in (a, b, out)) # what K does not divide
-        if done < S: _steps(A, X, H, out[:, done - 1], t[:, 0])
+        A, X, H = (v[:, done:].swapaxes(0, 1) for v in (a, b, out))  # what K does not divide
+        if done < S:
+            _steps(A, X, H, out[:, done - 1], t[:, 0])
     return out
 
-def scan_requirement(dtype: DTypeLike = np.float32, chunks: str = 'k') -> Requirement: # in B, D and the letter of the chunks
+
+def scan_requirement(
+    dtype: DTypeLike = np.float32, chunks: str = "k"
+) -> Requirement:  # in B, D and the letter of the chunks
     "Scratch of `scan_into`."
-    return Buffer('scan.lanes', (3, 'B', chunks, 'D'), dtype)
+    return Buffer("scan.lanes", (3, "B", chunks, "D"), dtype)
 
 # %% ../nbs/09_ssm.ipynb #e4dbb4cd
-def scan_backward_into(a: np.ndarray, # (B, S, D)
-                       before: np.ndarray | None, # (B, S, D), h one token earlier; needed for `grad_a`
-                       grad_out: np.ndarray, # (B, S, D)
-                       out: np.ndarray, # (B, S, D), receives dL/db, the gradient of the states too; may be `grad_out`
-                       grad_a: np.ndarray | None, # (B, S, D), or None: not needed
-                       ws: Workspace, # as for `scan_into`
-                       chunks: int | None = None, # at most S - 1; default: `chunk_count`
-                       ) -> np.ndarray: # out
+def scan_backward_into(
+    a: np.ndarray,  # (B, S, D)
+    before: np.ndarray | None,  # (B, S, D), h one token earlier; needed for `grad_a`
+    grad_out: np.ndarray,  # (B, S, D)
+    out: np.ndarray,  # (B, S, D), receives dL/db, the gradient of the states too; may be `grad_out`
+    grad_a: np.ndarray | None,  # (B, S, D), or None: not needed
+    ws: Workspace,  # as for `scan_into`
+    chunks: int | None = None,  # at most S - 1; default: `chunk_count`
+) -> np.ndarray:  # out
     "Gradients of `scan_into`."
     out[:, -1] = grad_out[:, -1]
-    later = slice(None, 0, -1) # from the last token to the second
-    if a.shape[1] > 1: scan_into(a[:, later], grad_out[:, -2::-1], out[:, -2::-1], ws, out[:, -1], chunks)
-    if grad_a is not None and before is not None: np.multiply(out, before, out=grad_a)
+    later = slice(None, 0, -1)  # from the last token to the second
+    if a.shape[1] > 1:
+        scan_into(a[:, later], grad_out[:, -2::-1], out[:, -2::-1], ws, out[:, -1], chunks)
+    if grad_a is not None and before is not None:
+        np.multiply(out, before, out=grad_a)
     return out
 
 # %% ../nbs/09_ssm.ipynb #5c53b91e
-def scan_rungs(a: np.ndarray, b: np.ndarray, out: np.ndarray, ws: Workspace) -> dict[str, Any]: # name -> call
+def scan_rungs(
+    a: np.ndarray, b: np.ndarray, out: np.ndarray, ws: Workspace
+) -> dict[str, Any]:  # name -> call
     "The scan in three forms."
-    return {'reference': lambda: scan(a, b), 'in place': lambda: scan_into(a, b, out, ws, chunks=1),
-            'chunked': lambda: scan_into(a, b, out, ws, chunks=max(1, math.isqrt(2 * a.shape[1])))}
+    return {
+        "reference": lambda: scan(a, b),
+        "in place": lambda: scan_into(a, b, out, ws, chunks=1),
+        "chunked": lambda: scan_into(a, b, out, ws, chunks=max(1, math.isqrt(2 * a.shape[1]))),
+    }
 
 # %% ../nbs/09_ssm.ipynb #014b6801
-SHARPNESS = 8.0 # c
+SHARPNESS = 8.0  # c
+
 
 def _scale_into(log_a: np.ndarray, a: np.ndarray, out: np.ndarray, t: np.ndarray) -> None:
     "`sqrt(1 - a^2)`; `t` is scratch and may be `log_a`."
@@ -132,39 +176,55 @@ def _scale_into(log_a: np.ndarray, a: np.ndarray, out: np.ndarray, t: np.ndarray
     np.sqrt(out, out=out)
 
 # %% ../nbs/09_ssm.ipynb #a15ed1d4
-def sigmoid(x: np.ndarray) -> np.ndarray: # same shape
+def sigmoid(x: np.ndarray) -> np.ndarray:  # same shape
     "`1 / (1 + exp(-x))`."
-    with np.errstate(over='ignore'): return 1 / (1 + np.exp(-x))
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
 
-def rg_lru(u: np.ndarray, # (B, S, D)
-           r: np.ndarray, # (B, S, D) recurrence gate
-           i: np.ndarray, # (B, S, D) input gate
-           decay: np.ndarray, # (D,) Lambda
-           state: np.ndarray | None = None, # (B, D) before the first token; default: 0
-           ) -> np.ndarray: # (B, S, D) states
+
+def rg_lru(
+    u: np.ndarray,  # (B, S, D)
+    r: np.ndarray,  # (B, S, D) recurrence gate
+    i: np.ndarray,  # (B, S, D) input gate
+    decay: np.ndarray,  # (D,) Lambda
+    state: np.ndarray | None = None,  # (B, D) before the first token; default: 0
+) -> np.ndarray:  # (B, S, D) states
     "Real-gated linear recurrent unit (De et al. 2024, arXiv:2402.19427, section 2.4), clear and allocating."
     log_a = -u.dtype.type(SHARPNESS) * np.logaddexp(0, decay) * r
     return scan(np.exp(log_a), np.sqrt(-np.expm1(2 * log_a)) * i * u, state)
 
 # %% ../nbs/09_ssm.ipynb #445f7913
-Tile = tuple[slice, slice] # sequences, tokens
+Tile = tuple[slice, slice]  # sequences, tokens
 
-def _tiles(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Tile]: # of about the size of a panel, the first is the largest
+
+def _tiles(
+    shape: tuple[int, ...], dtype: np.dtype
+) -> Iterator[Tile]:  # of about the size of a panel, the first is the largest
     B, S, D = shape
-    return ((some, part) for some in panels(B, S * D * dtype.itemsize) for part in panels(S, D * dtype.itemsize))
+    return (
+        (some, part)
+        for some in panels(B, S * D * dtype.itemsize)
+        for part in panels(S, D * dtype.itemsize)
+    )
 
-def _tile_rows(shape: tuple[int, ...], dtype: np.dtype) -> int: # of the largest tile
+
+def _tile_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:  # of the largest tile
     return next((some.stop * part.stop for some, part in _tiles(shape, dtype)), 0)
 
-def _cut(scratch: np.ndarray, tile: Tile) -> np.ndarray: # (rows, D) -> (sequences, tokens, D), a view
-    n, m = (part.stop - part.start for part in tile)
-    return scratch[:n * m].reshape(n, m, scratch.shape[1])
 
-def sigmoid_into(x: np.ndarray, # (N, D), changed in place
-                 bias: np.ndarray, # (D,)
-                 ) -> np.ndarray: # x
+def _cut(
+    scratch: np.ndarray, tile: Tile
+) -> np.ndarray:  # (rows, D) -> (sequences, tokens, D), a view
+    n, m = (part.stop - part.start for part in tile)
+    return scratch[: n * m].reshape(n, m, scratch.shape[1])
+
+
+def sigmoid_into(
+    x: np.ndarray,  # (N, D), changed in place
+    bias: np.ndarray,  # (D,)
+) -> np.ndarray:  # x
     "`sigmoid(x + bias)` in place, panel by panel."
-    with np.errstate(over='ignore'):
+    with np.errstate(over="ignore"):
         for rows in panels(len(x), x.shape[1] * x.itemsize):
             X = x[rows]
             X += bias
@@ -175,22 +235,28 @@ def sigmoid_into(x: np.ndarray, # (N, D), changed in place
     return x
 
 # %% ../nbs/09_ssm.ipynb #42a2e39a
-def _rate_into(decay: np.ndarray, out: np.ndarray) -> np.ndarray: # (D,), what r is multiplied with to give log a
+def _rate_into(
+    decay: np.ndarray, out: np.ndarray
+) -> np.ndarray:  # (D,), what r is multiplied with to give log a
     np.logaddexp(0, decay, out=out)
     out *= -SHARPNESS
     return out
 
-def rg_lru_into(u: np.ndarray, r: np.ndarray, i: np.ndarray, # (B, S, D)
-                decay: np.ndarray, # (D,) Lambda
-                a: np.ndarray, # (B, S, D), receives the decays
-                states: np.ndarray, # (B, S + 1, D), begins with the initial state, receives the others
-                ws: Workspace, # for a tile, a vector and the scan
-                ) -> None:
+
+def rg_lru_into(
+    u: np.ndarray,
+    r: np.ndarray,
+    i: np.ndarray,  # (B, S, D)
+    decay: np.ndarray,  # (D,) Lambda
+    a: np.ndarray,  # (B, S, D), receives the decays
+    states: np.ndarray,  # (B, S + 1, D), begins with the initial state, receives the others
+    ws: Workspace,  # for a tile, a vector and the scan
+) -> None:
     "`rg_lru`, written to `states`."
     b = states[:, 1:]
     with ws.scope():
-        rate = _rate_into(decay, ws.take('ssm.rate', decay.shape, u.dtype))
-        scratch = ws.take('ssm.tile', (_tile_rows(u.shape, u.dtype), u.shape[2]), u.dtype)
+        rate = _rate_into(decay, ws.take("ssm.rate", decay.shape, u.dtype))
+        scratch = ws.take("ssm.tile", (_tile_rows(u.shape, u.dtype), u.shape[2]), u.dtype)
         for at in _tiles(u.shape, u.dtype):
             log_a = np.multiply(r[at], rate, out=_cut(scratch, at))
             np.exp(log_a, out=a[at])
@@ -200,8 +266,21 @@ def rg_lru_into(u: np.ndarray, r: np.ndarray, i: np.ndarray, # (B, S, D)
     scan_into(a, b, b, ws, states[:, 0])
 
 # %% ../nbs/09_ssm.ipynb #77843a7b
-def _tile_backward(u: np.ndarray, r: np.ndarray, i: np.ndarray, a: np.ndarray, before: np.ndarray, dh: np.ndarray, rate: np.ndarray,
-                   du: np.ndarray, dr: np.ndarray, di: np.ndarray, log_a: np.ndarray, scale: np.ndarray, t: np.ndarray) -> None:
+def _tile_backward(
+    u: np.ndarray,
+    r: np.ndarray,
+    i: np.ndarray,
+    a: np.ndarray,
+    before: np.ndarray,
+    dh: np.ndarray,
+    rate: np.ndarray,
+    du: np.ndarray,
+    dr: np.ndarray,
+    di: np.ndarray,
+    log_a: np.ndarray,
+    scale: np.ndarray,
+    t: np.ndarray,
+) -> None:
     "One tile: direct part of du, gradients before both sigmoids, and E in `log_a`. The last three are scratch."
     np.multiply(r, rate, out=log_a)
     _scale_into(log_a, a, scale, t)
@@ -210,7 +289,7 @@ def _tile_backward(u: np.ndarray, r: np.ndarray, i: np.ndarray, a: np.ndarray, b
     np.multiply(du, u, out=di)
     np.subtract(1, i, out=t)
     di *= t
-    np.maximum(scale, np.finfo(scale.dtype).tiny, out=scale) # 0 only where log a is, too
+    np.maximum(scale, np.finfo(scale.dtype).tiny, out=scale)  # 0 only where log a is, too
     np.divide(log_a, scale, out=scale)
     scale *= a
     scale *= i
@@ -223,232 +302,386 @@ def _tile_backward(u: np.ndarray, r: np.ndarray, i: np.ndarray, a: np.ndarray, b
     dr *= log_a
 
 # %% ../nbs/09_ssm.ipynb #5915ecb7
-def rg_lru_backward_into(u: np.ndarray, r: np.ndarray, i: np.ndarray, decay: np.ndarray, # as in the forward pass
-                         a: np.ndarray, # (B, S, D) from it
-                         states: np.ndarray, # (B, S + 1, D) from it
-                         dh: np.ndarray, # (B, S, D) gradient of the outputs; receives that of the states
-                         du: np.ndarray, # (B, S, D), receives dL/du without what passes through the gates
-                         dr: np.ndarray, di: np.ndarray, # (B, S, D), receive the gradients before both sigmoids
-                         grad_decay: np.ndarray, # (D,), receives dL/dLambda
-                         ws: Workspace, # for three tiles, two vectors and the scan
-                         ) -> None:
+def rg_lru_backward_into(
+    u: np.ndarray,
+    r: np.ndarray,
+    i: np.ndarray,
+    decay: np.ndarray,  # as in the forward pass
+    a: np.ndarray,  # (B, S, D) from it
+    states: np.ndarray,  # (B, S + 1, D) from it
+    dh: np.ndarray,  # (B, S, D) gradient of the outputs; receives that of the states
+    du: np.ndarray,  # (B, S, D), receives dL/du without what passes through the gates
+    dr: np.ndarray,
+    di: np.ndarray,  # (B, S, D), receive the gradients before both sigmoids
+    grad_decay: np.ndarray,  # (D,), receives dL/dLambda
+    ws: Workspace,  # for three tiles, two vectors and the scan
+) -> None:
     "Gradients of `rg_lru_into`."
     before = states[:, :-1]
     scan_backward_into(a, None, dh, dh, None, ws)
     grad_decay.fill(0)
     with ws.scope():
-        rate, column = ws.take('ssm.vectors', (2, len(decay)), u.dtype)
-        scratch = ws.take('ssm.tiles', (3, _tile_rows(u.shape, u.dtype), u.shape[2]), u.dtype)
+        rate, column = ws.take("ssm.vectors", (2, len(decay)), u.dtype)
+        scratch = ws.take("ssm.tiles", (3, _tile_rows(u.shape, u.dtype), u.shape[2]), u.dtype)
         _rate_into(decay, rate)
         for at in _tiles(u.shape, u.dtype):
             E, scale, t = (_cut(s, at) for s in scratch)
-            _tile_backward(u[at], r[at], i[at], a[at], before[at], dh[at], rate, du[at], dr[at], di[at], E, scale, t)
+            _tile_backward(
+                u[at],
+                r[at],
+                i[at],
+                a[at],
+                before[at],
+                dh[at],
+                rate,
+                du[at],
+                dr[at],
+                di[at],
+                E,
+                scale,
+                t,
+            )
             grad_decay += np.add.reduce(E.reshape(-1, len(decay)), axis=0, out=column)
-        rate *= 1 / SHARPNESS # - softplus
-        np.expm1(rate, out=column) # - sigmoid
+        rate *= 1 / SHARPNESS  # - softplus
+        np.expm1(rate, out=column)  # - sigmoid
         np.minimum(rate, -np.finfo(rate.dtype).tiny, out=rate)
         column /= rate
         grad_decay *= column
 
 # %% ../nbs/09_ssm.ipynb #43fd81cb
-LEAST, MOST = 0.9, 0.999 # decay at r = 1, at the start
+LEAST, MOST = 0.9, 0.999  # decay at r = 1, at the start
 
-def initial_decay(D: int, rng: np.random.Generator) -> np.ndarray: # (D,) float64, Lambda
+
+def initial_decay(D: int, rng: np.random.Generator) -> np.ndarray:  # (D,) float64, Lambda
     "Lambda whose decay at `r = 1` is uniform in [LEAST, MOST]."
     return np.log(np.expm1(-np.log(rng.uniform(LEAST, MOST, D)) / SHARPNESS))
 
 # %% ../nbs/09_ssm.ipynb #09ec039f
-def ffn_width(D: int) -> int: # F
+def ffn_width(D: int) -> int:  # F
     "8/3 D, rounded up to a multiple of 64: three matrices have as many entries as two with 4 D."
     return -(-8 * D // 192) * 64
 
+
 def ssm_shapes(D: int, F: int) -> dict[str, tuple[int, ...]]:
     "Parameters of a block of width D with a hidden width of F."
-    return {'norm1.weight': (D,), 'u_proj.weight': (D, D), 'gate_proj.weight': (D, D), # W_u, W_g
-            'recurrence_gate.weight': (D, D), 'recurrence_gate.bias': (D,), # W_r, b_r
-            'input_gate.weight': (D, D), 'input_gate.bias': (D,), # W_i, b_i
-            'decay': (D,), 'out_proj.weight': (D, D), # Lambda, W_o
-            'norm2.weight': (D,), 'ffn.gate.weight': (F, D), 'ffn.value.weight': (F, D), 'ffn.out.weight': (D, F)} # W_1, W_2, W_3
+    return {
+        "norm1.weight": (D,),
+        "u_proj.weight": (D, D),
+        "gate_proj.weight": (D, D),  # W_u, W_g
+        "recurrence_gate.weight": (D, D),
+        "recurrence_gate.bias": (D,),  # W_r, b_r
+        "input_gate.weight": (D, D),
+        "input_gate.bias": (D,),  # W_i, b_i
+        "decay": (D,),
+        "out_proj.weight": (D, D),  # Lambda, W_o
+        "norm2.weight": (D,),
+        "ffn.gate.weight": (F, D),
+        "ffn.value.weight": (F, D),
+        "ffn.out.weight": (D, F),
+    }  # W_1, W_2, W_3
 
-def ssm(p: dict[str, np.ndarray], # parameters, see `ssm_shapes`
-        x: np.ndarray, # (B, S, D)
-        state: np.ndarray | None = None, # (B, D) before the first token; default: 0
-        eps: float = 1e-5) -> np.ndarray: # (B, S, D)
+
+def ssm(
+    p: dict[str, np.ndarray],  # parameters, see `ssm_shapes`
+    x: np.ndarray,  # (B, S, D)
+    state: np.ndarray | None = None,  # (B, D) before the first token; default: 0
+    eps: float = 1e-5,
+) -> np.ndarray:  # (B, S, D)
     "One block, clear and allocating."
-    normed = rms_norm(x, p['norm1.weight'], eps)
-    u, gate = linear(normed, p['u_proj.weight']), gelu(linear(normed, p['gate_proj.weight']))
-    r = sigmoid(linear(u, p['recurrence_gate.weight'], p['recurrence_gate.bias']))
-    i = sigmoid(linear(u, p['input_gate.weight'], p['input_gate.bias']))
-    x = x + linear(rg_lru(u, r, i, p['decay'], state) * gate, p['out_proj.weight'])
-    normed = rms_norm(x, p['norm2.weight'], eps)
-    return x + linear(swiglu(linear(normed, p['ffn.gate.weight']), linear(normed, p['ffn.value.weight'])), p['ffn.out.weight'])
+    normed = rms_norm(x, p["norm1.weight"], eps)
+    u, gate = linear(normed, p["u_proj.weight"]), gelu(linear(normed, p["gate_proj.weight"]))
+    r = sigmoid(linear(u, p["recurrence_gate.weight"], p["recurrence_gate.bias"]))
+    i = sigmoid(linear(u, p["input_gate.weight"], p["input_gate.bias"]))
+    x = x + linear(rg_lru(u, r, i, p["decay"], state) * gate, p["out_proj.weight"])
+    normed = rms_norm(x, p["norm2.weight"], eps)
+    return x + linear(
+        swiglu(linear(normed, p["ffn.gate.weight"]), linear(normed, p["ffn.value.weight"])),
+        p["ffn.out.weight"],
+    )
 
 # %% ../nbs/09_ssm.ipynb #120b85ae
-KEPT: dict[str, tuple[Dim, ...]] = { # T = S + 1
-    **dict.fromkeys(('u', 'z', 'cdf', 'r', 'i', 'middle'), ('N', 'D')), 'states': ('B', 'T', 'D'),
-    **dict.fromkeys(('stats1', 'stats2'), (2, 'N')), **dict.fromkeys(('wide1', 'wide2'), ('N', 'F'))}
+KEPT: dict[str, tuple[Dim, ...]] = {  # T = S + 1
+    **dict.fromkeys(("u", "z", "cdf", "r", "i", "middle"), ("N", "D")),
+    "states": ("B", "T", "D"),
+    **dict.fromkeys(("stats1", "stats2"), (2, "N")),
+    **dict.fromkeys(("wide1", "wide2"), ("N", "F")),
+}
 
-def _check_state(state: Any, shape: tuple[int, int], dtype: np.dtype, others: dict[str, np.ndarray | None]) -> None:
+
+def _check_state(
+    state: Any, shape: tuple[int, int], dtype: np.dtype, others: dict[str, np.ndarray | None]
+) -> None:
     "A state that is updated in place."
-    check_array('state', state, dtype=dtype)
-    if state.shape != shape: raise ValueError(f'state: shape {state.shape}, needed (B, D) = {shape}')
-    if not state.flags.writeable: raise ValueError('state: is read-only, but is updated in place')
+    check_array("state", state, dtype=dtype)
+    if state.shape != shape:
+        raise ValueError(f"state: shape {state.shape}, needed (B, D) = {shape}")
+    if not state.flags.writeable:
+        raise ValueError("state: is read-only, but is updated in place")
     for name, a in others.items():
-        if isinstance(a, np.ndarray) and np.shares_memory(state, a): raise ValueError(f'state: overlaps {name} in memory; it needs storage of its own')
+        if isinstance(a, np.ndarray) and np.shares_memory(state, a):
+            raise ValueError(f"state: overlaps {name} in memory; it needs storage of its own")
 
-def _multiply_into(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None: # (B, S, D) each
+
+def _multiply_into(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:  # (B, S, D) each
     "`out = a * b`, tile by tile; `out` may be one of the two."
-    for at in _tiles(out.shape, out.dtype): np.multiply(a[at], b[at], out=out[at])
+    for at in _tiles(out.shape, out.dtype):
+        np.multiply(a[at], b[at], out=out[at])
 
 # %% ../nbs/09_ssm.ipynb #1931cf58
 class _Branches(SizedBlock):
     "The recurrent half and the feed-forward half, without norms."
+
     ffn_dim: int
 
-    def _recur(self, x: np.ndarray, residual: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None:
+    def _recur(
+        self,
+        x: np.ndarray,
+        residual: np.ndarray,
+        out: np.ndarray,
+        kept: SimpleNamespace,
+        shape: tuple[int, ...],
+    ) -> None:
         "`out = residual + out_proj(recurrence * gate)`."
         p, ws, cube = self._parameters, self.workspace, lambda rows: rows.reshape(shape)
-        linear_into(x, p['u_proj.weight'], None, kept.u)
-        linear_into(x, p['gate_proj.weight'], None, kept.z)
-        for name, gate in (('recurrence_gate', kept.r), ('input_gate', kept.i)):
-            sigmoid_into(linear_into(kept.u, p[f'{name}.weight'], None, gate), p[f'{name}.bias'])
+        linear_into(x, p["u_proj.weight"], None, kept.u)
+        linear_into(x, p["gate_proj.weight"], None, kept.z)
+        for name, gate in (("recurrence_gate", kept.r), ("input_gate", kept.i)):
+            sigmoid_into(linear_into(kept.u, p[f"{name}.weight"], None, gate), p[f"{name}.bias"])
         with ws.scope():
-            a, gated = (ws.take(f'ssm.{name}', x.shape, self.dtype) for name in ('a', 'gated'))
-            rg_lru_into(cube(kept.u), cube(kept.r), cube(kept.i), p['decay'], cube(a), kept.states, ws)
+            a, gated = (ws.take(f"ssm.{name}", x.shape, self.dtype) for name in ("a", "gated"))
+            rg_lru_into(
+                cube(kept.u), cube(kept.r), cube(kept.i), p["decay"], cube(a), kept.states, ws
+            )
             gelu_into(kept.z, None, kept.cdf, gated, ws)
             _multiply_into(cube(gated), kept.states[:, 1:], cube(gated))
-            _add_residual(linear_into(gated, p['out_proj.weight'], None, out), residual)
+            _add_residual(linear_into(gated, p["out_proj.weight"], None, out), residual)
 
-    def _recur_backward(self, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None:
+    def _recur_backward(
+        self,
+        x: np.ndarray,
+        G: np.ndarray,
+        out: np.ndarray,
+        kept: SimpleNamespace,
+        shape: tuple[int, ...],
+    ) -> None:
         "Gradient of the recurrent half at `x`, without the residual."
-        p, g, ws, cube = self._parameters, self._gradients, self.workspace, lambda rows: rows.reshape(shape)
+        p, g, ws, cube = (
+            self._parameters,
+            self._gradients,
+            self.workspace,
+            lambda rows: rows.reshape(shape),
+        )
         with ws.scope():
-            a, gated, dh, du, dr, di = (ws.take(f'ssm.{name}', x.shape, self.dtype) for name in ('a', 'gated', 'dh', 'du', 'dr', 'di'))
-            (U, R, I), (A, DH, DU, DR, DI) = map(cube, (kept.u, kept.r, kept.i)), map(cube, (a, dh, du, dr, di))
-            _multiply_into(cube(kept.z), cube(kept.cdf), A) # GELU once more; the decays take its place below
+            a, gated, dh, du, dr, di = (
+                ws.take(f"ssm.{name}", x.shape, self.dtype)
+                for name in ("a", "gated", "dh", "du", "dr", "di")
+            )
+            (U, R, I), (A, DH, DU, DR, DI) = (
+                map(cube, (kept.u, kept.r, kept.i)),
+                map(cube, (a, dh, du, dr, di)),
+            )
+            _multiply_into(
+                cube(kept.z), cube(kept.cdf), A
+            )  # GELU once more; the decays take its place below
             _multiply_into(A, kept.states[:, 1:], cube(gated))
-            linear_backward_into(gated, p['out_proj.weight'], G, dh, g['out_proj.weight'], None)
+            linear_backward_into(gated, p["out_proj.weight"], G, dh, g["out_proj.weight"], None)
             dz = gated
             _multiply_into(DH, kept.states[:, 1:], cube(dz))
             _multiply_into(DH, A, DH)
             gelu_backward_into(kept.z, kept.cdf, dz, dz, ws)
             self._decays(R, A)
-            rg_lru_backward_into(U, R, I, p['decay'], A, kept.states, DH, DU, DR, DI, g['decay'], ws)
-            for name, d in (('recurrence_gate', dr), ('input_gate', di)):
-                linear_backward_into(kept.u, p[f'{name}.weight'], d, None, g[f'{name}.weight'], g[f'{name}.bias'])
-                gemm(d, p[f'{name}.weight'], du, beta=1.0)
-            linear_backward_into(x, p['gate_proj.weight'], dz, out, g['gate_proj.weight'], None)
-            linear_backward_into(x, p['u_proj.weight'], du, None, g['u_proj.weight'], None)
-            gemm(du, p['u_proj.weight'], out, beta=1.0)
+            rg_lru_backward_into(
+                U, R, I, p["decay"], A, kept.states, DH, DU, DR, DI, g["decay"], ws
+            )
+            for name, d in (("recurrence_gate", dr), ("input_gate", di)):
+                linear_backward_into(
+                    kept.u, p[f"{name}.weight"], d, None, g[f"{name}.weight"], g[f"{name}.bias"]
+                )
+                gemm(d, p[f"{name}.weight"], du, beta=1.0)
+            linear_backward_into(x, p["gate_proj.weight"], dz, out, g["gate_proj.weight"], None)
+            linear_backward_into(x, p["u_proj.weight"], du, None, g["u_proj.weight"], None)
+            gemm(du, p["u_proj.weight"], out, beta=1.0)
 
     def _decays(self, r: np.ndarray, a: np.ndarray) -> None:
         "The decays once more, as in the forward pass."
         with self.workspace.scope():
-            rate = _rate_into(self._parameters['decay'], self.workspace.take('ssm.rate', (self.dim,), self.dtype))
+            rate = _rate_into(
+                self._parameters["decay"], self.workspace.take("ssm.rate", (self.dim,), self.dtype)
+            )
             for at in _tiles(a.shape, a.dtype):
                 np.multiply(r[at], rate, out=a[at])
                 np.exp(a[at], out=a[at])
 
-    def _feed(self, x: np.ndarray, residual: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> None:
+    def _feed(
+        self, x: np.ndarray, residual: np.ndarray, out: np.ndarray, kept: SimpleNamespace
+    ) -> None:
         "`out = residual + feed-forward layer of x`."
         p, ws = self._parameters, self.workspace
-        linear_into(x, p['ffn.gate.weight'], None, kept.wide1)
-        linear_into(x, p['ffn.value.weight'], None, kept.wide2)
+        linear_into(x, p["ffn.gate.weight"], None, kept.wide1)
+        linear_into(x, p["ffn.value.weight"], None, kept.wide2)
         with ws.scope():
-            hidden = swiglu_into(kept.wide1, kept.wide2, ws.take('ssm.hidden', kept.wide1.shape, self.dtype))
-            _add_residual(linear_into(hidden, p['ffn.out.weight'], None, out), residual)
+            hidden = swiglu_into(
+                kept.wide1, kept.wide2, ws.take("ssm.hidden", kept.wide1.shape, self.dtype)
+            )
+            _add_residual(linear_into(hidden, p["ffn.out.weight"], None, out), residual)
 
-    def _feed_backward(self, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> None:
+    def _feed_backward(
+        self, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace
+    ) -> None:
         "Gradient of the feed-forward layer at `x`, without the residual."
         p, g, ws = self._parameters, self._gradients, self.workspace
         with ws.scope():
-            hidden, dhidden, dwide = (ws.take(f'ssm.{name}', kept.wide1.shape, self.dtype) for name in ('hidden', 'dhidden', 'dwide'))
+            hidden, dhidden, dwide = (
+                ws.take(f"ssm.{name}", kept.wide1.shape, self.dtype)
+                for name in ("hidden", "dhidden", "dwide")
+            )
             swiglu_into(kept.wide1, kept.wide2, hidden)
-            linear_backward_into(hidden, p['ffn.out.weight'], G, dhidden, g['ffn.out.weight'], None)
+            linear_backward_into(hidden, p["ffn.out.weight"], G, dhidden, g["ffn.out.weight"], None)
             swiglu_backward_into(kept.wide1, kept.wide2, dhidden, dwide, hidden, ws)
-            linear_backward_into(x, p['ffn.gate.weight'], dwide, out, g['ffn.gate.weight'], None)
-            linear_backward_into(x, p['ffn.value.weight'], hidden, None, g['ffn.value.weight'], None)
-            gemm(hidden, p['ffn.value.weight'], out, beta=1.0)
+            linear_backward_into(x, p["ffn.gate.weight"], dwide, out, g["ffn.gate.weight"], None)
+            linear_backward_into(
+                x, p["ffn.value.weight"], hidden, None, g["ffn.value.weight"], None
+            )
+            gemm(hidden, p["ffn.value.weight"], out, beta=1.0)
 
 # %% ../nbs/09_ssm.ipynb #fd2b8cc6
 class SSMBlock(_Branches):
     "A gated linear recurrence and a feed-forward layer with SwiGLU, each with a residual and an RMSNorm before it."
-    def __init__(self,
-                 dim: int, # D
-                 *,
-                 ffn_dim: int | None = None, # F, of the hidden layer; default: `ffn_width`
-                 rng: np.random.Generator | None = None, # of the initial weights
-                 dtype: DTypeLike = np.float32, # or float64
-                 context: SharedAttentionContext | None = None, # mixed into the input, learns from input and output
-                 workspace: Workspace | None = None, # shared with other blocks; default: its own
-                 max_len: int | None = None, # longest sequence that is allowed in `forward`
-                 eps: float = 1e-5): # of the norms
-        dim = check_size('dim', dim)
-        self.ffn_dim, self.eps = check_size('ffn_dim', ffn_width(dim) if ffn_dim is None else ffn_dim), eps
-        rng = np.random.default_rng() if rng is None else rng
-        super().__init__(dim, ssm_shapes(dim, self.ffn_dim), rng=rng, dtype=dtype, context=context, workspace=workspace, max_len=max_len)
-        self._parameters['decay'][...] = initial_decay(dim, rng)
-        self._buffers = [_buffer(name, self.name, *shape, dtype=self.dtype) for name, shape in KEPT.items()]
 
-    def forward(self,
-                x: np.ndarray, # (B, S, D); must stay as it is until backward
-                out: np.ndarray | None = None, # same shape; default: a buffer that is valid in this generation
-                *,
-                state: np.ndarray | None = None, # (B, D), where to start; receives the last state. Default: 0, and not returned
-                **options: Any) -> np.ndarray: # (B, S, D)
+    def __init__(
+        self,
+        dim: int,  # D
+        *,
+        ffn_dim: int | None = None,  # F, of the hidden layer; default: `ffn_width`
+        rng: np.random.Generator | None = None,  # of the initial weights
+        dtype: DTypeLike = np.float32,  # or float64
+        context: SharedAttentionContext
+        | None = None,  # mixed into the input, learns from input and output
+        workspace: Workspace | None = None,  # shared with other blocks; default: its own
+        max_len: int | None = None,  # longest sequence that is allowed in `forward`
+        eps: float = 1e-5,
+    ):  # of the norms
+        dim = check_size("dim", dim)
+        self.ffn_dim, self.eps = (
+            check_size("ffn_dim", ffn_width(dim) if ffn_dim is None else ffn_dim),
+            eps,
+        )
+        rng = np.random.default_rng() if rng is None else rng
+        super().__init__(
+            dim,
+            ssm_shapes(dim, self.ffn_dim),
+            rng=rng,
+            dtype=dtype,
+            context=context,
+            workspace=workspace,
+            max_len=max_len,
+        )
+        self._parameters["decay"][...] = initial_decay(dim, rng)
+        self._buffers = [
+            _buffer(name, self.name, *shape, dtype=self.dtype) for name, shape in KEPT.items()
+        ]
+
+    def forward(
+        self,
+        x: np.ndarray,  # (B, S, D); must stay as it is until backward
+        out: np.ndarray
+        | None = None,  # same shape; default: a buffer that is valid in this generation
+        *,
+        state: np.ndarray
+        | None = None,  # (B, D), where to start; receives the last state. Default: 0, and not returned
+        **options: Any,
+    ) -> np.ndarray:  # (B, S, D)
         "All tokens of a batch of sequences."
         if state is not None:
             x = self._check_input(x)
-            _check_state(state, (len(x), self.dim), self.dtype, {'x': x, 'out': out})
+            _check_state(state, (len(x), self.dim), self.dtype, {"x": x, "out": out})
         return super().forward(x, out, state=state, **options)
 
-    def new_state(self, batch: int) -> np.ndarray: # (B, D)
+    def new_state(self, batch: int) -> np.ndarray:  # (B, D)
         "A state of zeros, for `step` and `forward`."
         return np.zeros((batch, self.dim), self.dtype)
 
-    def step(self,
-             x: np.ndarray, # (B, D), the next token of each sequence
-             state: np.ndarray, # (B, D), updated in place
-             out: np.ndarray | None = None, # same shape as x; default: a buffer that is valid in this generation
-             ) -> np.ndarray: # (B, D)
+    def step(
+        self,
+        x: np.ndarray,  # (B, D), the next token of each sequence
+        state: np.ndarray,  # (B, D), updated in place
+        out: np.ndarray
+        | None = None,  # same shape as x; default: a buffer that is valid in this generation
+    ) -> np.ndarray:  # (B, D)
         "One token of each sequence; with a workspace of its own the block starts a new generation."
-        x = check_array('x', x, dtype=self.dtype)
-        if not len(x) or x.shape[1] != self.dim: raise ValueError(f'x: shape {x.shape}, needed (B, {self.dim}) with at least one sequence')
-        if not x.flags.c_contiguous: raise ValueError('x: is not C-contiguous; pass np.ascontiguousarray(x)')
-        _check_state(state, x.shape, self.dtype, {'x': x, 'out': out})
+        x = check_array("x", x, dtype=self.dtype)
+        if not len(x) or x.shape[1] != self.dim:
+            raise ValueError(
+                f"x: shape {x.shape}, needed (B, {self.dim}) with at least one sequence"
+            )
+        if not x.flags.c_contiguous:
+            raise ValueError("x: is not C-contiguous; pass np.ascontiguousarray(x)")
+        _check_state(state, x.shape, self.dtype, {"x": x, "out": out})
         self._saved = None
-        if self._owns: self.workspace.next_generation()
-        out = self._out('y', out, {'x': x})
+        if self._owns:
+            self.workspace.next_generation()
+        out = self._out("y", out, {"x": x})
         with unbuffered():
             self._forward(self._mix(x), out, (len(x), 1, self.dim), state)
-            if self.context is None: pass
-            elif len(x) == 1: self.context.update_step(x[0], out[0])
-            else: self.context.update(x, out)
+            if self.context is None:
+                pass
+            elif len(x) == 1:
+                self.context.update_step(x[0], out[0])
+            else:
+                self.context.update(x, out)
         return out
 
     def _norm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> np.ndarray:
-        return norm_into(x, self._parameters[f'norm{i}.weight'], None, out, kept.stats[i - 1], self.eps)
+        return norm_into(
+            x, self._parameters[f"norm{i}.weight"], None, out, kept.stats[i - 1], self.eps
+        )
 
-    def _renorm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> np.ndarray: # as in the forward pass
-        return renorm_into(x, kept.stats[i - 1], self._parameters[f'norm{i}.weight'], None, out)
+    def _renorm(
+        self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace
+    ) -> np.ndarray:  # as in the forward pass
+        return renorm_into(x, kept.stats[i - 1], self._parameters[f"norm{i}.weight"], None, out)
 
-    def _norm_backward(self, i: int, x: np.ndarray, G: np.ndarray, kept: SimpleNamespace) -> None: # in place
-        norm_backward_into(x, kept.stats[i - 1], self._parameters[f'norm{i}.weight'], G, G, self._gradients[f'norm{i}.weight'], None, self.workspace)
+    def _norm_backward(
+        self, i: int, x: np.ndarray, G: np.ndarray, kept: SimpleNamespace
+    ) -> None:  # in place
+        norm_backward_into(
+            x,
+            kept.stats[i - 1],
+            self._parameters[f"norm{i}.weight"],
+            G,
+            G,
+            self._gradients[f"norm{i}.weight"],
+            None,
+            self.workspace,
+        )
 
-    def _forward(self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], state: np.ndarray | None = None) -> SimpleNamespace: # what backward reads
+    def _forward(
+        self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], state: np.ndarray | None = None
+    ) -> SimpleNamespace:  # what backward reads
         kept = self._take_kept(shape)
         kept.stats = kept.stats1, kept.stats2
         kept.states[:, 0] = 0 if state is None else state
         with self.workspace.scope():
-            normed = self.workspace.take('ssm.normed', h.shape, self.dtype)
+            normed = self.workspace.take("ssm.normed", h.shape, self.dtype)
             self._recur(self._norm(1, h, normed, kept), h, kept.middle, kept, shape)
             self._feed(self._norm(2, kept.middle, normed, kept), kept.middle, y, kept)
-        if state is not None: state[...] = kept.states[:, -1]
+        if state is not None:
+            state[...] = kept.states[:, -1]
         return kept
 
-    def _backward(self, h: np.ndarray, kept: SimpleNamespace, G: np.ndarray, grad_h: np.ndarray, shape: tuple[int, ...]) -> None:
+    def _backward(
+        self,
+        h: np.ndarray,
+        kept: SimpleNamespace,
+        G: np.ndarray,
+        grad_h: np.ndarray,
+        shape: tuple[int, ...],
+    ) -> None:
         with self.workspace.scope():
-            normed, dm = (self.workspace.take(f'ssm.{name}', h.shape, self.dtype) for name in ('normed', 'dmiddle'))
+            normed, dm = (
+                self.workspace.take(f"ssm.{name}", h.shape, self.dtype)
+                for name in ("normed", "dmiddle")
+            )
             self._feed_backward(self._renorm(2, kept.middle, normed, kept), G, dm, kept)
             self._norm_backward(2, kept.middle, dm, kept)
             dm += G
@@ -456,23 +689,51 @@ class SSMBlock(_Branches):
             self._norm_backward(1, h, grad_h, kept)
             grad_h += dm
 
-    def _kept(self) -> list[Buffer]: return self._buffers
+    def _kept(self) -> list[Buffer]:
+        return self._buffers
 
     def _sizes(self, batch: int, seq_len: int) -> dict[str, int]:
-        g = lambda width: next((s.stop for s in panels(batch * seq_len, width * self.dtype.itemsize)), 0)
+        g = lambda width: next(
+            (s.stop for s in panels(batch * seq_len, width * self.dtype.itemsize)), 0
+        )
         tile = _tile_rows((batch, seq_len, self.dim), self.dtype)
-        k, j = (chunk_count(n, batch * self.dim) for n in (seq_len, seq_len - 1)) # forward, and backward
-        return dict(F=self.ffn_dim, T=seq_len + 1, k=k, j=j if seq_len > 1 else 0, q=tile, m=g(self.dim), f=g(self.ffn_dim))
+        k, j = (
+            chunk_count(n, batch * self.dim) for n in (seq_len, seq_len - 1)
+        )  # forward, and backward
+        return dict(
+            F=self.ffn_dim,
+            T=seq_len + 1,
+            k=k,
+            j=j if seq_len > 1 else 0,
+            q=tile,
+            m=g(self.dim),
+            f=g(self.ffn_dim),
+        )
 
     def _forward_scratch(self) -> Requirement:
         b = lambda name, *shape: Buffer(name, shape, self.dtype)
-        recurrence = any_of(all_of(b('ssm.rate', 'D'), b('ssm.tile', 'q', 'D')), scan_requirement(self.dtype), b('gelu.scratch', 'm', 'D'))
-        recur = all_of(b('ssm.a', 'N', 'D'), b('ssm.gated', 'N', 'D'), recurrence)
-        return all_of(b('ssm.normed', 'N', 'D'), any_of(recur, b('ssm.hidden', 'N', 'F')))
+        recurrence = any_of(
+            all_of(b("ssm.rate", "D"), b("ssm.tile", "q", "D")),
+            scan_requirement(self.dtype),
+            b("gelu.scratch", "m", "D"),
+        )
+        recur = all_of(b("ssm.a", "N", "D"), b("ssm.gated", "N", "D"), recurrence)
+        return all_of(b("ssm.normed", "N", "D"), any_of(recur, b("ssm.hidden", "N", "F")))
 
     def _backward_scratch(self) -> Requirement:
         b = lambda name, *shape: Buffer(name, shape, self.dtype)
-        large = [b(f'ssm.{name}', 'N', 'D') for name in ('a', 'gated', 'dh', 'du', 'dr', 'di')]
-        small = any_of(b('gelu.slopes', 2, 'm', 'D'), scan_requirement(self.dtype, 'j'), all_of(b('ssm.vectors', 2, 'D'), b('ssm.tiles', 3, 'q', 'D')))
-        feed = all_of(*(b(f'ssm.{name}', 'N', 'F') for name in ('hidden', 'dhidden', 'dwide')), b('swiglu.sigma', 'f', 'F'))
-        return all_of(b('ssm.normed', 'N', 'D'), b('ssm.dmiddle', 'N', 'D'), any_of(all_of(*large, small), feed, norm_requirement(self.dtype)))
+        large = [b(f"ssm.{name}", "N", "D") for name in ("a", "gated", "dh", "du", "dr", "di")]
+        small = any_of(
+            b("gelu.slopes", 2, "m", "D"),
+            scan_requirement(self.dtype, "j"),
+            all_of(b("ssm.vectors", 2, "D"), b("ssm.tiles", 3, "q", "D")),
+        )
+        feed = all_of(
+            *(b(f"ssm.{name}", "N", "F") for name in ("hidden", "dhidden", "dwide")),
+            b("swiglu.sigma", "f", "F"),
+        )
+        return all_of(
+            b("ssm.normed", "N", "D"),
+            b("ssm.dmiddle", "N", "D"),
+            any_of(all_of(*large, small), feed, norm_requirement(self.dtype)),
+        )

@@ -22,60 +22,92 @@ from .transformer import TransformerBlock
 from .workspace import Workspace, plan, record
 
 # %% ../nbs/09a_stack.ipynb #ebf488fe
-def _head_count(D: int) -> int: return next(h for h in range(max(1, D // 64), 0, -1) if D % h == 0) # of width 64 or more
-def _transformer(D: int, **options: Any) -> SizedBlock: return TransformerBlock(D, _head_count(D), 4 * D, **options)
-def _diffusion(D: int, **options: Any) -> SizedBlock: return DiffusionBlock(D, _head_count(D), 4 * D, **options)
-def _ssm(D: int, **options: Any) -> SizedBlock: return SSMBlock(D, **options)
+def _head_count(D: int) -> int:
+    return next(h for h in range(max(1, D // 64), 0, -1) if D % h == 0)  # of width 64 or more
 
-KINDS: dict[str, Callable[..., SizedBlock]] = {'Transformer': _transformer, 'Diffusion': _diffusion, 'SSM': _ssm}
+
+def _transformer(D: int, **options: Any) -> SizedBlock:
+    return TransformerBlock(D, _head_count(D), 4 * D, **options)
+
+
+def _diffusion(D: int, **options: Any) -> SizedBlock:
+    return DiffusionBlock(D, _head_count(D), 4 * D, **options)
+
+
+def _ssm(D: int, **options: Any) -> SizedBlock:
+    return SSMBlock(D, **options)
+
+
+KINDS: dict[str, Callable[..., SizedBlock]] = {
+    "Transformer": _transformer,
+    "Diffusion": _diffusion,
+    "SSM": _ssm,
+}
 
 # %% ../nbs/09a_stack.ipynb #1f8e6078
 class Stack:
     "Blocks of one kind on one workspace, with chained contexts."
-    def __init__(self,
-                 kind: str, # of KINDS
-                 layers: int, # number of blocks
-                 dim: int, # D; heads of 64, hidden layers of 4 D (SSM: its own rule)
-                 *,
-                 pooled: bool = True, # False: a new array for every request
-                 seed: int = 0): # of the weights
-        if kind not in KINDS: raise ValueError(f"kind: {kind!r}, needed one of {', '.join(map(repr, KINDS))}")
-        rng, self.kind = np.random.default_rng(seed), kind
-        self.workspace: Workspace = Workspace(growth='exact') if pooled else FreshWorkspace()
-        context = lambda: SharedAttentionContext(0.1, 0.1, workspace=self.workspace)
-        self.blocks = [KINDS[kind](dim, rng=rng, context=context(), workspace=self.workspace) for _ in range(layers)]
 
-    def forward(self,
-                x: np.ndarray, # (B, S, D)
-                keep: bool = True, # what backward needs; False: only the output matters
-                ) -> np.ndarray: # same shape, valid in this generation
+    def __init__(
+        self,
+        kind: str,  # of KINDS
+        layers: int,  # number of blocks
+        dim: int,  # D; heads of 64, hidden layers of 4 D (SSM: its own rule)
+        *,
+        pooled: bool = True,  # False: a new array for every request
+        seed: int = 0,
+    ):  # of the weights
+        if kind not in KINDS:
+            raise ValueError(f"kind: {kind!r}, needed one of {', '.join(map(repr, KINDS))}")
+        rng, self.kind = np.random.default_rng(seed), kind
+        self.workspace: Workspace = Workspace(growth="exact") if pooled else FreshWorkspace()
+        context = lambda: SharedAttentionContext(0.1, 0.1, workspace=self.workspace)
+        self.blocks = [
+            KINDS[kind](dim, rng=rng, context=context(), workspace=self.workspace)
+            for _ in range(layers)
+        ]
+
+    def forward(
+        self,
+        x: np.ndarray,  # (B, S, D)
+        keep: bool = True,  # what backward needs; False: only the output matters
+    ) -> np.ndarray:  # same shape, valid in this generation
         "Through all blocks; hands the contexts on first."
         self.workspace.next_generation()
         for before, block in zip(self.blocks, self.blocks[1:]):
-            if block.context is not None and before.context is not None and before.context.outgoing is not None:
+            if (
+                block.context is not None
+                and before.context is not None
+                and before.context.outgoing is not None
+            ):
                 block.context.set_incoming(before.context.outgoing)
-        options = {'t': np.full(len(x), 500)} if self.kind == 'Diffusion' else {}
+        options = {"t": np.full(len(x), 500)} if self.kind == "Diffusion" else {}
         for block in self.blocks:
             x = block.forward(x, **options)
-            if not keep: block.forget()
+            if not keep:
+                block.forget()
         return x
 
-    def step(self, x: np.ndarray, grad_out: np.ndarray) -> np.ndarray: # dL/dx
+    def step(self, x: np.ndarray, grad_out: np.ndarray) -> np.ndarray:  # dL/dx
         "Forward and backward."
         self.forward(x)
-        for block in reversed(self.blocks): grad_out = block.backward(grad_out)
+        for block in reversed(self.blocks):
+            grad_out = block.backward(grad_out)
         return grad_out
 
-    def move_to(self, workspace: Workspace) -> 'Stack': # itself
+    def move_to(self, workspace: Workspace) -> "Stack":  # itself
         "Take all buffers from another workspace from now on."
         self.workspace = workspace
         for block in self.blocks:
             block.forget()
             block.workspace = workspace
-            if block.context is not None: block.context.workspace = workspace
+            if block.context is not None:
+                block.context.workspace = workspace
         return self
 
-    def arrange(self, run: Callable[['Stack'], Any]) -> None: # after two runs, so that contexts are there
+    def arrange(
+        self, run: Callable[["Stack"], Any]
+    ) -> None:  # after two runs, so that contexts are there
         "Record one run, and lay all buffers out in one arena by their lifetimes."
         requests = record(lambda ws: run(self.move_to(ws)))
         self.move_to(Workspace())
@@ -85,20 +117,32 @@ class Stack:
 @dataclass(frozen=True)
 class Memory:
     "Bytes of one pass through a stack."
-    traffic: int # sum of all requests
-    fresh: int # most at a time without a pool
-    pooled: int # held by a pool of named buffers, and the most that is allocated beyond it
-    planned: int # the same for an arena that is planned by lifetimes
 
-def memory(kind: str, layers: int, shape: tuple[int, int, int], *, backward: bool = False) -> Memory: # shape (B, S, D)
+    traffic: int  # sum of all requests
+    fresh: int  # most at a time without a pool
+    pooled: int  # held by a pool of named buffers, and the most that is allocated beyond it
+    planned: int  # the same for an arena that is planned by lifetimes
+
+
+def memory(
+    kind: str, layers: int, shape: tuple[int, int, int], *, backward: bool = False
+) -> Memory:  # shape (B, S, D)
     "Measured on stacks with a pool, with a plan, and with neither."
     rng = np.random.default_rng(0)
     x, G = rng.standard_normal((2, *shape), np.float32)
-    def run(stack: Stack) -> Any: return stack.step(x, G) if backward else stack.forward(x, keep=False)
-    def most(stack: Stack) -> int: # beyond what is alive before, when nothing of an earlier pass is
-        for _ in range(2): run(stack)
-        for block in stack.blocks: block.forget()
+
+    def run(stack: Stack) -> Any:
+        return stack.step(x, G) if backward else stack.forward(x, keep=False)
+
+    def most(
+        stack: Stack,
+    ) -> int:  # beyond what is alive before, when nothing of an earlier pass is
+        for _ in range(2):
+            run(stack)
+        for block in stack.blocks:
+            block.forget()
         return traced_peak(lambda: run(stack), warmup=0)
+
     pool, fresh = Stack(kind, layers, shape[2]), Stack(kind, layers, shape[2], pooled=False)
     assert isinstance(fresh.workspace, FreshWorkspace)
     pooled = most(pool) + pool.workspace.nbytes
@@ -109,11 +153,24 @@ def memory(kind: str, layers: int, shape: tuple[int, int, int], *, backward: boo
     return Memory((fresh.workspace.taken_bytes - before) // 3, alive, pooled, planned)
 
 # %% ../nbs/09a_stack.ipynb #80808add
-def versions(kind: str, layers: int, shape: tuple[int, int, int], *, # (B, S, D)
-             backward: bool = True) -> Callable[[np.random.Generator], dict]:
+def versions(
+    kind: str,
+    layers: int,
+    shape: tuple[int, int, int],
+    *,  # (B, S, D)
+    backward: bool = True,
+) -> Callable[[np.random.Generator], dict]:
     "For `time_placed`: a pass through a stack, pooled and not, on newly placed blocks."
+
     def place(rng: np.random.Generator) -> dict[str, Callable[[], Any]]:
         x, G = rng.standard_normal((2, *shape), np.float32)
-        stacks = {name: Stack(kind, layers, shape[2], pooled=name == 'pooled') for name in ('not pooled', 'pooled')}
-        return {name: partial(s.step, x, G) if backward else partial(s.forward, x, keep=False) for name, s in stacks.items()}
+        stacks = {
+            name: Stack(kind, layers, shape[2], pooled=name == "pooled")
+            for name in ("not pooled", "pooled")
+        }
+        return {
+            name: partial(s.step, x, G) if backward else partial(s.forward, x, keep=False)
+            for name, s in stacks.items()
+        }
+
     return place

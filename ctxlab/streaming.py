@@ -35,44 +35,59 @@ from .workspace import Workspace
 # %% ../nbs/11_streaming.ipynb #629c1fb9
 class Moments(NamedTuple):
     "Count, means and centred sums of products of some rows, in float64."
-    n: int
-    mean_x: np.ndarray # (D,)
-    mean_y: np.ndarray # (D,)
-    m2_x: np.ndarray # (D,) sum of (x - mean_x)^2
-    m2_y: np.ndarray # (D,)
-    cross: np.ndarray # (D, D) sum of (x - mean_x)^T (y - mean_y)
 
-def moments(x: np.ndarray, y: np.ndarray) -> Moments: # (n, D) each, n >= 1
+    n: int
+    mean_x: np.ndarray  # (D,)
+    mean_y: np.ndarray  # (D,)
+    m2_x: np.ndarray  # (D,) sum of (x - mean_x)^2
+    m2_y: np.ndarray  # (D,)
+    cross: np.ndarray  # (D, D) sum of (x - mean_x)^T (y - mean_y)
+
+
+def moments(x: np.ndarray, y: np.ndarray) -> Moments:  # (n, D) each, n >= 1
     "The reference: centre first, in float64."
     X, Y = (np.where(np.isfinite(a), a, 0).astype(np.float64) for a in (x, y))
     mx, my = (A[0] + (A - A[0]).mean(axis=0) for A in (X, Y))
     U, V = X - mx, Y - my
     return Moments(len(X), mx, my, np.sum(U * U, axis=0), np.sum(V * V, axis=0), U.T @ V)
 
+
 def joined(a: Moments, b: Moments) -> Moments:
     "Moments of the rows of both (Chan, Golub and LeVeque 1983, in the form for two variables)."
     n, dx, dy = a.n + b.n, b.mean_x - a.mean_x, b.mean_y - a.mean_y
     f = a.n * b.n / n
-    return Moments(n, a.mean_x + dx * (b.n / n), a.mean_y + dy * (b.n / n), a.m2_x + b.m2_x + f * dx * dx,
-                   a.m2_y + b.m2_y + f * dy * dy, a.cross + b.cross + f * np.outer(dx, dy))
+    return Moments(
+        n,
+        a.mean_x + dx * (b.n / n),
+        a.mean_y + dy * (b.n / n),
+        a.m2_x + b.m2_x + f * dx * dx,
+        a.m2_y + b.m2_y + f * dy * dy,
+        a.cross + b.cross + f * np.outer(dx, dy),
+    )
 
 # %% ../nbs/11_streaming.ipynb #20cb1679
-def naive_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray: # (n, D) each -> (D, D), same dtype
+def naive_correlation(
+    x: np.ndarray, y: np.ndarray
+) -> np.ndarray:  # (n, D) each -> (D, D), same dtype
     "Correlation from plain sums of products, in the dtype of the input. Loses the digits that the means share; shown, not used."
     n = x.dtype.type(len(x))
     mx, my = x.sum(axis=0) / n, y.sum(axis=0) / n
-    with np.errstate(invalid='ignore', divide='ignore'):
+    with np.errstate(invalid="ignore", divide="ignore"):
         sx, sy = (np.sqrt((a * a).sum(axis=0) - n * m * m) for a, m in ((x, mx), (y, my)))
         return (x.T @ y - n * np.outer(mx, my)) / np.outer(sx, sy)
 
 # %% ../nbs/11_streaming.ipynb #7d0cca5e
-SUB_ROWS = 8192 # rows at most between two visits to the float64 sums
-BLOCK = 64 # rows whose squares are summed in the dtype of the input
-SAMPLE = 64 # rows that the shift is estimated from
-LEFT = 16 # times the variance: how much square of the mean the shift may leave
-RANGE = {np.dtype(np.float32): (1e-30, 1e30), np.dtype(np.float64): (1e-280, 1e280)} # mean squares that a product may see
+SUB_ROWS = 8192  # rows at most between two visits to the float64 sums
+BLOCK = 64  # rows whose squares are summed in the dtype of the input
+SAMPLE = 64  # rows that the shift is estimated from
+LEFT = 16  # times the variance: how much square of the mean the shift may leave
+RANGE = {
+    np.dtype(np.float32): (1e-30, 1e30),
+    np.dtype(np.float64): (1e-280, 1e280),
+}  # mean squares that a product may see
 
-def panel_rows(dim: int, dtype=np.float32) -> int: # p
+
+def panel_rows(dim: int, dtype=np.float32) -> int:  # p
     "Rows that are centred and multiplied at a time: both inputs in about 3 MB, but enough for BLAS."
     return min(max(3 * 2**20 // (2 * dim * np.dtype(dtype).itemsize), 256), 1024)
 
@@ -81,7 +96,7 @@ def _shift_into(x: np.ndarray, y: np.ndarray, out: np.ndarray, ws: Workspace) ->
     "Means of a few rows, rounded to the dtype of `out` (2 D,)."
     step, D = -(-len(x) // SAMPLE), x.shape[1]
     picked = x[::step], y[::step]
-    few = ws.take('stream.sample', (SAMPLE, 2 * D), np.float64)[:len(picked[0])]
+    few = ws.take("stream.sample", (SAMPLE, 2 * D), np.float64)[: len(picked[0])]
     few[:, :D], few[:, D:] = picked
     base = few[0].copy()
     few -= base
@@ -99,59 +114,88 @@ def _shift_into(x: np.ndarray, y: np.ndarray, out: np.ndarray, ws: Workspace) ->
 def _in_order(w: np.ndarray, squares: np.ndarray) -> bool:
     "Whether products of the columns of the panel `w` keep their digits in its dtype, given its sums of squares."
     low, high = RANGE[w.dtype]
-    if not squares.max() < high * len(w): return False # so written for NaN
-    if squares.min() >= low * len(w): return True
+    if not squares.max() < high * len(w):
+        return False  # so written for NaN
+    if squares.min() >= low * len(w):
+        return True
     spread = np.maximum(np.maximum.reduce(w, axis=0), -np.minimum.reduce(w, axis=0)) > 0
     return not np.any(spread & (squares < low * len(w)))
 
 # %% ../nbs/11_streaming.ipynb #56b1324b
-def _join(s: 'ContextStats', n: int, mean: np.ndarray, m2: np.ndarray, left: np.ndarray | None = None) -> None:
+def _join(
+    s: "ContextStats", n: int, mean: np.ndarray, m2: np.ndarray, left: np.ndarray | None = None
+) -> None:
     "Join vectors (2 D,) of `n` rows, whose products were added to `cross` already, off by `left` in the mean."
     D, total, d = s.dim, s.count + n, mean - s._mean
     f = s.count * (n / total)
     a, b = np.empty((2, D)), np.zeros((2, D))
     a[0], b[0], a[1] = f * d[:D], d[D:], 0
-    if left is not None: a[1], b[1] = -n * left[:D], left[D:]
-    if f or left is not None: gemm(a.T, b, s._cross, beta=1.0)
+    if left is not None:
+        a[1], b[1] = -n * left[:D], left[D:]
+    if f or left is not None:
+        gemm(a.T, b, s._cross, beta=1.0)
     s._mean += d * (n / total)
     s._m2 += m2 + f * d * d
     s.count = total
 
-def _absorb_wide(s: 'ContextStats', x: np.ndarray, y: np.ndarray) -> None:
+
+def _absorb_wide(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:
     "Join one panel in float64; entries that are not finite count as 0."
     n, D, p = len(x), s.dim, panel_rows(s.dim, s.dtype)
-    w, odd = s.workspace.take('stream.wide', (p, 2 * D), np.float64)[:n], s.workspace.take('stream.odd', (p, 2 * D), bool)[:n]
+    w, odd = (
+        s.workspace.take("stream.wide", (p, 2 * D), np.float64)[:n],
+        s.workspace.take("stream.odd", (p, 2 * D), bool)[:n],
+    )
     w[:, :D], w[:, D:] = x, y
     np.logical_not(np.isfinite(w, out=odd), out=odd)
     bad_x, bad_y = (int(np.count_nonzero(odd[:, half])) for half in (slice(0, D), slice(D, None)))
-    if bad_x or bad_y: np.copyto(w, 0, where=odd)
+    if bad_x or bad_y:
+        np.copyto(w, 0, where=odd)
     base = w[0].copy()
     w -= base
     mean = np.add.reduce(w, axis=0) / n
     w -= mean
     gemm(w[:, :D].T, w[:, D:], s._cross, beta=1.0)
-    _join(s, n, base + mean, np.einsum('ij,ij->j', w, w))
+    _join(s, n, base + mean, np.einsum("ij,ij->j", w, w))
     s.nonfinite_x, s.nonfinite_y = s.nonfinite_x + bad_x, s.nonfinite_y + bad_y
 
 # %% ../nbs/11_streaming.ipynb #d33b2a62
-def _squares_into(w: np.ndarray, parts: np.ndarray) -> np.ndarray: # rows of `parts` that were written
+def _squares_into(
+    w: np.ndarray, parts: np.ndarray
+) -> np.ndarray:  # rows of `parts` that were written
     "Sums of squares (2 D,) of every BLOCK rows of the panel `w`."
     whole = len(w) // BLOCK
-    if whole: np.einsum('gij,gij->gj', *2 * [w[:whole * BLOCK].reshape(whole, BLOCK, w.shape[1])], out=parts[:whole])
-    rest = w[whole * BLOCK:]
-    if not len(rest): return parts[:whole]
-    np.einsum('ij,ij->j', rest, rest, out=parts[whole])
-    return parts[:whole + 1]
+    if whole:
+        np.einsum(
+            "gij,gij->gj",
+            *2 * [w[: whole * BLOCK].reshape(whole, BLOCK, w.shape[1])],
+            out=parts[:whole],
+        )
+    rest = w[whole * BLOCK :]
+    if not len(rest):
+        return parts[:whole]
+    np.einsum("ij,ij->j", rest, rest, out=parts[whole])
+    return parts[: whole + 1]
 
 # %% ../nbs/11_streaming.ipynb #c29d2134
-def _product_into(s: 'ContextStats', x: np.ndarray, y: np.ndarray, shift: np.ndarray, P: np.ndarray, sums: np.ndarray,
-                  ) -> tuple[int, list[slice]]: # rows that are in P, and panels that are not
+def _product_into(
+    s: "ContextStats",
+    x: np.ndarray,
+    y: np.ndarray,
+    shift: np.ndarray,
+    P: np.ndarray,
+    sums: np.ndarray,
+) -> tuple[int, list[slice]]:  # rows that are in P, and panels that are not
     "Products (D, D), and sums and squares (2, 2 D), of `x - shift` and `y - shift`, of all panels that are in order."
     D, p, take = s.dim, panel_rows(s.dim, s.dtype), s.workspace.take
-    panel, ones = take('stream.panel', (p, 2 * D), s.dtype), take('stream.ones', (p,), s.dtype)
-    parts, both = take('stream.parts', (p // BLOCK + 2, 2 * D), s.dtype), take('stream.both', (2, 2 * D), np.float64)
-    wide = take('stream.parts64', parts.shape, np.float64)
-    ones.fill(1); sums.fill(0)
+    panel, ones = take("stream.panel", (p, 2 * D), s.dtype), take("stream.ones", (p,), s.dtype)
+    parts, both = (
+        take("stream.parts", (p // BLOCK + 2, 2 * D), s.dtype),
+        take("stream.both", (2, 2 * D), np.float64),
+    )
+    wide = take("stream.parts64", parts.shape, np.float64)
+    ones.fill(1)
+    sums.fill(0)
     kept, odd = 0, []
     for rows in panels(len(x), 1, p):
         n = rows.stop - rows.start
@@ -160,119 +204,177 @@ def _product_into(s: 'ContextStats', x: np.ndarray, y: np.ndarray, shift: np.nda
         np.subtract(y[rows], shift[D:], out=w[:, D:])
         k = len(_squares_into(w, parts[1:])) + 1
         np.matmul(ones[:n], w, out=parts[0])
-        np.copyto(wide[:k], parts[:k]) # a sum of two dtypes would go through a buffer
+        np.copyto(wide[:k], parts[:k])  # a sum of two dtypes would go through a buffer
         np.copyto(both[0], wide[0])
         np.add.reduce(wide[1:k], axis=0, out=both[1])
         if _in_order(w, both[1]):
             sums += both
             gemm(w[:, :D].T, w[:, D:], P, beta=float(kept > 0))
             kept += n
-        else: odd.append(rows)
+        else:
+            odd.append(rows)
     return kept, odd
 
 # %% ../nbs/11_streaming.ipynb #3a89ba28
 def _add_into(P: np.ndarray, out: np.ndarray) -> None:
     "`out += P` with `out` in float64, cast in pieces of 16 KB."
     size = np.setbufsize(2048)
-    try: out += P
-    finally: np.setbufsize(size)
+    try:
+        out += P
+    finally:
+        np.setbufsize(size)
 
-def _absorb(s: 'ContextStats', x: np.ndarray, y: np.ndarray) -> None:
+
+def _absorb(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:
     "Join at most SUB_ROWS rows."
     D, take = s.dim, s.workspace.take
-    shift, sums = take('stream.shift', (2 * D,), s.dtype), take('stream.sums', (2, 2 * D), np.float64)
-    P = take('stream.product', (D, D), s.dtype)
+    shift, sums = (
+        take("stream.shift", (2 * D,), s.dtype),
+        take("stream.sums", (2, 2 * D), np.float64),
+    )
+    P = take("stream.product", (D, D), s.dtype)
     _shift_into(x, y, shift, s.workspace)
     kept, odd = _product_into(s, x, y, shift, P, sums)
     if kept:
         left = sums[0] / kept
         m2 = sums[1] - sums[0] * left
-        if np.any(sums[0] * left > LEFT * m2): odd = list(panels(len(x), 1, panel_rows(D, s.dtype)))
+        if np.any(sums[0] * left > LEFT * m2):
+            odd = list(panels(len(x), 1, panel_rows(D, s.dtype)))
         else:
             _add_into(P, s._cross)
             _join(s, kept, shift + left, np.maximum(m2, 0, out=m2), left)
-    for rows in odd: _absorb_wide(s, x[rows], y[rows])
+    for rows in odd:
+        _absorb_wide(s, x[rows], y[rows])
 
 # %% ../nbs/11_streaming.ipynb #9f136ba9
-LARGEST = 1e140 # magnitude in float64 input
+LARGEST = 1e140  # magnitude in float64 input
+
 
 def _check_range(name: str, a: np.ndarray) -> None:
     "A ValueError for finite values beyond LARGEST."
     for rows in panels(len(a), a.shape[1] * a.itemsize):
-        if inner(a[rows], a[rows]) < LARGEST**2: continue
+        if inner(a[rows], a[rows]) < LARGEST**2:
+            continue
         finite = np.isfinite(a[rows])
-        top = max(np.max(a[rows], where=finite, initial=0), -np.min(a[rows], where=finite, initial=0))
-        if top > LARGEST: raise ValueError(f'{name}: {top:.3g} is beyond {LARGEST:g}, its square leaves float64; scale the column, its correlation stays')
+        top = max(
+            np.max(a[rows], where=finite, initial=0), -np.min(a[rows], where=finite, initial=0)
+        )
+        if top > LARGEST:
+            raise ValueError(
+                f"{name}: {top:.3g} is beyond {LARGEST:g}, its square leaves float64; scale the column, its correlation stays"
+            )
 
 # %% ../nbs/11_streaming.ipynb #d7c0269a
 class ContextStats:
     "Mergeable moments of a stream of pairs (x, y), and the exact similarity of all their rows."
-    def __init__(self,
-                 dim: int, # D
-                 dtype=np.float32, # of the pairs: float32 or float64; sums are float64
-                 *,
-                 workspace: Workspace | None = None): # for scratch; default: its own
-        if operator.index(dim) < 1: raise ValueError(f'dim: {dim}, needed at least 1')
-        if not isinstance(workspace, Workspace | None): raise TypeError(f'workspace: {type(workspace).__name__} is no ctxlab.workspace.Workspace')
-        self.dim, self.dtype = operator.index(dim), check_array('dtype', np.empty((0, 0), dtype)).dtype
-        self.workspace = Workspace(growth='exact') if workspace is None else workspace
-        self._mean, self._m2, self._cross = np.zeros(2 * self.dim), np.zeros(2 * self.dim), np.zeros((self.dim, self.dim))
-        self.count = self.nonfinite_x = self.nonfinite_y = 0 # rows; entries that counted as 0
+
+    def __init__(
+        self,
+        dim: int,  # D
+        dtype=np.float32,  # of the pairs: float32 or float64; sums are float64
+        *,
+        workspace: Workspace | None = None,
+    ):  # for scratch; default: its own
+        if operator.index(dim) < 1:
+            raise ValueError(f"dim: {dim}, needed at least 1")
+        if not isinstance(workspace, Workspace | None):
+            raise TypeError(
+                f"workspace: {type(workspace).__name__} is no ctxlab.workspace.Workspace"
+            )
+        self.dim, self.dtype = (
+            operator.index(dim),
+            check_array("dtype", np.empty((0, 0), dtype)).dtype,
+        )
+        self.workspace = Workspace(growth="exact") if workspace is None else workspace
+        self._mean, self._m2, self._cross = (
+            np.zeros(2 * self.dim),
+            np.zeros(2 * self.dim),
+            np.zeros((self.dim, self.dim)),
+        )
+        self.count = self.nonfinite_x = self.nonfinite_y = 0  # rows; entries that counted as 0
 
     def reset(self) -> None:
         "Forget all rows; storage is kept."
-        for a in (self._mean, self._m2, self._cross): a.fill(0)
+        for a in (self._mean, self._m2, self._cross):
+            a.fill(0)
         self.count = self.nonfinite_x = self.nonfinite_y = 0
 
-    def update(self,
-               x: np.ndarray, # (n, D), any number of rows
-               y: np.ndarray, # (n, D)
-               ) -> None:
+    def update(
+        self,
+        x: np.ndarray,  # (n, D), any number of rows
+        y: np.ndarray,  # (n, D)
+    ) -> None:
         "Join the rows of a chunk; scratch does not depend on their number."
-        x = check_array('x', x, dtype=self.dtype)
-        y = check_array('y', y, dtype=self.dtype)
-        check_same_shape('y', y, 'x', x)
-        if x.shape[1] != self.dim: raise ValueError(f'x: shape {x.shape}, needed (n, {self.dim})')
+        x = check_array("x", x, dtype=self.dtype)
+        y = check_array("y", y, dtype=self.dtype)
+        check_same_shape("y", y, "x", x)
+        if x.shape[1] != self.dim:
+            raise ValueError(f"x: shape {x.shape}, needed (n, {self.dim})")
         if self.dtype == np.float64:
-            with np.errstate(over='ignore', invalid='ignore'): _check_range('x', x); _check_range('y', y)
-        with unbuffered(), self.workspace.scope(), np.errstate(over='ignore', under='ignore', invalid='ignore'):
-            for rows in panels(len(x), 1, SUB_ROWS): _absorb(self, x[rows], y[rows])
+            with np.errstate(over="ignore", invalid="ignore"):
+                _check_range("x", x)
+                _check_range("y", y)
+        with (
+            unbuffered(),
+            self.workspace.scope(),
+            np.errstate(over="ignore", under="ignore", invalid="ignore"),
+        ):
+            for rows in panels(len(x), 1, SUB_ROWS):
+                _absorb(self, x[rows], y[rows])
 
-    def merge(self, other: 'ContextStats') -> None:
+    def merge(self, other: "ContextStats") -> None:
         "Join the rows of another one, which stays as it is."
-        if not isinstance(other, ContextStats): raise TypeError(f'other: {type(other).__name__} is no ContextStats')
+        if not isinstance(other, ContextStats):
+            raise TypeError(f"other: {type(other).__name__} is no ContextStats")
         if (other.dim, other.dtype) != (self.dim, self.dtype):
-            raise ValueError(f'other: is for {other.dim} features in {other.dtype}, this one for {self.dim} in {self.dtype}')
-        if other.count == 0: return
+            raise ValueError(
+                f"other: is for {other.dim} features in {other.dtype}, this one for {self.dim} in {self.dtype}"
+            )
+        if other.count == 0:
+            return
         n, mean, m2 = other.count, other._mean.copy(), other._m2.copy()
         odd_x, odd_y = other.nonfinite_x, other.nonfinite_y
         self._cross += other._cross
         _join(self, n, mean, m2)
         self.nonfinite_x, self.nonfinite_y = self.nonfinite_x + odd_x, self.nonfinite_y + odd_y
 
-    def correlation(self) -> np.ndarray: # (D, D), dtype of the pairs
+    def correlation(self) -> np.ndarray:  # (D, D), dtype of the pairs
         "Pearson correlation of feature i of x with feature j of y over all rows; 0 where a norm vanishes."
         return _finish(self, tanh=False)
 
-    def similarity(self) -> np.ndarray: # (D, D), dtype of the pairs
+    def similarity(self) -> np.ndarray:  # (D, D), dtype of the pairs
         "tanh of the correlation: `reference.similarity` of all rows."
         return _finish(self, tanh=True)
 
     @property
-    def nbytes(self) -> int: return self._mean.nbytes + self._m2.nbytes + self._cross.nbytes + self.workspace.nbytes # with all of its workspace
+    def nbytes(self) -> int:
+        return (
+            self._mean.nbytes + self._m2.nbytes + self._cross.nbytes + self.workspace.nbytes
+        )  # with all of its workspace
 
     def state_dict(self) -> dict[str, Any]:
         "Copies of the sums, and numbers, fit for `np.savez`."
-        return {name: a.copy() if isinstance(a, np.ndarray) else a for name, a in _state(self).items()}
+        return {
+            name: a.copy() if isinstance(a, np.ndarray) else a for name, a in _state(self).items()
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: # as from `state_dict`, or an opened .npz
+    def load_state_dict(
+        self, state: Mapping[str, Any]
+    ) -> None:  # as from `state_dict`, or an opened .npz
         "Restore what `state_dict` gave; a ValueError or TypeError leaves everything as it was."
         for name, a in _checked_state(self, state).items():
-            if isinstance(a, np.ndarray): _state(self)[name][...] = a
-            elif name not in ('dim', 'itemsize'): setattr(self, name, a)
+            if isinstance(a, np.ndarray):
+                _state(self)[name][...] = a
+            elif name not in ("dim", "itemsize"):
+                setattr(self, name, a)
 
-    def __getstate__(self) -> dict[str, Any]: return {k: v for k, v in self.__dict__.items() if k != 'workspace'} # no scratch in a pickle
-    def __setstate__(self, state: dict[str, Any]) -> None: self.__dict__.update(state, workspace=Workspace(growth='exact'))
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            k: v for k, v in self.__dict__.items() if k != "workspace"
+        }  # no scratch in a pickle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, workspace=Workspace(growth="exact"))
 
 # %% ../nbs/11_streaming.ipynb #f2dfdaeb
 def _finish(s: ContextStats, tanh: bool) -> np.ndarray:
@@ -285,105 +387,167 @@ def _finish(s: ContextStats, tanh: bool) -> np.ndarray:
         out[rows] = np.tanh(r, out=r) if tanh else r
     return out
 
+
 def _state(s: ContextStats) -> dict[str, Any]:
     "Everything that is remembered, by name: views and numbers."
     D = s.dim
-    return dict(dim=D, itemsize=s.dtype.itemsize, count=s.count, nonfinite_x=s.nonfinite_x, nonfinite_y=s.nonfinite_y,
-                mean_x=s._mean[:D], mean_y=s._mean[D:], m2_x=s._m2[:D], m2_y=s._m2[D:], cross=s._cross)
+    return dict(
+        dim=D,
+        itemsize=s.dtype.itemsize,
+        count=s.count,
+        nonfinite_x=s.nonfinite_x,
+        nonfinite_y=s.nonfinite_y,
+        mean_x=s._mean[:D],
+        mean_y=s._mean[D:],
+        m2_x=s._m2[:D],
+        m2_y=s._m2[D:],
+        cross=s._cross,
+    )
+
 
 def _checked_state(s: ContextStats, state: Mapping[str, Any]) -> dict[str, Any]:
     "`state` with plain integers and float64 arrays that fit `s`, or an error that names what does not."
     like = _state(s)
-    if set(state) != set(like): raise ValueError(f'state: keys {sorted(state)}, needed {sorted(like)}')
+    if set(state) != set(like):
+        raise ValueError(f"state: keys {sorted(state)}, needed {sorted(like)}")
     new: dict[str, Any] = {}
     for name, mine in like.items():
         a = np.asarray(state[name])
         if isinstance(mine, np.ndarray):
-            check_array(f'state: {name}', a, (mine.ndim,), np.float64)
-            check_same_shape(f'state: {name}', a, 'what is needed', mine)
-            if not np.isfinite(a).all() or name.startswith('m2') and a.min() < 0: raise ValueError(f'state: {name} holds values that no sum can have')
+            check_array(f"state: {name}", a, (mine.ndim,), np.float64)
+            check_same_shape(f"state: {name}", a, "what is needed", mine)
+            if not np.isfinite(a).all() or name.startswith("m2") and a.min() < 0:
+                raise ValueError(f"state: {name} holds values that no sum can have")
             new[name] = a
-        elif a.ndim or a.dtype.kind not in 'iu' or a < 0: raise ValueError(f'state: {name} is {state[name]!r}, needed a whole number')
-        else: new[name] = int(a)
-    for name in ('dim', 'itemsize'):
-        if new[name] != like[name]: raise ValueError(f'state: {name} is {new[name]}, needed {like[name]}')
+        elif a.ndim or a.dtype.kind not in "iu" or a < 0:
+            raise ValueError(f"state: {name} is {state[name]!r}, needed a whole number")
+        else:
+            new[name] = int(a)
+    for name in ("dim", "itemsize"):
+        if new[name] != like[name]:
+            raise ValueError(f"state: {name} is {new[name]}, needed {like[name]}")
     return new
 
 # %% ../nbs/11_streaming.ipynb #f9322ee9
-_UNITS = {'': 1, 'b': 1} | {f'{p}{i}b': base**k for i, base in (('', 1000), ('i', 1024)) for k, p in enumerate('kmgt', 1)}
+_UNITS = {"": 1, "b": 1} | {
+    f"{p}{i}b": base**k for i, base in (("", 1000), ("i", 1024)) for k, p in enumerate("kmgt", 1)
+}
 
-def parse_bytes(size: int | str) -> int: # bytes
+
+def parse_bytes(size: int | str) -> int:  # bytes
     "A number of bytes, or a text such as '500MB' (10^6), '2 GB', '1.5GiB' (2^30)."
     why = f"memory: {size!r} is no size; write bytes, or a text such as '500MB' or '1.5GiB'"
-    if not isinstance(size, int | np.integer | str) or isinstance(size, bool): raise TypeError(why)
-    parts = re.fullmatch(r'([0-9]+\.?[0-9]*|\.[0-9]+) *([a-z]*)', str(size).strip().lower())
-    if parts is None or parts[2] not in _UNITS: raise ValueError(why)
+    if not isinstance(size, int | np.integer | str) or isinstance(size, bool):
+        raise TypeError(why)
+    parts = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) *([a-z]*)", str(size).strip().lower())
+    if parts is None or parts[2] not in _UNITS:
+        raise ValueError(why)
     value = float(parts[1]) * _UNITS[parts[2]]
-    if not 1 <= value < 2**63: raise ValueError(f'memory: {size!r} is out of range; needed at least one byte')
+    if not 1 <= value < 2**63:
+        raise ValueError(f"memory: {size!r} is out of range; needed at least one byte")
     return int(value)
 
 # %% ../nbs/11_streaming.ipynb #dcc0a035
-PIECE = 2**16 # bytes that are read at a time; larger temporaries may be given back to the system each time
-SPARE = 2**20 # bytes for small things: vectors, headers, the reader's own buffers
+PIECE = (
+    2**16
+)  # bytes that are read at a time; larger temporaries may be given back to the system each time
+SPARE = 2**20  # bytes for small things: vectors, headers, the reader's own buffers
+
 
 def _fixed_bytes(dim: int, dtype) -> int:
     "Bytes of a run without the buffers of rows."
     p, item = panel_rows(dim, dtype), np.dtype(dtype).itemsize
     sums = 2 * 8 * (dim * dim + 4 * dim)
-    scratch = dim * dim * item + 2 * dim * (p * (item + 8 + 1) + (p // BLOCK + 2) * (item + 8) + SAMPLE * 8 + 32 * 8) + p * item # 32: vectors
+    scratch = (
+        dim * dim * item
+        + 2 * dim * (p * (item + 8 + 1) + (p // BLOCK + 2) * (item + 8) + SAMPLE * 8 + 32 * 8)
+        + p * item
+    )  # 32: vectors
     return sums + scratch + SPARE
+
 
 def least_bytes(dim: int, dtype=np.float32) -> int:
     "The smallest budget that `chunk_rows` takes."
     return _fixed_bytes(dim, dtype) + 256 * 2 * dim * np.dtype(dtype).itemsize
 
-def chunk_rows(budget: int | str, # bytes, or a text as for `parse_bytes`
-               dim: int, # D
-               dtype=np.float32,
-               ) -> int: # a multiple of 256, at most SUB_ROWS
+
+def chunk_rows(
+    budget: int | str,  # bytes, or a text as for `parse_bytes`
+    dim: int,  # D
+    dtype=np.float32,
+) -> int:  # a multiple of 256, at most SUB_ROWS
     "Rows to read at a time so that a run stays within `budget`; a ValueError states the least that would do."
-    row, have, least = 2 * dim * np.dtype(dtype).itemsize, parse_bytes(budget), least_bytes(dim, dtype)
-    if have < least: raise ValueError(f'memory: {budget} is too little for {dim} features in {np.dtype(dtype)}; needed at least {least} bytes ({least / 1e6:.1f} MB)')
+    row, have, least = (
+        2 * dim * np.dtype(dtype).itemsize,
+        parse_bytes(budget),
+        least_bytes(dim, dtype),
+    )
+    if have < least:
+        raise ValueError(
+            f"memory: {budget} is too little for {dim} features in {np.dtype(dtype)}; needed at least {least} bytes ({least / 1e6:.1f} MB)"
+        )
     return min((have - _fixed_bytes(dim, dtype)) // row // 256 * 256, SUB_ROWS)
 
 # %% ../nbs/11_streaming.ipynb #31975407
 class Shard(NamedTuple):
     "One file of pairs, or two, as their headers describe them."
+
     name: str
-    x: str # path of the .npy with x; of the .npz with both
-    y: str # path of the .npy with y; the same .npz
+    x: str  # path of the .npy with x; of the .npz with both
+    y: str  # path of the .npy with y; the same .npz
     rows: int
-    width: int # D
-    dtype: str # 'float32' or 'float64'
-    fingerprint: tuple[tuple[int, int], tuple[int, int]] # bytes and time of the last change in ns, of both files
+    width: int  # D
+    dtype: str  # 'float32' or 'float64'
+    fingerprint: tuple[
+        tuple[int, int], tuple[int, int]
+    ]  # bytes and time of the last change in ns, of both files
+
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
     "Whatever goes wrong when reading becomes one line with the name of the file."
-    try: yield
-    except (InputError, MemoryError): raise
-    except FileNotFoundError: raise InputError(f'{path}: no such file') from None
-    except Exception as e: # a damaged archive can raise anything
-        raise InputError(f"{path}: cannot be read ({(str(e) or type(e).__name__).splitlines()[0]})") from e
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as e:  # a damaged archive can raise anything
+        raise InputError(
+            f"{path}: cannot be read ({(str(e) or type(e).__name__).splitlines()[0]})"
+        ) from e
+
 
 def _fingerprint(path: str) -> tuple[int, int]:
     facts = os.stat(path)
     return facts.st_size, facts.st_mtime_ns
 
 # %% ../nbs/11_streaming.ipynb #08b2a6e8
-def _header(f, where: str, size: int) -> tuple[int, int, str]: # rows, width, dtype
+def _header(f, where: str, size: int) -> tuple[int, int, str]:  # rows, width, dtype
     "Read the header of an .npy stream of `size` bytes; it then stands at the first row."
     version = np.lib.format.read_magic(f)
-    if version not in ((1, 0), (2, 0)): raise InputError(f'{where}: .npy format {version} is not read here')
-    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(f)
-    if dtype.hasobject: raise InputError(f'{where}: holds pickled objects, which are not read')
-    if dtype not in RANGE: raise InputError(f'{where}: dtype {dtype}, needed float32 or float64')
-    if len(shape) != 2: raise InputError(f'{where}: shape {shape} is not (rows, features)')
-    if shape[1] < 1: raise InputError(f'{where}: shape {shape} has no features')
-    if fortran and min(shape) > 1: raise InputError(f'{where}: is in Fortran order; save np.ascontiguousarray of it')
+    if version not in ((1, 0), (2, 0)):
+        raise InputError(f"{where}: .npy format {version} is not read here")
+    shape, fortran, dtype = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )(f)
+    if dtype.hasobject:
+        raise InputError(f"{where}: holds pickled objects, which are not read")
+    if dtype not in RANGE:
+        raise InputError(f"{where}: dtype {dtype}, needed float32 or float64")
+    if len(shape) != 2:
+        raise InputError(f"{where}: shape {shape} is not (rows, features)")
+    if shape[1] < 1:
+        raise InputError(f"{where}: shape {shape} has no features")
+    if fortran and min(shape) > 1:
+        raise InputError(f"{where}: is in Fortran order; save np.ascontiguousarray of it")
     needed = f.tell() + math.prod(shape) * dtype.itemsize
-    if size < needed: raise InputError(f'{where}: is cut short: {size} bytes, {needed} by its header')
+    if size < needed:
+        raise InputError(f"{where}: is cut short: {size} bytes, {needed} by its header")
     return int(shape[0]), int(shape[1]), dtype.name
+
 
 @contextmanager
 def _opened(shard_x: str, shard_y: str) -> Iterator[tuple[Any, Any, tuple, tuple]]:
@@ -392,152 +556,227 @@ def _opened(shard_x: str, shard_y: str) -> Iterator[tuple[Any, Any, tuple, tuple
         streams, heads = [], []
         if shard_x == shard_y:
             archive = stack.enter_context(zipfile.ZipFile(shard_x))
-            for name in 'xy':
-                if f'{name}.npy' not in archive.namelist(): raise InputError(f"{shard_x}: needed arrays 'x' and 'y'; found {', '.join(archive.namelist()) or 'none'}")
-                streams.append(stack.enter_context(archive.open(f'{name}.npy')))
-                heads.append(_header(streams[-1], f'{shard_x}, {name}', archive.getinfo(f'{name}.npy').file_size))
+            for name in "xy":
+                if f"{name}.npy" not in archive.namelist():
+                    raise InputError(
+                        f"{shard_x}: needed arrays 'x' and 'y'; found {', '.join(archive.namelist()) or 'none'}"
+                    )
+                streams.append(stack.enter_context(archive.open(f"{name}.npy")))
+                heads.append(
+                    _header(
+                        streams[-1], f"{shard_x}, {name}", archive.getinfo(f"{name}.npy").file_size
+                    )
+                )
         else:
             for path in (shard_x, shard_y):
                 with _naming(path):
-                    streams.append(stack.enter_context(open(path, 'rb', buffering=0)))
+                    streams.append(stack.enter_context(open(path, "rb", buffering=0)))
                     heads.append(_header(streams[-1], path, os.fstat(streams[-1].fileno()).st_size))
-        yield *streams, *heads # type: ignore[misc]
+        yield *streams, *heads  # type: ignore[misc]
 
 # %% ../nbs/11_streaming.ipynb #8aeb6e01
-def _files(path: str | Path | tuple) -> list[tuple[str, str, str]]: # (name, x, y)
+def _files(path: str | Path | tuple) -> list[tuple[str, str, str]]:  # (name, x, y)
     "What a caller named: a folder, an .npz, NAME.x.npy, or a pair of .npy files."
     if isinstance(path, tuple):
-        if len(path) != 2: raise InputError(f'{path}: needed a pair of .npy files')
+        if len(path) != 2:
+            raise InputError(f"{path}: needed a pair of .npy files")
         return [(Path(path[0]).name, str(path[0]), str(path[1]))]
     path = Path(path)
     if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.suffix in ('.npy', '.npz') and not (p.name.endswith('.y.npy') and Path(f'{str(p)[:-6]}.x.npy').exists()))
-        if not inside: raise InputError(f'{path}: the folder holds no .npz, and no .x.npy with a .y.npy')
+        inside = sorted(
+            p
+            for p in path.iterdir()
+            if p.suffix in (".npy", ".npz")
+            and not (p.name.endswith(".y.npy") and Path(f"{str(p)[:-6]}.x.npy").exists())
+        )
+        if not inside:
+            raise InputError(f"{path}: the folder holds no .npz, and no .x.npy with a .y.npy")
         return [found for p in inside for found in _files(p)]
-    if not path.exists(): raise InputError(f'{path}: no such file')
-    if path.suffix == '.npz': return [(path.name, str(path), str(path))]
-    if path.name.endswith('.x.npy'): return [(path.name, str(path), f'{str(path)[:-6]}.y.npy')]
-    raise InputError(f'{path}: neither an .npz nor NAME.x.npy beside NAME.y.npy; two .npy files of other names are passed as a pair')
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if path.suffix == ".npz":
+        return [(path.name, str(path), str(path))]
+    if path.name.endswith(".x.npy"):
+        return [(path.name, str(path), f"{str(path)[:-6]}.y.npy")]
+    raise InputError(
+        f"{path}: neither an .npz nor NAME.x.npy beside NAME.y.npy; two .npy files of other names are passed as a pair"
+    )
+
 
 def _inspect(name: str, x: str, y: str) -> Shard:
     "A shard from its headers, or an InputError."
     prints: list[tuple[int, int]] = []
     for path in (x, y):
-        with _naming(path): prints.append(_fingerprint(path))
-    with _naming(x), _opened(x, y) as (_, _, head_x, head_y): pass
-    for what, a, b in zip(('rows', 'features', 'dtype'), head_x, head_y):
-        if a != b: raise InputError(f'{x}: x and y differ in {what}: {a} and {b}' + (f' (y is in {y})' if x != y else ''))
+        with _naming(path):
+            prints.append(_fingerprint(path))
+    with _naming(x), _opened(x, y) as (_, _, head_x, head_y):
+        pass
+    for what, a, b in zip(("rows", "features", "dtype"), head_x, head_y):
+        if a != b:
+            raise InputError(
+                f"{x}: x and y differ in {what}: {a} and {b}"
+                + (f" (y is in {y})" if x != y else "")
+            )
     rows, width, dtype = head_x
     return Shard(name, x, y, rows, width, dtype, (prints[0], prints[1]))
 
-def shards(paths: str | Path | Iterable, # a folder, a file, or several: folders, .npz, NAME.x.npy, pairs (x.npy, y.npy)
-           ) -> list[Shard]: # in the order given; those of a folder by name
+
+def shards(
+    paths: str
+    | Path
+    | Iterable,  # a folder, a file, or several: folders, .npz, NAME.x.npy, pairs (x.npy, y.npy)
+) -> list[Shard]:  # in the order given; those of a folder by name
     "All shards, checked by their headers: an InputError names the first file that does not fit."
-    found = [_inspect(*f) for p in ([paths] if isinstance(paths, str | Path) else paths) for f in _files(p)]
-    if not found: raise InputError('paths: no shards are named')
+    found = [
+        _inspect(*f)
+        for p in ([paths] if isinstance(paths, str | Path) else paths)
+        for f in _files(p)
+    ]
+    if not found:
+        raise InputError("paths: no shards are named")
     for s in found:
-        for what in ('width', 'dtype'):
-            if (mine := getattr(s, what)) != (first := getattr(found[0], what)): raise InputError(f'{s.x}: {what} {mine}, that of {found[0].x} is {first}')
+        for what in ("width", "dtype"):
+            if (mine := getattr(s, what)) != (first := getattr(found[0], what)):
+                raise InputError(f"{s.x}: {what} {mine}, that of {found[0].x} is {first}")
     return found
 
 # %% ../nbs/11_streaming.ipynb #e45d4a42
 def _check_unchanged(shard: Shard) -> None:
     for path, known in zip((shard.x, shard.y), shard.fingerprint):
-        with _naming(path): now = _fingerprint(path)
-        if now != known: raise InputError(f'{path}: has changed since it was listed; list the shards anew, and start again')
+        with _naming(path):
+            now = _fingerprint(path)
+        if now != known:
+            raise InputError(
+                f"{path}: has changed since it was listed; list the shards anew, and start again"
+            )
+
 
 def _fill(f, out: np.ndarray) -> None:
     "Read as many bytes as `out` holds, in pieces."
     left = out.reshape(-1).view(np.uint8).data
     while len(left):
         n = f.readinto(left[:PIECE])
-        if not n: raise EOFError('it ends too early')
+        if not n:
+            raise EOFError("it ends too early")
         left = left[n:]
 
 # %% ../nbs/11_streaming.ipynb #1937220e
-def read_chunks(shard: Shard,
-                rows: int, # at most, of a chunk
-                ws: Workspace, # for the two buffers
-                ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]: # x and y, valid until the next
+def read_chunks(
+    shard: Shard,
+    rows: int,  # at most, of a chunk
+    ws: Workspace,  # for the two buffers
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:  # x and y, valid until the next
     "The rows of a shard in order, in chunks; an InputError names a file that is damaged or has changed."
     _check_unchanged(shard)
-    buffers = [ws.take(f'shard.{name}', (rows, shard.width), np.dtype(shard.dtype)) for name in 'xy']
+    buffers = [
+        ws.take(f"shard.{name}", (rows, shard.width), np.dtype(shard.dtype)) for name in "xy"
+    ]
     try:
         with _naming(shard.x), _opened(shard.x, shard.y) as (*files, head_x, head_y):
-            if {head_x, head_y} != {(shard.rows, shard.width, shard.dtype)}: raise InputError(f'{shard.x}: is not what was listed')
+            if {head_x, head_y} != {(shard.rows, shard.width, shard.dtype)}:
+                raise InputError(f"{shard.x}: is not what was listed")
             for part in panels(shard.rows, 1, rows):
-                chunk = [b[:part.stop - part.start] for b in buffers]
+                chunk = [b[: part.stop - part.start] for b in buffers]
                 for path, f, a in zip((shard.x, shard.y), files, chunk):
-                    with _naming(path): _fill(f, a)
-                    if part.stop == shard.rows: f.read(1) # past the end: an archive compares its checksum
+                    with _naming(path):
+                        _fill(f, a)
+                    if part.stop == shard.rows:
+                        f.read(1)  # past the end: an archive compares its checksum
                 yield chunk[0], chunk[1]
     except InputError:
-        _check_unchanged(shard) # the better reason, if it is one
+        _check_unchanged(shard)  # the better reason, if it is one
         raise
     _check_unchanged(shard)
 
 # %% ../nbs/11_streaming.ipynb #3bf9db86
-def shard_stats(shard: Shard,
-                memory: int | str = '1GB', # budget, see `chunk_rows`
-                *,
-                stats: ContextStats | None = None, # to be used again; default: a new one
-                tick: Callable[[int], Any] | None = None, # called with the number of rows after each chunk
-                ) -> ContextStats:
+def shard_stats(
+    shard: Shard,
+    memory: int | str = "1GB",  # budget, see `chunk_rows`
+    *,
+    stats: ContextStats | None = None,  # to be used again; default: a new one
+    tick: Callable[[int], Any] | None = None,  # called with the number of rows after each chunk
+) -> ContextStats:
     "The statistics of one shard."
     stats = ContextStats(shard.width, shard.dtype) if stats is None else stats
     chunk = chunk_rows(memory, shard.width, shard.dtype)
     stats.reset()
     with stats.workspace.scope(), closing(read_chunks(shard, chunk, stats.workspace)) as chunks:
         for x, y in chunks:
-            try: stats.update(x, y)
-            except ValueError as e: raise InputError(f'{shard.x}: {e}') from None
-            if tick is not None: tick(len(x))
+            try:
+                stats.update(x, y)
+            except ValueError as e:
+                raise InputError(f"{shard.x}: {e}") from None
+            if tick is not None:
+                tick(len(x))
     return stats
 
 # %% ../nbs/11_streaming.ipynb #018837da
-FORMAT = 'ctxlab.streaming 1'
+FORMAT = "ctxlab.streaming 1"
+
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     "An .npz at `path`, whole or not at all, written in pieces."
-    part = path.with_name(f'{path.name}.part')
+    part = path.with_name(f"{path.name}.part")
     try:
-        with open(part, 'wb') as f:
-            with zipfile.ZipFile(f, 'w') as archive:
+        with open(part, "wb") as f:
+            with zipfile.ZipFile(f, "w") as archive:
                 for name, a in arrays.items():
-                    with archive.open(f'{name}.npy', 'w', force_zip64=True) as member:
-                        np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(a))
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array_header_1_0(
+                            member, np.lib.format.header_data_from_array_1_0(a)
+                        )
                         data = a.reshape(-1).view(np.uint8).data
-                        for i in range(0, len(data), PIECE): member.write(data[i:i + PIECE])
+                        for i in range(0, len(data), PIECE):
+                            member.write(data[i : i + PIECE])
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
         _sync(path.parent)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
-def _identity(shard: Shard) -> list: return [shard.name, shard.rows, [list(p) for p in shard.fingerprint]]
+
+def _identity(shard: Shard) -> list:
+    return [shard.name, shard.rows, [list(p) for p in shard.fingerprint]]
+
 
 def save_stats(path: str | Path, stats: ContextStats, done: Sequence[Shard] = ()) -> None:
     "Write statistics, and which shards are in them; the file under `path` is whole at every moment."
-    about = json.dumps({'format': FORMAT, 'done': [_identity(s) for s in done]})
+    about = json.dumps({"format": FORMAT, "done": [_identity(s) for s in done]})
     state = {name: np.asarray(a) for name, a in _state(stats).items()}
-    _write_npz(Path(path), {'about': np.frombuffer(about.encode(), np.uint8)} | state)
+    _write_npz(Path(path), {"about": np.frombuffer(about.encode(), np.uint8)} | state)
 
 # %% ../nbs/11_streaming.ipynb #261ccd43
 def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(name) as f: return np.lib.format.read_array(f, allow_pickle=False)
+    with archive.open(name) as f:
+        return np.lib.format.read_array(f, allow_pickle=False)
 
-def _read_stats(path: str | Path, stats: ContextStats) -> list: # identities of the shards
+
+def _read_stats(path: str | Path, stats: ContextStats) -> list:  # identities of the shards
     "Load what `save_stats` wrote into `stats`."
     try:
-        with zipfile.ZipFile(path) as archive: arrays = {name.removesuffix('.npy'): _read_member(archive, name) for name in archive.namelist()}
-        about = json.loads(arrays.pop('about').tobytes())
-        if about['format'] != FORMAT: raise ValueError(f"its format is {about['format']!r}, known is {FORMAT!r}")
-        done = [[str(name), int(rows), [[int(n) for n in p] for p in prints]] for name, rows, prints in about['done']]
-    except Exception as e: # cut short, a bit that tipped, or a file of something else
-        raise InputError(f'checkpoint: {path} is damaged, or none of a stream ({(str(e) or type(e).__name__).splitlines()[0]})') from None
-    try: stats.load_state_dict(arrays)
-    except (TypeError, ValueError) as e: raise InputError(f'checkpoint: {path} is of another run ({e})') from None
+        with zipfile.ZipFile(path) as archive:
+            arrays = {
+                name.removesuffix(".npy"): _read_member(archive, name)
+                for name in archive.namelist()
+            }
+        about = json.loads(arrays.pop("about").tobytes())
+        if about["format"] != FORMAT:
+            raise ValueError(f"its format is {about['format']!r}, known is {FORMAT!r}")
+        done = [
+            [str(name), int(rows), [[int(n) for n in p] for p in prints]]
+            for name, rows, prints in about["done"]
+        ]
+    except Exception as e:  # cut short, a bit that tipped, or a file of something else
+        raise InputError(
+            f"checkpoint: {path} is damaged, or none of a stream ({(str(e) or type(e).__name__).splitlines()[0]})"
+        ) from None
+    try:
+        stats.load_state_dict(arrays)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"checkpoint: {path} is of another run ({e})") from None
     return done
+
 
 def load_stats(path: str | Path, dim: int, dtype=np.float32) -> ContextStats:
     "The statistics of a checkpoint; an InputError in one line if it is damaged or does not fit."
@@ -545,14 +784,27 @@ def load_stats(path: str | Path, dim: int, dtype=np.float32) -> ContextStats:
     _read_stats(path, stats)
     return stats
 
-def _resume(path: str | Path, stats: ContextStats, todo: Sequence[Shard]) -> int: # how many shards are done
+
+def _resume(
+    path: str | Path, stats: ContextStats, todo: Sequence[Shard]
+) -> int:  # how many shards are done
     "Load a checkpoint of the beginning of `todo`."
     done = _read_stats(path, stats)
-    if len(done) > len(todo): raise InputError(f'checkpoint: {path} is of another run: it has {len(done)} shards, here are {len(todo)}')
+    if len(done) > len(todo):
+        raise InputError(
+            f"checkpoint: {path} is of another run: it has {len(done)} shards, here are {len(todo)}"
+        )
     for i, (was, shard) in enumerate(zip(done, todo)):
-        if was[0] != shard.name: raise InputError(f'checkpoint: {path} is of another run: shard {i + 1} was {was[0]}, here it is {shard.name}')
-        if was != _identity(shard): raise InputError(f'{shard.x}: has changed since it went into the checkpoint {path}; remove that, and start again')
-    if (n := sum(s.rows for s in todo[:len(done)])) != stats.count: raise InputError(f'checkpoint: {path} is damaged ({stats.count} rows of {n})')
+        if was[0] != shard.name:
+            raise InputError(
+                f"checkpoint: {path} is of another run: shard {i + 1} was {was[0]}, here it is {shard.name}"
+            )
+        if was != _identity(shard):
+            raise InputError(
+                f"{shard.x}: has changed since it went into the checkpoint {path}; remove that, and start again"
+            )
+    if (n := sum(s.rows for s in todo[: len(done)])) != stats.count:
+        raise InputError(f"checkpoint: {path} is damaged ({stats.count} rows of {n})")
     return len(done)
 
 # %% ../nbs/11_streaming.ipynb #49fd6da1
@@ -565,100 +817,138 @@ def _uninterrupted() -> Iterator[None]:
         return
     came: list[tuple] = []
     signal.signal(signal.SIGINT, lambda *what: came.append(what))
-    try: yield
-    finally: signal.signal(signal.SIGINT, before)
-    if came: before(*came[0])
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[0])
 
 # %% ../nbs/11_streaming.ipynb #c40e1208
 def _of_pairs(pairs: Iterable, memory, bar) -> ContextStats:
     "Statistics of arrays that a caller hands over one pair after the other."
     total = None
     for i, pair in enumerate(pairs):
-        if not isinstance(pair, tuple | list) or len(pair) != 2: raise TypeError(f'source: item {i} is {type(pair).__name__}, needed a pair (x, y) of arrays')
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(
+                f"source: item {i} is {type(pair).__name__}, needed a pair (x, y) of arrays"
+            )
         x, y = pair
         if total is None:
-            x = check_array('x', x)
-            chunk_rows(memory, x.shape[1], x.dtype) # is there room at all?
+            x = check_array("x", x)
+            chunk_rows(memory, x.shape[1], x.dtype)  # is there room at all?
             total = ContextStats(x.shape[1], x.dtype)
         total.update(x, y)
         bar.update(len(x))
-    if total is None or not total.count: raise InputError('source: there are no rows in it')
+    if total is None or not total.count:
+        raise InputError("source: there are no rows in it")
     return total
 
 # %% ../nbs/11_streaming.ipynb #9c18d985
 def _check_run(rows: int | None, checkpoint, every: int, resume: bool) -> None:
     "Refuse what cannot work, before any."
-    if operator.index(every) < 1: raise ValueError(f'every: {every}, needed at least 1')
-    if resume and checkpoint is None: raise ValueError('resume: there is no checkpoint to go on from')
+    if operator.index(every) < 1:
+        raise ValueError(f"every: {every}, needed at least 1")
+    if resume and checkpoint is None:
+        raise ValueError("resume: there is no checkpoint to go on from")
     if checkpoint is not None and not resume and Path(checkpoint).exists():
-        raise InputError(f'checkpoint: {checkpoint} exists; resume it, or remove it first')
-    if rows == 0: raise InputError('source: there are no rows in it')
+        raise InputError(f"checkpoint: {checkpoint} exists; resume it, or remove it first")
+    if rows == 0:
+        raise InputError("source: there are no rows in it")
+
 
 def _each(left: list[Shard], memory, tick) -> Generator[ContextStats, None, None]:
     "The statistics of one shard after the other, in the same object."
     part = ContextStats(left[0].width, left[0].dtype) if left else None
-    for shard in left: yield shard_stats(shard, memory, stats=part, tick=tick)
+    for shard in left:
+        yield shard_stats(shard, memory, stats=part, tick=tick)
 
 # %% ../nbs/11_streaming.ipynb #ba4dbacd
-def _join_in_order(todo: list[Shard],
-                   parts: Callable[[list[Shard]], Generator[ContextStats, None, None]], # of those that are left
-                   checkpoint, every: int, resume: bool, bar) -> ContextStats:
+def _join_in_order(
+    todo: list[Shard],
+    parts: Callable[[list[Shard]], Generator[ContextStats, None, None]],  # of those that are left
+    checkpoint,
+    every: int,
+    resume: bool,
+    bar,
+) -> ContextStats:
     "Statistics of shards, joined in order, with checkpoints."
     total, done = ContextStats(todo[0].width, todo[0].dtype), 0
-    if resume and Path(checkpoint).exists(): done = _resume(checkpoint, total, todo)
+    if resume and Path(checkpoint).exists():
+        done = _resume(checkpoint, total, todo)
     saved, whole = done, True
     bar.initial = bar.n = total.count
     try:
         with closing(parts(todo[done:])) as ready:
             for part in ready:
                 with _uninterrupted():
-                    whole = False # should the addition fail half-way
+                    whole = False  # should the addition fail half-way
                     total.merge(part)
                     done, whole = done + 1, True
-                del part # before the next one comes
+                del part  # before the next one comes
                 if checkpoint is not None and done - saved >= every:
                     save_stats(checkpoint, total, todo[:done])
                     saved = done
-    finally: # also when an error or Ctrl-C is on its way out
-        if checkpoint is not None and done > saved and whole: save_stats(checkpoint, total, todo[:done])
+    finally:  # also when an error or Ctrl-C is on its way out
+        if checkpoint is not None and done > saved and whole:
+            save_stats(checkpoint, total, todo[:done])
     return total
 
 # %% ../nbs/11_streaming.ipynb #a0221e18
-def stream(source: Iterable, # list of `Shard`, or pairs (x, y) of arrays or memory maps
-           *,
-           memory: int | str = '1GB', # budget for sums, scratch and buffers, see `chunk_rows`
-           checkpoint: str | Path | None = None, # where to save (shards only)
-           every: int = 4, # shards from one checkpoint to the next
-           resume: bool = False, # go on from the checkpoint, if it is there
-           progress: bool = False, # a bar with rows a second and the time left
-           ) -> ContextStats:
+def stream(
+    source: Iterable,  # list of `Shard`, or pairs (x, y) of arrays or memory maps
+    *,
+    memory: int | str = "1GB",  # budget for sums, scratch and buffers, see `chunk_rows`
+    checkpoint: str | Path | None = None,  # where to save (shards only)
+    every: int = 4,  # shards from one checkpoint to the next
+    resume: bool = False,  # go on from the checkpoint, if it is there
+    progress: bool = False,  # a bar with rows a second and the time left
+) -> ContextStats:
     "Statistics of all rows, in bounded memory. Resumed with the same `memory`, to the bit those of a run in one piece."
     from tqdm import tqdm
-    todo = list(source) if isinstance(source, list | tuple) and all(isinstance(s, Shard) for s in source) else None
-    if todo is None and checkpoint is not None: raise ValueError('checkpoint: needs shards, which can be found again')
+
+    todo = (
+        list(source)
+        if isinstance(source, list | tuple) and all(isinstance(s, Shard) for s in source)
+        else None
+    )
+    if todo is None and checkpoint is not None:
+        raise ValueError("checkpoint: needs shards, which can be found again")
     rows = None if todo is None else sum(s.rows for s in todo)
     _check_run(rows, checkpoint, every, resume)
-    with tqdm(total=rows, desc='rows', unit='row', unit_scale=True, disable=not progress, leave=False) as bar:
-        if todo is None: return _of_pairs(source, memory, bar)
-        return _join_in_order(todo, lambda left: _each(left, memory, bar.update), checkpoint, every, resume, bar)
+    with tqdm(
+        total=rows, desc="rows", unit="row", unit_scale=True, disable=not progress, leave=False
+    ) as bar:
+        if todo is None:
+            return _of_pairs(source, memory, bar)
+        return _join_in_order(
+            todo, lambda left: _each(left, memory, bar.update), checkpoint, every, resume, bar
+        )
 
 # %% ../nbs/11_streaming.ipynb #b57ebfef
 def noise_floor(n: int) -> float:
     "Standard deviation of a correlation of `n` independent rows, `1/sqrt(n - 1)`."
-    if n < 2: raise ValueError(f'n: {n}, needed at least 2 rows')
+    if n < 2:
+        raise ValueError(f"n: {n}, needed at least 2 rows")
     return 1 / math.sqrt(n - 1)
+
 
 class Null(NamedTuple):
     "Root mean squares of the correlations, permutation by permutation."
-    rms: np.ndarray # (rounds,) over all entries
-    rms_off: np.ndarray # (rounds,) over those off the diagonal
+
+    rms: np.ndarray  # (rounds,) over all entries
+    rms_off: np.ndarray  # (rounds,) over those off the diagonal
 
     @property
-    def mean(self) -> float: return float(self.rms.mean())
-    @property
-    def sd(self) -> float: return float(self.rms.std(ddof=1)) if len(self.rms) > 1 else 0.0
+    def mean(self) -> float:
+        return float(self.rms.mean())
 
-def _unit_columns(a: np.ndarray) -> np.ndarray: # float64
+    @property
+    def sd(self) -> float:
+        return float(self.rms.std(ddof=1)) if len(self.rms) > 1 else 0.0
+
+
+def _unit_columns(a: np.ndarray) -> np.ndarray:  # float64
     "Centred columns of norm 1, or 0 where there is no spread."
     A = np.where(np.isfinite(a), a, 0).astype(np.float64)
     A -= A[:1]
@@ -667,14 +957,18 @@ def _unit_columns(a: np.ndarray) -> np.ndarray: # float64
     return np.divide(A, norms, out=np.zeros_like(A), where=norms > 0)
 
 # %% ../nbs/11_streaming.ipynb #f21fb118
-def permutation_null(x: np.ndarray, # (n, D) in memory
-                     y: np.ndarray, # (n, D)
-                     rounds: int = 20, # permutations of the rows of y
-                     seed: int = 0) -> Null:
+def permutation_null(
+    x: np.ndarray,  # (n, D) in memory
+    y: np.ndarray,  # (n, D)
+    rounds: int = 20,  # permutations of the rows of y
+    seed: int = 0,
+) -> Null:
     "What correlations would be if rows of `x` and `y` had nothing to do with each other. Allocates; for data in memory."
-    check_same_shape('y', check_array('y', y), 'x', check_array('x', x))
-    if len(x) < 2: raise ValueError(f'x: {len(x)} rows, needed at least 2')
-    if rounds < 1: raise ValueError(f'rounds: {rounds}, needed at least 1')
+    check_same_shape("y", check_array("y", y), "x", check_array("x", x))
+    if len(x) < 2:
+        raise ValueError(f"x: {len(x)} rows, needed at least 2")
+    if rounds < 1:
+        raise ValueError(f"rounds: {rounds}, needed at least 1")
     U, V, (n, D), rng = _unit_columns(x), _unit_columns(y), x.shape, np.random.default_rng(seed)
     few = n <= D
     A, B = (U @ U.T, V @ V.T) if few else (U, V)
@@ -682,45 +976,70 @@ def permutation_null(x: np.ndarray, # (n, D) in memory
     for i in range(rounds):
         order = rng.permutation(n)
         squares[i, 0] = np.vdot(A, B[order][:, order]) if few else np.sum(np.square(A.T @ B[order]))
-        squares[i, 1] = squares[i, 0] - np.sum(np.square(np.einsum('ij,ij->j', U, V[order])))
+        squares[i, 1] = squares[i, 0] - np.sum(np.square(np.einsum("ij,ij->j", U, V[order])))
     squares /= D * D, max(D * D - D, 1)
     return Null(*np.sqrt(squares.T))
 
 # %% ../nbs/11_streaming.ipynb #672313fa
-FAN_IN = 8 # statistics that one task of the tree joins
+FAN_IN = 8  # statistics that one task of the tree joins
+
 
 def _of_block(x: np.ndarray, y: np.ndarray) -> ContextStats:
     s = ContextStats(x.shape[1], x.dtype)
     s.update(x, y)
     return s
 
+
 def merged(parts: Sequence[ContextStats]) -> ContextStats:
     "All parts joined in order, in a new one; the parts stay as they are."
     total = ContextStats(parts[0].dim, parts[0].dtype)
-    for part in parts: total.merge(part)
+    for part in parts:
+        total.merge(part)
     return total
 
-def _similarity_of(s: ContextStats) -> np.ndarray: return s.similarity()
+
+def _similarity_of(s: ContextStats) -> np.ndarray:
+    return s.similarity()
+
 
 def _check_lazy(name: str, a, kind) -> None:
-    if not isinstance(a, kind): raise TypeError(f'{name}: a dask array is needed, not {type(a).__name__}')
-    if a.dtype not in RANGE: raise TypeError(f'{name}: {a.dtype} is not supported here; use float32 or float64')
-    if a.ndim != 2 or math.isnan(a.shape[1]): raise ValueError(f'{name}: shape {a.shape} is not (rows, features) with known features')
+    if not isinstance(a, kind):
+        raise TypeError(f"{name}: a dask array is needed, not {type(a).__name__}")
+    if a.dtype not in RANGE:
+        raise TypeError(f"{name}: {a.dtype} is not supported here; use float32 or float64")
+    if a.ndim != 2 or math.isnan(a.shape[1]):
+        raise ValueError(f"{name}: shape {a.shape} is not (rows, features) with known features")
 
-def similarity_dask(x, # (n, D) dask array, float32 or float64; rows in chunks, of unknown sizes if need be
-                    y, # (n, D) dask array, same dtype
-                    ): # (D, D) dask array
+
+def similarity_dask(
+    x,  # (n, D) dask array, float32 or float64; rows in chunks, of unknown sizes if need be
+    y,  # (n, D) dask array, same dtype
+):  # (D, D) dask array
     "`reference.similarity` of all rows, lazily; blocks of rows become statistics, which are joined in a tree."
-    try: dask, da = importlib.import_module('dask'), importlib.import_module('dask.array')
-    except ImportError: raise ImportError("dask is not installed; pip install 'ctxlab[distributed]'") from None
-    for name, a in (('x', x), ('y', y)): _check_lazy(name, a, da.Array)
-    if x.dtype != y.dtype: raise TypeError(f'y: {y.dtype}, x is {x.dtype}; they must agree')
+    try:
+        dask, da = importlib.import_module("dask"), importlib.import_module("dask.array")
+    except ImportError:
+        raise ImportError("dask is not installed; pip install 'ctxlab[distributed]'") from None
+    for name, a in (("x", x), ("y", y)):
+        _check_lazy(name, a, da.Array)
+    if x.dtype != y.dtype:
+        raise TypeError(f"y: {y.dtype}, x is {x.dtype}; they must agree")
     known = not any(math.isnan(n) for n in (*x.shape, *y.shape))
-    if x.shape[1] != y.shape[1] or known and x.shape != y.shape: raise ValueError(f'y: shape {y.shape} does not match x: {x.shape}')
+    if x.shape[1] != y.shape[1] or known and x.shape != y.shape:
+        raise ValueError(f"y: shape {y.shape} does not match x: {x.shape}")
     x, y = x.rechunk({1: -1}), y.rechunk({1: -1})
-    if known and x.chunks != y.chunks: y = y.rechunk(x.chunks)
-    if x.numblocks != y.numblocks: raise ValueError(f'y: {y.numblocks[0]} blocks of unknown rows, x has {x.numblocks[0]}; they must agree')
+    if known and x.chunks != y.chunks:
+        y = y.rechunk(x.chunks)
+    if x.numblocks != y.numblocks:
+        raise ValueError(
+            f"y: {y.numblocks[0]} blocks of unknown rows, x has {x.numblocks[0]}; they must agree"
+        )
     lazily = lambda f: dask.delayed(f, pure=True)
-    parts = [lazily(_of_block)(a, b) for a, b in zip(x.to_delayed().ravel(), y.to_delayed().ravel())]
-    while len(parts) > 1: parts = [lazily(merged)(parts[i:i + FAN_IN]) for i in range(0, len(parts), FAN_IN)]
-    return da.from_delayed(lazily(_similarity_of)(parts[0]), shape=(x.shape[1], x.shape[1]), dtype=x.dtype)
+    parts = [
+        lazily(_of_block)(a, b) for a, b in zip(x.to_delayed().ravel(), y.to_delayed().ravel())
+    ]
+    while len(parts) > 1:
+        parts = [lazily(merged)(parts[i : i + FAN_IN]) for i in range(0, len(parts), FAN_IN)]
+    return da.from_delayed(
+        lazily(_similarity_of)(parts[0]), shape=(x.shape[1], x.shape[1]), dtype=x.dtype
+    )

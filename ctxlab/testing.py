@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 # %% ../nbs/00_testing.ipynb #b2bba523
-def tolerance(dtype: DTypeLike, # float32 or float64: the precision of the computation
-              depth: int = 1, # K, the length of the longest reduction behind one entry
-              *,
-              c: float = 4.0, # safety factor for the few operations around the reduction
-              ) -> float: # relative bound, to be multiplied by the size of the terms
+def tolerance(
+    dtype: DTypeLike,  # float32 or float64: the precision of the computation
+    depth: int = 1,  # K, the length of the longest reduction behind one entry
+    *,
+    c: float = 4.0,  # safety factor for the few operations around the reduction
+) -> float:  # relative bound, to be multiplied by the size of the terms
     "Rounding that a reduction of length `depth` may commit: `c * eps * depth` (Higham 2002, eq. 3.5)."
     return c * float(np.finfo(dtype).eps) * max(int(depth), 1)
 
@@ -25,82 +26,109 @@ def tolerance(dtype: DTypeLike, # float32 or float64: the precision of the compu
 def _same_kind(actual: np.ndarray, expected: np.ndarray) -> None:
     "Shape, dtype and the places of NaN, +inf and -inf agree, or an AssertionError says which does not."
     if actual.shape != expected.shape:
-        raise AssertionError(f'shape: {actual.shape}, expected {expected.shape}')
+        raise AssertionError(f"shape: {actual.shape}, expected {expected.shape}")
     if actual.dtype != expected.dtype:
-        raise AssertionError(f'dtype: {actual.dtype}, expected {expected.dtype}')
-    for name, test in (('NaN', np.isnan), ('+inf', np.isposinf), ('-inf', np.isneginf)):
+        raise AssertionError(f"dtype: {actual.dtype}, expected {expected.dtype}")
+    for name, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
         differ = np.argwhere(test(actual) != test(expected))
         if len(differ):
-            raise AssertionError(f'{name}: {len(differ)} of {actual.size} entries differ, first at {_place(differ[0])}')
+            raise AssertionError(
+                f"{name}: {len(differ)} of {actual.size} entries differ, first at {_place(differ[0])}"
+            )
+
 
 def _place(index: Iterable) -> tuple[int, ...]:
     return tuple(int(i) for i in index)
 
 # %% ../nbs/00_testing.ipynb #f54eda14
-def assert_equiv(actual: ArrayLike, # array or scalar under test
-                 expected: ArrayLike, # the reference, of the same shape and dtype
-                 *,
-                 depth: int = 1, # K, length of the reduction behind an entry
-                 scale: ArrayLike | None = None, # size of the terms, scalar or broadcastable array; default: largest finite |expected|
-                 c: float = 4.0, # safety factor, see `tolerance`
-                 ) -> None:
+def assert_equiv(
+    actual: ArrayLike,  # array or scalar under test
+    expected: ArrayLike,  # the reference, of the same shape and dtype
+    *,
+    depth: int = 1,  # K, length of the reduction behind an entry
+    scale: ArrayLike
+    | None = None,  # size of the terms, scalar or broadcastable array; default: largest finite |expected|
+    c: float = 4.0,  # safety factor, see `tolerance`
+) -> None:
     "Raise AssertionError unless `|actual - expected| <= tolerance(dtype, depth) * scale` and all else is equal."
     a, e = np.asarray(actual), np.asarray(expected)
     _same_kind(a, e)
     finite = np.isfinite(e)
-    if not finite.any(): return
-    if scale is None: scale = np.max(np.abs(e), where=finite, initial=0.0)
-    with np.errstate(invalid='ignore', over='ignore'):
+    if not finite.any():
+        return
+    if scale is None:
+        scale = np.max(np.abs(e), where=finite, initial=0.0)
+    with np.errstate(invalid="ignore", over="ignore"):
         error = np.where(finite, np.abs(a.astype(np.float64) - e), 0.0)
-    allowed = np.broadcast_to(tolerance(e.dtype, depth, c=c) * np.asarray(scale, np.float64), e.shape)
-    bad = ~(error <= allowed) # written so that a NaN in `scale` is a failure
+    allowed = np.broadcast_to(
+        tolerance(e.dtype, depth, c=c) * np.asarray(scale, np.float64), e.shape
+    )
+    bad = ~(error <= allowed)  # written so that a NaN in `scale` is a failure
     if bad.any():
         at = _place(np.unravel_index(np.argmax(np.where(bad, error, -1)), e.shape))
-        raise AssertionError(f'values: {np.count_nonzero(bad)} of {e.size} differ; worst at {at}: {a[at]:.9g}, '
-                             f'expected {e[at]:.9g}; error {error[at]:.2g}, allowed {allowed[at]:.2g}')
+        raise AssertionError(
+            f"values: {np.count_nonzero(bad)} of {e.size} differ; worst at {at}: {a[at]:.9g}, "
+            f"expected {e[at]:.9g}; error {error[at]:.2g}, allowed {allowed[at]:.2g}"
+        )
 
 # %% ../nbs/00_testing.ipynb #fc4bc399
 @contextmanager
-def expect_fail(error: type[BaseException] = AssertionError, # the type that must be raised
-                contains: str = '', # text that the message must hold
-                *,
-                show: bool = True, # print the message
-                ) -> Iterator[None]:
+def expect_fail(
+    error: type[BaseException] = AssertionError,  # the type that must be raised
+    contains: str = "",  # text that the message must hold
+    *,
+    show: bool = True,  # print the message
+) -> Iterator[None]:
     "The block must raise `error` with `contains` in its message, or an AssertionError says so; other errors pass through."
-    try: yield
+    try:
+        yield
     except error as e:
         if contains not in str(e):
-            raise AssertionError(f'the message is {str(e)!r}, without {contains!r}') from e
-        if show: print(f'{type(e).__name__}: {e}')
+            raise AssertionError(f"the message is {str(e)!r}, without {contains!r}") from e
+        if show:
+            print(f"{type(e).__name__}: {e}")
         return
-    raise AssertionError(f'no {error.__name__} was raised')
+    raise AssertionError(f"no {error.__name__} was raised")
 
 # %% ../nbs/00_testing.ipynb #b6f8a4af
-SPECIALS = (np.nan, np.inf, -np.inf, 0.0, 1e-30, 1e30) # what breaks a formula: not finite, no norm, under- and overflow
+SPECIALS = (
+    np.nan,
+    np.inf,
+    -np.inf,
+    0.0,
+    1e-30,
+    1e30,
+)  # what breaks a formula: not finite, no norm, under- and overflow
 
-def sprinkle(x: np.ndarray, # array to copy
-             rng: np.random.Generator, # decides the places
-             values: Sequence[float] = SPECIALS, # each is put at one place
-             ) -> np.ndarray: # copy of x with the values in it
+
+def sprinkle(
+    x: np.ndarray,  # array to copy
+    rng: np.random.Generator,  # decides the places
+    values: Sequence[float] = SPECIALS,  # each is put at one place
+) -> np.ndarray:  # copy of x with the values in it
     "A copy of `x` with each of `values` at a random place of its own (as many as fit)."
     out = x.copy()
-    places = rng.permutation(x.size)[:len(values)]
-    out.flat[places] = np.asarray(values[:len(places)], x.dtype)
+    places = rng.permutation(x.size)[: len(values)]
+    out.flat[places] = np.asarray(values[: len(places)], x.dtype)
     return out
 
 # %% ../nbs/00_testing.ipynb #5bd59d56
-def numeric_gradient(f: Callable[[np.ndarray], float], # scalar function; must not keep or change its argument
-                     x: np.ndarray, # float64, any shape
-                     step: float = 6e-6, # h, relative to max(1, |x_i|)
-                     ) -> np.ndarray: # same shape as x
+def numeric_gradient(
+    f: Callable[[np.ndarray], float],  # scalar function; must not keep or change its argument
+    x: np.ndarray,  # float64, any shape
+    step: float = 6e-6,  # h, relative to max(1, |x_i|)
+) -> np.ndarray:  # same shape as x
     "Gradient of `f` at `x` by central differences, one entry after the other (2 calls of `f` each)."
-    if x.dtype != np.float64: raise TypeError(f'x: {x.dtype} has too few digits for differences; use float64')
+    if x.dtype != np.float64:
+        raise TypeError(f"x: {x.dtype} has too few digits for differences; use float64")
     x, grad = x.copy(), np.empty_like(x)
     for i in np.ndindex(x.shape):
         kept = float(x[i])
         h = step * max(1.0, abs(kept))
-        x[i] = kept + h; above = f(x)
-        x[i] = kept - h; below = f(x)
+        x[i] = kept + h
+        above = f(x)
+        x[i] = kept - h
+        below = f(x)
         x[i] = kept
         grad[i] = (above - below) / (2 * h)
     return grad

@@ -26,8 +26,19 @@ from numpy.typing import DTypeLike
 from .block import Parametric, Shapes, _views, check_state, initialise
 from .context import SharedAttentionContext, frobenius, panel_shape, update_requirement
 from .gemm import aligned_empty, unbuffered
-from .layers import (adam_into, check_ids, cross_entropy_into, embedding_backward_into, embedding_into, gradient_norm,
-                           layer_norm, linear_backward_into, norm_backward_into, norm_into, norm_requirement)
+from ctxlab.layers import (
+    adam_into,
+    check_ids,
+    cross_entropy_into,
+    embedding_backward_into,
+    embedding_into,
+    gradient_norm,
+    layer_norm,
+    linear_backward_into,
+    norm_backward_into,
+    norm_into,
+    norm_requirement,
+)
 from .reference import apply_context
 from .transformer import TransformerBlock, transformer
 from .workspace import Buffer, Requirement, Workspace, all_of, any_of
@@ -40,285 +51,452 @@ def held_out(key: str, share: float = 1 / 8) -> bool:
 # %% ../nbs/07a_training.ipynb #1a9627e4
 class Text(NamedTuple):
     "Bytes to learn from, and others to be judged by."
-    train: np.ndarray # (n,) uint8
-    valid: np.ndarray # (m,) uint8
 
-def corpus(share: float = 1 / 8, # of the topics, for validation
-           ) -> Text:
+    train: np.ndarray  # (n,) uint8
+    valid: np.ndarray  # (m,) uint8
+
+
+def corpus(
+    share: float = 1 / 8,  # of the topics, for validation
+) -> Text:
     "The topics of Python's own help, each paragraph once; topics are split by a hash of their key."
     from pydoc_data.topics import topics
+
     seen: set[str] = set()
     parts: dict[bool, list[str]] = {False: [], True: []}
     for key in sorted(topics):
-        for paragraph in topics[key].split('\n\n'):
-            words = ' '.join(paragraph.split())
-            if words and words not in seen: parts[held_out(key, share)].append(paragraph)
+        for paragraph in topics[key].split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                parts[held_out(key, share)].append(paragraph)
             seen.add(words)
-    train, valid = (np.frombuffer('\n\n'.join(parts[which]).encode(), np.uint8) for which in (False, True))
+    train, valid = (
+        np.frombuffer("\n\n".join(parts[which]).encode(), np.uint8) for which in (False, True)
+    )
     return Text(train, valid)
 
 # %% ../nbs/07a_training.ipynb #869558a7
-def draw(data: np.ndarray, # (n,) uint8
-         step: int, # whose batch
-         batch: int, # B
-         seq_len: int, # S
-         seed: int = 0) -> np.ndarray: # (B, S + 1) uint8
+def draw(
+    data: np.ndarray,  # (n,) uint8
+    step: int,  # whose batch
+    batch: int,  # B
+    seq_len: int,  # S
+    seed: int = 0,
+) -> np.ndarray:  # (B, S + 1) uint8
     "The windows of one step, a function of its number."
-    if data.ndim != 1 or len(data) <= seq_len: raise ValueError(f'data: shape {data.shape}, needed more than {seq_len} bytes in one row')
+    if data.ndim != 1 or len(data) <= seq_len:
+        raise ValueError(f"data: shape {data.shape}, needed more than {seq_len} bytes in one row")
     starts = np.random.default_rng((seed, step)).integers(0, len(data) - seq_len, batch)
-    return np.stack([data[i:i + seq_len + 1] for i in starts])
+    return np.stack([data[i : i + seq_len + 1] for i in starts])
 
 # %% ../nbs/07a_training.ipynb #fe36123e
-def language_model(p: Mapping[str, np.ndarray], # parameters, as of `LanguageModel`
-                   ids: np.ndarray, # (B, S) integers
-                   n_heads: int, # of each block
-                   n_layers: int,
-                   contexts: Mapping[int, np.ndarray] | None = None, # block -> (D, D) that is mixed into its input
-                   ) -> np.ndarray: # (B, S, V) logits of the next token
+def language_model(
+    p: Mapping[str, np.ndarray],  # parameters, as of `LanguageModel`
+    ids: np.ndarray,  # (B, S) integers
+    n_heads: int,  # of each block
+    n_layers: int,
+    contexts: Mapping[int, np.ndarray]
+    | None = None,  # block -> (D, D) that is mixed into its input
+) -> np.ndarray:  # (B, S, V) logits of the next token
     "Embedding and positions, blocks, norm, and the embedding again."
-    x = p['embedding'][ids] + p['positions'][:ids.shape[1]]
+    x = p["embedding"][ids] + p["positions"][: ids.shape[1]]
     for i in range(n_layers):
-        own = {n.removeprefix(f'blocks.{i}.'): a for n, a in p.items() if n.startswith(f'blocks.{i}.')}
+        own = {
+            n.removeprefix(f"blocks.{i}."): a for n, a in p.items() if n.startswith(f"blocks.{i}.")
+        }
         if contexts and i in contexts:
-            x = apply_context(x.reshape(-1, x.shape[2]), contexts[i], float(own['context.strength'][0])).reshape(x.shape)
+            x = apply_context(
+                x.reshape(-1, x.shape[2]), contexts[i], float(own["context.strength"][0])
+            ).reshape(x.shape)
         x = transformer(own, x, n_heads)
-    return layer_norm(x, p['norm.weight'], p['norm.bias']) @ p['embedding'].T
+    return layer_norm(x, p["norm.weight"], p["norm.bias"]) @ p["embedding"].T
 
 # %% ../nbs/07a_training.ipynb #56e66de2
 class _Weights(Parametric):
     "Parameters of the model and of its blocks, under one set of names."
-    def __init__(self, blocks: list[TransformerBlock], dim: int, vocab: int, max_len: int, rng: np.random.Generator, workspace: Workspace):
+
+    def __init__(
+        self,
+        blocks: list[TransformerBlock],
+        dim: int,
+        vocab: int,
+        max_len: int,
+        rng: np.random.Generator,
+        workspace: Workspace,
+    ):
         self.blocks, self.dim, self.vocab, self.max_len = blocks, dim, vocab, max_len
         self.workspace, self.dtype = workspace, blocks[0].dtype
-        own: Shapes = {'embedding': (vocab, dim), 'positions': (max_len, dim), 'norm.weight': (dim,), 'norm.bias': (dim,)}
+        own: Shapes = {
+            "embedding": (vocab, dim),
+            "positions": (max_len, dim),
+            "norm.weight": (dim,),
+            "norm.bias": (dim,),
+        }
         flats = [aligned_empty((sum(map(math.prod, own.values())),), self.dtype) for _ in range(2)]
         self._own, gradients = (_views(flat, own) for flat in flats)
         initialise(self._own, rng)
-        for g in gradients.values(): g.fill(0)
+        for g in gradients.values():
+            g.fill(0)
         self._parameters, self._gradients = dict(self._own), dict(gradients)
         for block in blocks:
-            self._parameters |= {f'{block.name}.{n}': p for n, p in block.parameters().items()}
-            self._gradients |= {f'{block.name}.{n}': g for n, g in block.gradients().items()}
-        self._saved: Any = None # what backward needs; None: no loss to follow
+            self._parameters |= {f"{block.name}.{n}": p for n, p in block.parameters().items()}
+            self._gradients |= {f"{block.name}.{n}": g for n, g in block.gradients().items()}
+        self._saved: Any = None  # what backward needs; None: no loss to follow
 
-    def state_shapes(self) -> tuple[Shapes, Shapes]: # of what must be in a state, and of what may be
+    def state_shapes(
+        self,
+    ) -> tuple[Shapes, Shapes]:  # of what must be in a state, and of what may be
         "Shapes of parameters, and of contexts."
         with_context = [b.name for b in self.blocks if b.context is not None]
-        contexts: Shapes = {f'{name}.context.{n}': (self.dim, self.dim) for name in with_context for n in ('incoming', 'outgoing')}
+        contexts: Shapes = {
+            f"{name}.context.{n}": (self.dim, self.dim)
+            for name in with_context
+            for n in ("incoming", "outgoing")
+        }
         return {n: p.shape for n, p in self._parameters.items()}, contexts
 
     def state_dict(self) -> dict[str, np.ndarray]:
         "Copies of the parameters, and of the contexts if there are any."
         own = {n: p.copy() for n, p in self._own.items()}
-        return own | {f'{b.name}.{n}': a for b in self.blocks for n, a in b.state_dict().items()}
+        return own | {f"{b.name}.{n}": a for b in self.blocks for n, a in b.state_dict().items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: # as from `state_dict`, or an opened .npz
+    def load_state_dict(
+        self, state: Mapping[str, Any]
+    ) -> None:  # as from `state_dict`, or an opened .npz
         "Restore parameters and contexts; a ValueError names all that does not fit, and nothing is loaded."
         state = {n: np.asarray(state[n]) for n in state}
         check_state(state, *self.state_shapes())
         for n, a in state.items():
-            if n.endswith('.context.strength') and not np.isfinite(a[0]):
-                raise ValueError(f'state: {n} is {a[0]}, needed a finite number')
+            if n.endswith(".context.strength") and not np.isfinite(a[0]):
+                raise ValueError(f"state: {n} is {a[0]}, needed a finite number")
         for b in self.blocks:
-            b.load_state_dict({n.removeprefix(f'{b.name}.'): a for n, a in state.items() if n.startswith(f'{b.name}.')})
-        for n, p in self._own.items(): p[...] = state[n]
+            b.load_state_dict(
+                {
+                    n.removeprefix(f"{b.name}."): a
+                    for n, a in state.items()
+                    if n.startswith(f"{b.name}.")
+                }
+            )
+        for n, p in self._own.items():
+            p[...] = state[n]
         self._saved = None
 
 # %% ../nbs/07a_training.ipynb #03d36f2c
 class _Passes(_Weights):
     "Forward and back, in buffers of one workspace."
+
     update_rate: float
 
-    def _chain(self, learn: bool) -> None: # before anything of this batch is seen
+    def _chain(self, learn: bool) -> None:  # before anything of this batch is seen
         for block in self.blocks:
-            if block.context is not None: block.context.update_rate = self.update_rate if learn else 0.0
+            if block.context is not None:
+                block.context.update_rate = self.update_rate if learn else 0.0
         for before, block in itertools.pairwise(self.blocks):
-            if block.context is not None and before.context is not None and before.context.outgoing is not None:
+            if (
+                block.context is not None
+                and before.context is not None
+                and before.context.outgoing is not None
+            ):
                 block.context.set_incoming(before.context.outgoing)
 
     def _take(self, name: str, *shape: int, dtype: DTypeLike | None = None) -> np.ndarray:
-        return self.workspace.take(f'model.{name}', shape, self.dtype if dtype is None else dtype)
+        return self.workspace.take(f"model.{name}", shape, self.dtype if dtype is None else dtype)
 
-    def _forward(self, ids: np.ndarray, learn: bool) -> SimpleNamespace: # what backward reads
+    def _forward(self, ids: np.ndarray, learn: bool) -> SimpleNamespace:  # what backward reads
         "Every layer in turn; `outputs` has the result of each."
         self._saved = None
         self.workspace.next_generation()
         p, (B, S), N, D = self._parameters, ids.shape, ids.size, self.dim
         self._chain(learn)
-        tokens = self._take('ids', B, S, dtype=np.intp)
+        tokens = self._take("ids", B, S, dtype=np.intp)
         tokens[...] = ids
-        x = embedding_into(p['embedding'], tokens.reshape(-1), self._take('embedded', N, D)).reshape(B, S, D)
-        x += p['positions'][:S]
-        outputs = {'embedding': x}
-        for block in self.blocks: outputs[block.name] = x = block.forward(x)
-        outputs['norm'], stats = self._take('normed', N, D), self._take('stats', 2, N)
-        norm_into(x.reshape(N, D), p['norm.weight'], p['norm.bias'], outputs['norm'], stats)
-        outputs['logits'] = np.matmul(outputs['norm'], p['embedding'].T, out=self._take('logits', N, self.vocab))
-        return SimpleNamespace(tokens=tokens, last=x.reshape(N, D), stats=stats, outputs=outputs, generation=self.workspace.generation)
+        x = embedding_into(
+            p["embedding"], tokens.reshape(-1), self._take("embedded", N, D)
+        ).reshape(B, S, D)
+        x += p["positions"][:S]
+        outputs = {"embedding": x}
+        for block in self.blocks:
+            outputs[block.name] = x = block.forward(x)
+        outputs["norm"], stats = self._take("normed", N, D), self._take("stats", 2, N)
+        norm_into(x.reshape(N, D), p["norm.weight"], p["norm.bias"], outputs["norm"], stats)
+        outputs["logits"] = np.matmul(
+            outputs["norm"], p["embedding"].T, out=self._take("logits", N, self.vocab)
+        )
+        return SimpleNamespace(
+            tokens=tokens,
+            last=x.reshape(N, D),
+            stats=stats,
+            outputs=outputs,
+            generation=self.workspace.generation,
+        )
 
     def _backward(self, kept: SimpleNamespace) -> None:
-        p, g, ws, (B, S), D = self._parameters, self._gradients, self.workspace, kept.targets.shape, self.dim
-        G, other = self._take('gradient0', B * S, D), self._take('gradient1', B * S, D)
-        linear_backward_into(kept.outputs['norm'], p['embedding'], kept.outputs['logits'], G, g['embedding'], None)
-        norm_backward_into(kept.last, kept.stats, p['norm.weight'], G, G, g['norm.weight'], g['norm.bias'], ws)
-        kept.outputs, kept.last = {}, None # the blocks hold what they need
+        p, g, ws, (B, S), D = (
+            self._parameters,
+            self._gradients,
+            self.workspace,
+            kept.targets.shape,
+            self.dim,
+        )
+        G, other = self._take("gradient0", B * S, D), self._take("gradient1", B * S, D)
+        linear_backward_into(
+            kept.outputs["norm"], p["embedding"], kept.outputs["logits"], G, g["embedding"], None
+        )
+        norm_backward_into(
+            kept.last, kept.stats, p["norm.weight"], G, G, g["norm.weight"], g["norm.bias"], ws
+        )
+        kept.outputs, kept.last = {}, None  # the blocks hold what they need
         for block in reversed(self.blocks):
-            if block.context is not None: g[f'{block.name}.context.strength'].fill(0) # it has no gradient until something comes in
+            if block.context is not None:
+                g[f"{block.name}.context.strength"].fill(
+                    0
+                )  # it has no gradient until something comes in
             block.backward(G.reshape(B, S, D), out=other.reshape(B, S, D))
             G, other = other, G
         with ws.scope():
-            g['embedding'] += embedding_backward_into(kept.tokens.reshape(-1), G, self._take('table', self.vocab, D))
-        np.add.reduce(G.reshape(B, S, D), axis=0, out=g['positions'][:S])
-        g['positions'][S:].fill(0)
+            g["embedding"] += embedding_backward_into(
+                kept.tokens.reshape(-1), G, self._take("table", self.vocab, D)
+            )
+        np.add.reduce(G.reshape(B, S, D), axis=0, out=g["positions"][:S])
+        g["positions"][S:].fill(0)
 
 # %% ../nbs/07a_training.ipynb #ebffb6ee
 class LanguageModel(_Passes):
     "A byte-level Transformer: blocks on one workspace, with or without a context from each to the next."
-    def __init__(self,
-                 dim: int, # D
-                 n_heads: int, # H, divides D
-                 ffn_dim: int, # F, of the hidden layers
-                 n_layers: int, # number of blocks
-                 *,
-                 max_len: int = 256, # longest sequence
-                 vocab: int = 256, # V, number of tokens
-                 strength: float | None = None, # where that of the contexts starts; None: without contexts
-                 update_rate: float = 0.01, # of the contexts
-                 max_rows: int | None = 32, # that a context samples of a batch
-                 rng: np.random.Generator | None = None, # of the initial weights; contexts draw nothing
-                 dtype: DTypeLike = np.float32, # or float64
-                 workspace: Workspace | None = None): # default: its own; the model starts its generations
+
+    def __init__(
+        self,
+        dim: int,  # D
+        n_heads: int,  # H, divides D
+        ffn_dim: int,  # F, of the hidden layers
+        n_layers: int,  # number of blocks
+        *,
+        max_len: int = 256,  # longest sequence
+        vocab: int = 256,  # V, number of tokens
+        strength: float | None = None,  # where that of the contexts starts; None: without contexts
+        update_rate: float = 0.01,  # of the contexts
+        max_rows: int | None = 32,  # that a context samples of a batch
+        rng: np.random.Generator | None = None,  # of the initial weights; contexts draw nothing
+        dtype: DTypeLike = np.float32,  # or float64
+        workspace: Workspace | None = None,
+    ):  # default: its own; the model starts its generations
         for name, n in dict(dim=dim, n_layers=n_layers, max_len=max_len, vocab=vocab).items():
-            if n < 1: raise ValueError(f'{name}: {n}, needed at least 1')
-        rng, ws = np.random.default_rng() if rng is None else rng, Workspace(growth='exact') if workspace is None else workspace
+            if n < 1:
+                raise ValueError(f"{name}: {n}, needed at least 1")
+        rng, ws = (
+            np.random.default_rng() if rng is None else rng,
+            Workspace(growth="exact") if workspace is None else workspace,
+        )
+
         def context() -> SharedAttentionContext | None:
-            return None if strength is None else SharedAttentionContext(strength, update_rate, max_rows=max_rows, dtype=dtype, workspace=ws)
-        blocks = [TransformerBlock(dim, n_heads, ffn_dim, rng=rng, dtype=dtype, context=context(), workspace=ws, max_len=max_len)
-                  for _ in range(n_layers)]
-        for i, block in enumerate(blocks): block.name = f'blocks.{i}'
+            return (
+                None
+                if strength is None
+                else SharedAttentionContext(
+                    strength, update_rate, max_rows=max_rows, dtype=dtype, workspace=ws
+                )
+            )
+
+        blocks = [
+            TransformerBlock(
+                dim,
+                n_heads,
+                ffn_dim,
+                rng=rng,
+                dtype=dtype,
+                context=context(),
+                workspace=ws,
+                max_len=max_len,
+            )
+            for _ in range(n_layers)
+        ]
+        for i, block in enumerate(blocks):
+            block.name = f"blocks.{i}"
         super().__init__(blocks, dim, vocab, max_len, rng, ws)
         self.update_rate = update_rate
-        self.config: dict[str, Any] = dict( # numbers that a checkpoint must agree with
-            dim=dim, n_heads=n_heads, ffn_dim=ffn_dim, n_layers=n_layers, max_len=max_len, vocab=vocab, itemsize=self.dtype.itemsize,
-            with_contexts=int(strength is not None), update_rate=float(update_rate), max_rows=max_rows or 0)
+        self.config: dict[str, Any] = dict(  # numbers that a checkpoint must agree with
+            dim=dim,
+            n_heads=n_heads,
+            ffn_dim=ffn_dim,
+            n_layers=n_layers,
+            max_len=max_len,
+            vocab=vocab,
+            itemsize=self.dtype.itemsize,
+            with_contexts=int(strength is not None),
+            update_rate=float(update_rate),
+            max_rows=max_rows or 0,
+        )
 
-    def outputs(self, ids: np.ndarray) -> dict[str, np.ndarray]: # (B, S) integers -> embedding, blocks.0, ..., norm, logits
+    def outputs(
+        self, ids: np.ndarray
+    ) -> dict[str, np.ndarray]:  # (B, S) integers -> embedding, blocks.0, ..., norm, logits
         "The output of every layer in order, of a pass from which nothing is learned; valid until the next pass."
-        with unbuffered(): return self._forward(self._check('ids', ids), learn=False).outputs
+        with unbuffered():
+            return self._forward(self._check("ids", ids), learn=False).outputs
 
-    def last_outputs(self) -> dict[str, np.ndarray]: # logits have become their gradient
+    def last_outputs(self) -> dict[str, np.ndarray]:  # logits have become their gradient
         "What the layers gave in the last loss, until its backward pass."
         return {} if self._saved is None else self._saved.outputs
 
-    def loss(self,
-             ids: np.ndarray, # (B, S) integers in [0, V)
-             targets: np.ndarray, # (B, S), the tokens that follow
-             *,
-             learn: bool = True, # whether the contexts learn from this batch
-             ) -> float: # mean cross-entropy in nats
+    def loss(
+        self,
+        ids: np.ndarray,  # (B, S) integers in [0, V)
+        targets: np.ndarray,  # (B, S), the tokens that follow
+        *,
+        learn: bool = True,  # whether the contexts learn from this batch
+    ) -> float:  # mean cross-entropy in nats
         "One pass forward."
-        ids, targets = self._check('ids', ids), self._check('targets', targets)
-        if targets.shape != ids.shape: raise ValueError(f'targets: shape {targets.shape} does not match ids: {ids.shape}')
+        ids, targets = self._check("ids", ids), self._check("targets", targets)
+        if targets.shape != ids.shape:
+            raise ValueError(f"targets: shape {targets.shape} does not match ids: {ids.shape}")
         with unbuffered():
             kept = self._forward(ids, learn)
-            wanted = self._take('targets', *ids.shape, dtype=np.intp)
+            wanted = self._take("targets", *ids.shape, dtype=np.intp)
             wanted[...] = targets
-            loss = cross_entropy_into(kept.outputs['logits'], wanted.reshape(-1), self.workspace)
-        kept.targets, self._saved = wanted, kept # asked for their shape in backward: so a recorder sees that they lived until now
+            loss = cross_entropy_into(kept.outputs["logits"], wanted.reshape(-1), self.workspace)
+        kept.targets, self._saved = (
+            wanted,
+            kept,
+        )  # asked for their shape in backward: so a recorder sees that they lived until now
         return loss
 
     def backward(self) -> None:
         "Gradients of the last loss, into `gradients()`."
         kept, self._saved = self._saved, None
-        if kept is None: raise RuntimeError('backward: there is no loss to follow; call loss() before each backward()')
+        if kept is None:
+            raise RuntimeError(
+                "backward: there is no loss to follow; call loss() before each backward()"
+            )
         if kept.generation != self.workspace.generation:
-            raise RuntimeError(f'backward: the loss was in generation {kept.generation} of the workspace, now is {self.workspace.generation}')
-        with unbuffered(): self._backward(kept)
+            raise RuntimeError(
+                f"backward: the loss was in generation {kept.generation} of the workspace, now is {self.workspace.generation}"
+            )
+        with unbuffered():
+            self._backward(kept)
 
     def _check(self, name: str, ids: Any) -> np.ndarray:
         ids = check_ids(name, ids, self.vocab)
-        if ids.ndim != 2 or not ids.size: raise ValueError(f'{name}: shape {ids.shape}, needed (B, S) with at least one token')
-        if ids.shape[1] > self.max_len: raise ValueError(f'{name}: {ids.shape[1]} tokens in a sequence, max_len is {self.max_len}')
+        if ids.ndim != 2 or not ids.size:
+            raise ValueError(f"{name}: shape {ids.shape}, needed (B, S) with at least one token")
+        if ids.shape[1] > self.max_len:
+            raise ValueError(
+                f"{name}: {ids.shape[1]} tokens in a sequence, max_len is {self.max_len}"
+            )
         return ids
 
     @property
     def nbytes(self) -> int:
         "Bytes of parameters, gradients, contexts and workspace."
-        contexts = [a for b in self.blocks if b.context is not None for a in (b.context.incoming, b.context.incoming, b.context.outgoing)]
-        held = sum(a.nbytes for a in contexts if a is not None) # what comes in is also held folded
+        contexts = [
+            a
+            for b in self.blocks
+            if b.context is not None
+            for a in (b.context.incoming, b.context.incoming, b.context.outgoing)
+        ]
+        held = sum(a.nbytes for a in contexts if a is not None)  # what comes in is also held folded
         return 2 * sum(p.nbytes for p in self._parameters.values()) + held + self.workspace.nbytes
 
-    def requirement(self) -> Requirement: # in the letters of the blocks, and V
+    def requirement(self) -> Requirement:  # in the letters of the blocks, and V
         "What a loss and its backward pass take from the workspace, once the contexts have learned."
         return _model_requirement(self)
 
     def workspace_bytes(self, batch: int, seq_len: int) -> int:
         "Most bytes that are taken at once, for sequences of this length."
-        rows, most = batch * seq_len, self.config['max_rows']
-        sizes = dict(B=batch, S=seq_len, D=self.dim, N=rows, V=self.vocab, n=min(rows, most or rows), p=panel_shape(self.dim, self.dtype)[0])
+        rows, most = batch * seq_len, self.config["max_rows"]
+        sizes = dict(
+            B=batch,
+            S=seq_len,
+            D=self.dim,
+            N=rows,
+            V=self.vocab,
+            n=min(rows, most or rows),
+            p=panel_shape(self.dim, self.dtype)[0],
+        )
         return self.requirement().nbytes(**sizes | self.blocks[0]._sizes(batch, seq_len))
 
 # %% ../nbs/07a_training.ipynb #14eb1ac9
 def _model_requirement(model: LanguageModel) -> Requirement:
-    b = lambda name, *shape, dtype=model.dtype: Buffer(f'model.{name}', shape, dtype)
+    b = lambda name, *shape, dtype=model.dtype: Buffer(f"model.{name}", shape, dtype)
     first, contexts = model.blocks[0], model.blocks[0].context is not None
-    kept = [b('ids', 'B', 'S', dtype=np.intp), b('embedded', 'N', 'D')]
+    kept = [b("ids", "B", "S", dtype=np.intp), b("embedded", "N", "D")]
     for i, block in enumerate(model.blocks):
-        kept += [*block._kept(), Buffer(f'{block.name}.y', ('B', 'S', 'D'), model.dtype)]
-        if contexts and i: kept.append(Buffer(f'{block.name}.mixed', ('B', 'S', 'D'), model.dtype))
+        kept += [*block._kept(), Buffer(f"{block.name}.y", ("B", "S", "D"), model.dtype)]
+        if contexts and i:
+            kept.append(Buffer(f"{block.name}.mixed", ("B", "S", "D"), model.dtype))
     mixes = contexts and len(model.blocks) > 1
     forward = any_of(first._forward_scratch(), *[update_requirement(model.dtype)] * contexts)
-    back = all_of(first._backward_scratch(), *[Buffer('block.grad_h', ('B', 'S', 'D'), model.dtype)] * mixes)
-    step = any_of(norm_requirement(model.dtype), back, b('table', 'V', 'D'))
-    head = all_of(b('normed', 'N', 'D'), b('stats', 2, 'N'), b('logits', 'N', 'V'), b('targets', 'B', 'S', dtype=np.intp),
-                  any_of(Buffer('loss.row', ('N',), model.dtype), all_of(b('gradient0', 'N', 'D'), b('gradient1', 'N', 'D'), step)))
+    back = all_of(
+        first._backward_scratch(), *[Buffer("block.grad_h", ("B", "S", "D"), model.dtype)] * mixes
+    )
+    step = any_of(norm_requirement(model.dtype), back, b("table", "V", "D"))
+    head = all_of(
+        b("normed", "N", "D"),
+        b("stats", 2, "N"),
+        b("logits", "N", "V"),
+        b("targets", "B", "S", dtype=np.intp),
+        any_of(
+            Buffer("loss.row", ("N",), model.dtype),
+            all_of(b("gradient0", "N", "D"), b("gradient1", "N", "D"), step),
+        ),
+    )
     return all_of(*kept, any_of(forward, head))
 
 # %% ../nbs/07a_training.ipynb #87d67613
 @dataclass(frozen=True)
 class Settings:
     "What decides a training curve, beside model and text. Steps are counted from 1."
-    steps: int = 300 # of the whole run, which the schedule must know
-    batch: int = 8 # B, windows in a step
-    seq_len: int = 64 # S, bytes of a window
-    seed: int = 0 # of the windows
-    lr: float = 3e-3 # the largest learning rate
-    warmup: int = 20 # steps to get there
-    final: float = 0.1 # part of `lr` that is left at the end
-    clip: float = 1.0 # largest norm of the gradient
+
+    steps: int = 300  # of the whole run, which the schedule must know
+    batch: int = 8  # B, windows in a step
+    seq_len: int = 64  # S, bytes of a window
+    seed: int = 0  # of the windows
+    lr: float = 3e-3  # the largest learning rate
+    warmup: int = 20  # steps to get there
+    final: float = 0.1  # part of `lr` that is left at the end
+    clip: float = 1.0  # largest norm of the gradient
     beta1: float = 0.9
     beta2: float = 0.99
-    weight_decay: float = 0.1 # of matrices
-    judge_every: int = 50 # steps between validations
-    windows: int = 64 # of a validation
+    weight_decay: float = 0.1  # of matrices
+    judge_every: int = 50  # steps between validations
+    windows: int = 64  # of a validation
 
     def __post_init__(self) -> None:
-        for name in ('steps', 'batch', 'seq_len', 'judge_every', 'windows'):
-            if getattr(self, name) < 1: raise ValueError(f'{name}: {getattr(self, name)}, needed at least 1')
-        for name in ('lr', 'clip'):
-            if not 0 < getattr(self, name) < math.inf: raise ValueError(f'{name}: {getattr(self, name)}, needed a positive number')
+        for name in ("steps", "batch", "seq_len", "judge_every", "windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, needed at least 1")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)}, needed a positive number")
 
-def learning_rate(step: int, # from 1
-                  s: Settings) -> float:
+
+def learning_rate(
+    step: int,  # from 1
+    s: Settings,
+) -> float:
     "Linear up to `lr`, then half a cosine down to `final * lr`."
-    if step <= s.warmup: return s.lr * step / s.warmup
+    if step <= s.warmup:
+        return s.lr * step / s.warmup
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
     return s.lr * (s.final + (1 - s.final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 # %% ../nbs/07a_training.ipynb #5716992f
-def judge(model: LanguageModel,
-          data: np.ndarray, # (n,) uint8
-          batch: int, # windows at a time
-          seq_len: int, # S
-          windows: int = 64, # rounded down to whole batches, but at least one
-          ) -> float: # mean cross-entropy, nats a byte
+def judge(
+    model: LanguageModel,
+    data: np.ndarray,  # (n,) uint8
+    batch: int,  # windows at a time
+    seq_len: int,  # S
+    windows: int = 64,  # rounded down to whole batches, but at least one
+) -> float:  # mean cross-entropy, nats a byte
     "Loss on evenly spaced windows; nothing is learned."
-    if data.ndim != 1 or len(data) <= seq_len: raise ValueError(f'data: shape {data.shape}, needed more than {seq_len} bytes in one row')
+    if data.ndim != 1 or len(data) <= seq_len:
+        raise ValueError(f"data: shape {data.shape}, needed more than {seq_len} bytes in one row")
     rounds = max(windows // batch, 1)
-    starts = np.linspace(0, len(data) - seq_len - 1, rounds * batch).astype(int).reshape(rounds, batch)
+    starts = (
+        np.linspace(0, len(data) - seq_len - 1, rounds * batch).astype(int).reshape(rounds, batch)
+    )
     losses = []
     for some in starts:
-        ids = np.stack([data[i:i + seq_len + 1] for i in some])
+        ids = np.stack([data[i : i + seq_len + 1] for i in some])
         losses.append(model.loss(ids[:, :-1], ids[:, 1:], learn=False))
     return math.fsum(losses) / rounds
 
@@ -327,182 +505,281 @@ def all_finite(a: np.ndarray) -> bool:
     "Whether every entry is; a closer look is taken only if the sum of squares is not."
     return math.isfinite(frobenius(a)) or bool(np.isfinite(a).all())
 
-def first_nonfinite(arrays: Mapping[str, np.ndarray]) -> str | None: # its name; None: all are finite
+
+def first_nonfinite(
+    arrays: Mapping[str, np.ndarray],
+) -> str | None:  # its name; None: all are finite
     "The first array with an entry that is NaN or infinite."
     return next((name for name, a in arrays.items() if not all_finite(a)), None)
 
 # %% ../nbs/07a_training.ipynb #d476a89f
 class _Progress:
     "What a run remembers: the step, the curve, the moments."
+
     def __init__(self, model: LanguageModel, text: Text, settings: Settings = Settings()):
         self.model, self.text, self.settings, self.step = model, Text(*text), settings, 0
-        if settings.seq_len > model.max_len: raise ValueError(f'seq_len: {settings.seq_len}, max_len of the model is {model.max_len}')
+        if settings.seq_len > model.max_len:
+            raise ValueError(
+                f"seq_len: {settings.seq_len}, max_len of the model is {model.max_len}"
+            )
         for name, data in self.text._asdict().items():
-            if not isinstance(data, np.ndarray) or data.ndim != 1 or data.dtype.kind not in 'iu':
-                raise TypeError(f'text: {name} is no row of integers')
+            if not isinstance(data, np.ndarray) or data.ndim != 1 or data.dtype.kind not in "iu":
+                raise TypeError(f"text: {name} is no row of integers")
             if len(data) <= settings.seq_len:
-                raise ValueError(f'text: {len(data)} bytes in {name}, needed more than seq_len = {settings.seq_len}')
-        self.losses: list[float] = [] # of each step
-        self.norms: list[float] = [] # of the gradient, before clipping
-        self.judged: list[tuple[int, float]] = [] # (step, validation loss)
-        self.m, self.v = ({n: np.zeros_like(p) for n, p in model.parameters().items()} for _ in range(2))
+                raise ValueError(
+                    f"text: {len(data)} bytes in {name}, needed more than seq_len = {settings.seq_len}"
+                )
+        self.losses: list[float] = []  # of each step
+        self.norms: list[float] = []  # of the gradient, before clipping
+        self.judged: list[tuple[int, float]] = []  # (step, validation loss)
+        self.m, self.v = (
+            {n: np.zeros_like(p) for n, p in model.parameters().items()} for _ in range(2)
+        )
+
 
 class _Stepping(_Progress):
     "One step at a time."
-    def advance(self) -> float: # the loss
+
+    def advance(self) -> float:  # the loss
         "Draw, loss, backward, optimise; a FloatingPointError leaves the parameters as they were."
         s, step = self.settings, self.step + 1
         window = draw(self.text.train, step, s.batch, s.seq_len, s.seed)
         ids, targets = window[:, :-1], window[:, 1:]
-        with np.errstate(over='ignore', invalid='ignore'):
+        with np.errstate(over="ignore", invalid="ignore"):
             loss = self.model.loss(ids, targets)
             if (layer := first_nonfinite(self.model.last_outputs())) or not math.isfinite(loss):
-                raise FloatingPointError(f'step {step}: the loss is {loss:.4g}; the first layer that is not finite is {layer}')
+                raise FloatingPointError(
+                    f"step {step}: the loss is {loss:.4g}; the first layer that is not finite is {layer}"
+                )
             self.model.backward()
             norm = gradient_norm(self.model.gradients())
             if not math.isfinite(norm):
-                raise FloatingPointError(f'step {step}: the norm of the gradient is {norm:.4g}; first in {first_nonfinite(self.model.gradients())}')
+                raise FloatingPointError(
+                    f"step {step}: the norm of the gradient is {norm:.4g}; first in {first_nonfinite(self.model.gradients())}"
+                )
         self.optimise(step, norm)
         self.step = step
         self.losses.append(loss)
         self.norms.append(norm)
         if step % s.judge_every == 0 or step == s.steps:
-            self.judged.append((step, judge(self.model, self.text.valid, s.batch, s.seq_len, s.windows)))
+            self.judged.append(
+                (step, judge(self.model, self.text.valid, s.batch, s.seq_len, s.windows))
+            )
         return loss
 
-    def optimise(self, step: int, norm: float) -> None: # from the gradients that lie there
+    def optimise(self, step: int, norm: float) -> None:  # from the gradients that lie there
         "AdamW on every parameter, with decay on matrices."
         s, gradients = self.settings, self.model.gradients()
         lr, scale = learning_rate(step, s), min(1.0, s.clip / norm) if norm else 1.0
         with unbuffered():
             for name, p in self.model.parameters().items():
-                adam_into(p, gradients[name], self.m[name], self.v[name], step, self.model.workspace, lr=lr, betas=(s.beta1, s.beta2),
-                          weight_decay=s.weight_decay if p.ndim == 2 else 0.0, scale=scale)
+                adam_into(
+                    p,
+                    gradients[name],
+                    self.m[name],
+                    self.v[name],
+                    step,
+                    self.model.workspace,
+                    lr=lr,
+                    betas=(s.beta1, s.beta2),
+                    weight_decay=s.weight_decay if p.ndim == 2 else 0.0,
+                    scale=scale,
+                )
 
 # %% ../nbs/07a_training.ipynb #5d67775d
-def fingerprint(text: Text) -> int: # 63 bits
+def fingerprint(text: Text) -> int:  # 63 bits
     "A number that differs when the text does."
     digests = (hashlib.sha256(np.ascontiguousarray(a).tobytes()).digest() for a in text)
-    return int.from_bytes(hashlib.sha256(b''.join(digests)).digest()[:8], 'big') >> 1
+    return int.from_bytes(hashlib.sha256(b"".join(digests)).digest()[:8], "big") >> 1
+
 
 class Run(_Stepping):
     "A training run: a model, a text, settings, and how far it has come."
+
     def facts(self) -> dict[str, float]:
         "What must be the same when a run resumes."
-        return {'format': 1, 'text': fingerprint(self.text)} | asdict(self.settings) | self.model.config
+        return (
+            {"format": 1, "text": fingerprint(self.text)}
+            | asdict(self.settings)
+            | self.model.config
+        )
 
     def state_dict(self) -> dict[str, np.ndarray]:
         "Arrays and numbers, fit for `np.savez`; copies."
-        parts: dict[str, Mapping[str, Any]] = {'model': self.model.state_dict(), 'm': self.m, 'v': self.v, 'facts': self.facts()}
-        curve = {'step': self.step, 'losses': np.array(self.losses, np.float64), 'norms': np.array(self.norms, np.float64),
-                 'judged': np.array(self.judged, np.float64).reshape(-1, 2)}
-        named = {f'{part}.{n}': a for part, d in parts.items() for n, a in d.items()} | curve
+        parts: dict[str, Mapping[str, Any]] = {
+            "model": self.model.state_dict(),
+            "m": self.m,
+            "v": self.v,
+            "facts": self.facts(),
+        }
+        curve = {
+            "step": self.step,
+            "losses": np.array(self.losses, np.float64),
+            "norms": np.array(self.norms, np.float64),
+            "judged": np.array(self.judged, np.float64).reshape(-1, 2),
+        }
+        named = {f"{part}.{n}": a for part, d in parts.items() for n, a in d.items()} | curve
         return {n: np.array(a) for n, a in named.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: # as from `state_dict`
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # as from `state_dict`
         "Restore a run; a ValueError says what does not fit, and nothing is loaded."
         _check_facts(state, self.facts())
         shapes, contexts = self.model.state_shapes()
-        step, s = int(state['step']) if np.size(state.get('step', ())) == 1 else 0, self.settings
+        step, s = int(state["step"]) if np.size(state.get("step", ())) == 1 else 0, self.settings
         judged = sum(t % s.judge_every == 0 or t == s.steps for t in range(1, step + 1))
-        needed: Shapes = {f'{part}.{n}': shape for part in ('model', 'm', 'v') for n, shape in shapes.items()}
-        needed |= {f'facts.{n}': () for n in self.facts()} | {'step': (), 'losses': (step,), 'norms': (step,), 'judged': (judged, 2)}
-        check_state(state, needed, {f'model.{n}': shape for n, shape in contexts.items()})
-        self.model.load_state_dict({n.removeprefix('model.'): a for n, a in state.items() if n.startswith('model.')})
-        for part, moments in (('m', self.m), ('v', self.v)):
-            for n, a in moments.items(): a[...] = state[f'{part}.{n}']
-        self.step, self.losses, self.norms = step, np.asarray(state['losses']).tolist(), np.asarray(state['norms']).tolist()
-        self.judged = [(int(t), float(loss)) for t, loss in np.asarray(state['judged'])]
+        needed: Shapes = {
+            f"{part}.{n}": shape for part in ("model", "m", "v") for n, shape in shapes.items()
+        }
+        needed |= {f"facts.{n}": () for n in self.facts()} | {
+            "step": (),
+            "losses": (step,),
+            "norms": (step,),
+            "judged": (judged, 2),
+        }
+        check_state(state, needed, {f"model.{n}": shape for n, shape in contexts.items()})
+        self.model.load_state_dict(
+            {n.removeprefix("model."): a for n, a in state.items() if n.startswith("model.")}
+        )
+        for part, moments in (("m", self.m), ("v", self.v)):
+            for n, a in moments.items():
+                a[...] = state[f"{part}.{n}"]
+        self.step, self.losses, self.norms = (
+            step,
+            np.asarray(state["losses"]).tolist(),
+            np.asarray(state["norms"]).tolist(),
+        )
+        self.judged = [(int(t), float(loss)) for t, loss in np.asarray(state["judged"])]
+
 
 def _check_facts(state: Mapping[str, Any], facts: Mapping[str, float]) -> None:
     "A ValueError that names every fact that is not the same."
-    if missing := [n for n in facts if np.shape(state.get(f'facts.{n}', 'none')) or f'facts.{n}' not in state]:
+    if missing := [
+        n for n in facts if np.shape(state.get(f"facts.{n}", "none")) or f"facts.{n}" not in state
+    ]:
         raise ValueError(f"state: is of no run; there is no {', '.join(missing)}")
-    there = {n: np.asarray(state[f'facts.{n}']).item() for n in facts}
-    if wrong := [f'{n} is {there[n]} there, {here} here' for n, here in facts.items() if there[n] != here]:
+    there = {n: np.asarray(state[f"facts.{n}"]).item() for n in facts}
+    if wrong := [
+        f"{n} is {there[n]} there, {here} here" for n, here in facts.items() if there[n] != here
+    ]:
         raise ValueError(f"state: is of another run: {'; '.join(wrong)}")
 
 # %% ../nbs/07a_training.ipynb #796969c2
-DIGEST = 32 # bytes of a SHA-256
+DIGEST = 32  # bytes of a SHA-256
+
 
 def previous(path: str | Path) -> Path:
     "Where the checkpoint before the last one is kept."
-    return Path(path).with_name(Path(path).name + '.previous')
+    return Path(path).with_name(Path(path).name + ".previous")
 
-def _sync(path: Path) -> None: # a file or, where the system lets one open it, a folder
-    try: handle = os.open(path, os.O_RDONLY)
-    except OSError: return
-    try: os.fsync(handle)
-    except OSError: pass
-    finally: os.close(handle)
 
-def _keep_previous(path: Path, link: Path) -> None: # while `path` stays where it is
-    try: os.link(path, link)
-    except OSError: shutil.copyfile(path, link) # no hard links here
+def _sync(path: Path) -> None:  # a file or, where the system lets one open it, a folder
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def _keep_previous(path: Path, link: Path) -> None:  # while `path` stays where it is
+    try:
+        os.link(path, link)
+    except OSError:
+        shutil.copyfile(path, link)  # no hard links here
     os.replace(link, previous(path))
+
 
 def save_checkpoint(path: str | Path, run: Run) -> None:
     "Write a run's state; the file under `path` is whole at every moment, and the one before is kept."
     path = Path(path)
-    part, link = (path.with_name(f'{path.name}.{kind}') for kind in ('part', 'link'))
+    part, link = (path.with_name(f"{path.name}.{kind}") for kind in ("part", "link"))
     try:
-        with open(part, 'w+b') as f:
-            np.savez(f, **run.state_dict()) # type: ignore[arg-type]
+        with open(part, "w+b") as f:
+            np.savez(f, **run.state_dict())  # type: ignore[arg-type]
             f.seek(0)
-            digest = hashlib.file_digest(f, 'sha256').digest()
+            digest = hashlib.file_digest(f, "sha256").digest()
             f.seek(0, os.SEEK_END)
             f.write(digest)
             f.flush()
             os.fsync(f.fileno())
-        if path.exists(): _keep_previous(path, link)
+        if path.exists():
+            _keep_previous(path, link)
         os.replace(part, path)
         _sync(path.parent)
     finally:
-        for rest in (part, link): rest.unlink(missing_ok=True)
+        for rest in (part, link):
+            rest.unlink(missing_ok=True)
 
 # %% ../nbs/07a_training.ipynb #d4621215
-def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]: # for `Run.load_state_dict`
+def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:  # for `Run.load_state_dict`
     "The arrays of a checkpoint; a ValueError in one line if the file is not whole or is none."
-    data, why = Path(path).read_bytes(), 'it is cut short, damaged, or no checkpoint of this package'
+    data, why = (
+        Path(path).read_bytes(),
+        "it is cut short, damaged, or no checkpoint of this package",
+    )
     body, digest = data[:-DIGEST], data[-DIGEST:]
-    other = f'; the one before it is {previous(path)}' if previous(path).exists() else ''
+    other = f"; the one before it is {previous(path)}" if previous(path).exists() else ""
     try:
-        if hashlib.sha256(body).digest() != digest or not body.startswith(b'PK'): raise ValueError(why)
-        with np.load(io.BytesIO(body), allow_pickle=False) as f: return {n: f[n] for n in f.files}
+        if hashlib.sha256(body).digest() != digest or not body.startswith(b"PK"):
+            raise ValueError(why)
+        with np.load(io.BytesIO(body), allow_pickle=False) as f:
+            return {n: f[n] for n in f.files}
     except (ValueError, OSError, EOFError, KeyError) as e:
-        raise ValueError(f"checkpoint: {path} is refused: {str(e).splitlines()[0] if str(e) else why}{other}") from None
+        raise ValueError(
+            f"checkpoint: {path} is refused: {str(e).splitlines()[0] if str(e) else why}{other}"
+        ) from None
 
-def load_checkpoint(path: str | Path, run: Run) -> Run: # the same run, further on
+
+def load_checkpoint(path: str | Path, run: Run) -> Run:  # the same run, further on
     "Continue `run` where the checkpoint was written; a ValueError leaves it as it was."
     run.load_state_dict(read_checkpoint(path))
     return run
 
 # %% ../nbs/07a_training.ipynb #89a0e75e
-def proceed(run: Run,
-            *,
-            until: int | None = None, # step to stop after; default: the last
-            checkpoint: str | Path | None = None, # where to save
-            save_every: int = 100, # steps; and at the end
-            quiet: bool = False, # no progress bar; there is none without a terminal anyway
-            ) -> Run: # the same run, further on
+def proceed(
+    run: Run,
+    *,
+    until: int | None = None,  # step to stop after; default: the last
+    checkpoint: str | Path | None = None,  # where to save
+    save_every: int = 100,  # steps; and at the end
+    quiet: bool = False,  # no progress bar; there is none without a terminal anyway
+) -> Run:  # the same run, further on
     "Train, save now and then; a FloatingPointError names the step and the layer."
     from tqdm import tqdm
-    if save_every < 1: raise ValueError(f'save_every: {save_every}, needed at least 1')
+
+    if save_every < 1:
+        raise ValueError(f"save_every: {save_every}, needed at least 1")
     last = run.settings.steps if until is None else min(until, run.settings.steps)
-    with tqdm(total=last, initial=run.step, desc='training', unit='step', disable=quiet or None, leave=False) as bar:
+    with tqdm(
+        total=last,
+        initial=run.step,
+        desc="training",
+        unit="step",
+        disable=quiet or None,
+        leave=False,
+    ) as bar:
         while run.step < last:
-            bar.set_postfix_str(f'loss {run.advance():.3f}', refresh=False)
+            bar.set_postfix_str(f"loss {run.advance():.3f}", refresh=False)
             bar.update()
-            if checkpoint is not None and (run.step % save_every == 0 or run.step == last): save_checkpoint(checkpoint, run)
+            if checkpoint is not None and (run.step % save_every == 0 or run.step == last):
+                save_checkpoint(checkpoint, run)
     return run
 
-def train(model: LanguageModel,
-          text: Text,
-          settings: Settings = Settings(),
-          *,
-          resume: str | Path | None = None, # a checkpoint to go on from
-          **options: Any) -> Run: # as for `proceed`
+
+def train(
+    model: LanguageModel,
+    text: Text,
+    settings: Settings = Settings(),
+    *,
+    resume: str | Path | None = None,  # a checkpoint to go on from
+    **options: Any,
+) -> Run:  # as for `proceed`
     "Train a model from the beginning, or from a checkpoint."
     run = Run(model, text, settings)
-    if resume is not None: load_checkpoint(resume, run)
+    if resume is not None:
+        load_checkpoint(resume, run)
     return proceed(run, **options)

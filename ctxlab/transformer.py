@@ -13,40 +13,83 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .attention import (attention, attention_backward_into, attention_into, attention_requirement, attention_vjp, block_rows)
+from ctxlab.attention import (
+    attention,
+    attention_backward_into,
+    attention_into,
+    attention_requirement,
+    attention_vjp,
+    block_rows,
+)
 from .block import SizedBlock, _buffer, check_size
 from .context import SharedAttentionContext
 from .gemm import panels
-from .layers import (_add_residual, check_form, gelu, gelu_backward_into, gelu_into, gelu_vjp, layer_norm, layer_norm_vjp,
-                           linear, linear_backward_into, linear_into, norm_backward_into, norm_into, norm_requirement, renorm_into)
+from ctxlab.layers import (
+    _add_residual,
+    check_form,
+    gelu,
+    gelu_backward_into,
+    gelu_into,
+    gelu_vjp,
+    layer_norm,
+    layer_norm_vjp,
+    linear,
+    linear_backward_into,
+    linear_into,
+    norm_backward_into,
+    norm_into,
+    norm_requirement,
+    renorm_into,
+)
 from .workspace import Buffer, Requirement, Workspace, all_of, any_of
 
 # %% ../nbs/07_transformer.ipynb #71fa27e8
-def transformer_shapes(D: int, F: int) -> dict[str, tuple[int, ...]]: # names as in PyTorch
+def transformer_shapes(D: int, F: int) -> dict[str, tuple[int, ...]]:  # names as in PyTorch
     "Parameters of a block of width D with a hidden width of F."
-    return {'self_attn.in_proj_weight': (3 * D, D), 'self_attn.in_proj_bias': (3 * D,),
-            'self_attn.out_proj.weight': (D, D), 'self_attn.out_proj.bias': (D,),
-            'linear1.weight': (F, D), 'linear1.bias': (F,), 'linear2.weight': (D, F), 'linear2.bias': (D,),
-            'norm1.weight': (D,), 'norm1.bias': (D,), 'norm2.weight': (D,), 'norm2.bias': (D,)}
+    return {
+        "self_attn.in_proj_weight": (3 * D, D),
+        "self_attn.in_proj_bias": (3 * D,),
+        "self_attn.out_proj.weight": (D, D),
+        "self_attn.out_proj.bias": (D,),
+        "linear1.weight": (F, D),
+        "linear1.bias": (F,),
+        "linear2.weight": (D, F),
+        "linear2.bias": (D,),
+        "norm1.weight": (D,),
+        "norm1.bias": (D,),
+        "norm2.weight": (D,),
+        "norm2.bias": (D,),
+    }
 
-def transformer(p: dict[str, np.ndarray], # parameters, see `transformer_shapes`
-                x: np.ndarray, # (B, S, D)
-                n_heads: int,
-                *,
-                causal: bool = True, norm_first: bool = True,
-                keep: np.ndarray | None = None, # (B, S) bool, False: padding
-                approximate: str = 'none', # GELU: 'none' or 'tanh'
-                eps: float = 1e-5) -> np.ndarray: # (B, S, D)
+
+def transformer(
+    p: dict[str, np.ndarray],  # parameters, see `transformer_shapes`
+    x: np.ndarray,  # (B, S, D)
+    n_heads: int,
+    *,
+    causal: bool = True,
+    norm_first: bool = True,
+    keep: np.ndarray | None = None,  # (B, S) bool, False: padding
+    approximate: str = "none",  # GELU: 'none' or 'tanh'
+    eps: float = 1e-5,
+) -> np.ndarray:  # (B, S, D)
     "One block, clear and allocating."
     B, S, D = x.shape
+
     def attend(x: np.ndarray) -> np.ndarray:
-        qkv = linear(x, p['self_attn.in_proj_weight'], p['self_attn.in_proj_bias'])
+        qkv = linear(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"])
         q, k, v = qkv.reshape(B, S, 3, n_heads, D // n_heads).transpose(2, 0, 3, 1, 4)
         heads = attention(q, k, v, causal=causal, keep=keep).swapaxes(1, 2).reshape(B, S, D)
-        return linear(heads, p['self_attn.out_proj.weight'], p['self_attn.out_proj.bias'])
+        return linear(heads, p["self_attn.out_proj.weight"], p["self_attn.out_proj.bias"])
+
     def feed(x: np.ndarray) -> np.ndarray:
-        return linear(gelu(linear(x, p['linear1.weight'], p['linear1.bias']), approximate), p['linear2.weight'], p['linear2.bias'])
-    norm = lambda i, x: layer_norm(x, p[f'norm{i}.weight'], p[f'norm{i}.bias'], eps)
+        return linear(
+            gelu(linear(x, p["linear1.weight"], p["linear1.bias"]), approximate),
+            p["linear2.weight"],
+            p["linear2.bias"],
+        )
+
+    norm = lambda i, x: layer_norm(x, p[f"norm{i}.weight"], p[f"norm{i}.bias"], eps)
     if norm_first:
         x = x + attend(norm(1, x))
         return x + feed(norm(2, x))
@@ -54,46 +97,103 @@ def transformer(p: dict[str, np.ndarray], # parameters, see `transformer_shapes`
     return norm(2, x + feed(x))
 
 # %% ../nbs/07_transformer.ipynb #86722dd1
-Backward = Callable[[np.ndarray], np.ndarray] # gradient of a result -> gradient of the input; notes those of parameters
+Backward = Callable[
+    [np.ndarray], np.ndarray
+]  # gradient of a result -> gradient of the input; notes those of parameters
 Parameters = dict[str, np.ndarray]
 
-def _linear_vjp(p: Parameters, grads: Parameters, name: str, x: np.ndarray, G: np.ndarray) -> np.ndarray: # name: 'linear1.', ...
-    grads[f'{name}weight'], grads[f'{name}bias'] = G.T @ x, G.sum(axis=0)
-    return G @ p[f'{name}weight']
 
-def _attention_vjp(p: Parameters, grads: Parameters, x: np.ndarray, shape: tuple[int, ...], n_heads: int, causal: bool,
-                   keep: np.ndarray | None) -> tuple[np.ndarray, Backward]: # x: (N, D)
+def _linear_vjp(
+    p: Parameters, grads: Parameters, name: str, x: np.ndarray, G: np.ndarray
+) -> np.ndarray:  # name: 'linear1.', ...
+    grads[f"{name}weight"], grads[f"{name}bias"] = G.T @ x, G.sum(axis=0)
+    return G @ p[f"{name}weight"]
+
+
+def _attention_vjp(
+    p: Parameters,
+    grads: Parameters,
+    x: np.ndarray,
+    shape: tuple[int, ...],
+    n_heads: int,
+    causal: bool,
+    keep: np.ndarray | None,
+) -> tuple[np.ndarray, Backward]:  # x: (N, D)
     "Attention of `x`, and how to go back."
     B, S, D = shape
     heads_of = lambda a: a.reshape(B, S, n_heads, -1).swapaxes(1, 2)
     rows_of = lambda a: a.swapaxes(1, 2).reshape(B * S, D)
-    q, k, v = (heads_of(a) for a in np.split(linear(x, p['self_attn.in_proj_weight'], p['self_attn.in_proj_bias']), 3, axis=1))
+    q, k, v = (
+        heads_of(a)
+        for a in np.split(
+            linear(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"]), 3, axis=1
+        )
+    )
     heads = rows_of(attention(q, k, v, causal=causal, keep=keep))
-    def back(G: np.ndarray) -> np.ndarray:
-        dheads = _linear_vjp(p, grads, 'self_attn.out_proj.', heads, G)
-        dqkv = np.concatenate([rows_of(a) for a in attention_vjp(q, k, v, heads_of(dheads), causal=causal, keep=keep)], axis=1)
-        return _linear_vjp(p, grads, 'self_attn.in_proj_', x, dqkv)
-    return linear(heads, p['self_attn.out_proj.weight'], p['self_attn.out_proj.bias']), back
 
-def _feed_vjp(p: Parameters, grads: Parameters, x: np.ndarray, approximate: str) -> tuple[np.ndarray, Backward]: # x: (N, D)
-    "The feed-forward layer of `x`, and how to go back."
-    hidden = linear(x, p['linear1.weight'], p['linear1.bias'])
-    activated = gelu(hidden, approximate)
     def back(G: np.ndarray) -> np.ndarray:
-        return _linear_vjp(p, grads, 'linear1.', x, gelu_vjp(hidden, _linear_vjp(p, grads, 'linear2.', activated, G), approximate))
-    return linear(activated, p['linear2.weight'], p['linear2.bias']), back
+        dheads = _linear_vjp(p, grads, "self_attn.out_proj.", heads, G)
+        dqkv = np.concatenate(
+            [
+                rows_of(a)
+                for a in attention_vjp(q, k, v, heads_of(dheads), causal=causal, keep=keep)
+            ],
+            axis=1,
+        )
+        return _linear_vjp(p, grads, "self_attn.in_proj_", x, dqkv)
+
+    return linear(heads, p["self_attn.out_proj.weight"], p["self_attn.out_proj.bias"]), back
+
+
+def _feed_vjp(
+    p: Parameters, grads: Parameters, x: np.ndarray, approximate: str
+) -> tuple[np.ndarray, Backward]:  # x: (N, D)
+    "The feed-forward layer of `x`, and how to go back."
+    hidden = linear(x, p["linear1.weight"], p["linear1.bias"])
+    activated = gelu(hidden, approximate)
+
+    def back(G: np.ndarray) -> np.ndarray:
+        return _linear_vjp(
+            p,
+            grads,
+            "linear1.",
+            x,
+            gelu_vjp(hidden, _linear_vjp(p, grads, "linear2.", activated, G), approximate),
+        )
+
+    return linear(activated, p["linear2.weight"], p["linear2.bias"]), back
 
 # %% ../nbs/07_transformer.ipynb #2bedec25
-def transformer_vjp(p: dict[str, np.ndarray], x: np.ndarray, grad_out: np.ndarray, n_heads: int, *, causal: bool = True, norm_first: bool = True,
-                    keep: np.ndarray | None = None, approximate: str = 'none', eps: float = 1e-5) -> tuple[np.ndarray, np.ndarray, dict]:
+def transformer_vjp(
+    p: dict[str, np.ndarray],
+    x: np.ndarray,
+    grad_out: np.ndarray,
+    n_heads: int,
+    *,
+    causal: bool = True,
+    norm_first: bool = True,
+    keep: np.ndarray | None = None,
+    approximate: str = "none",
+    eps: float = 1e-5,
+) -> tuple[np.ndarray, np.ndarray, dict]:
     "Output of `transformer`, dL/dx, and the gradients of all parameters; clear and allocating."
     grads: dict[str, np.ndarray] = {}
-    def norm(i: int, x: np.ndarray) -> np.ndarray: return layer_norm(x, p[f'norm{i}.weight'], p[f'norm{i}.bias'], eps)
+
+    def norm(i: int, x: np.ndarray) -> np.ndarray:
+        return layer_norm(x, p[f"norm{i}.weight"], p[f"norm{i}.bias"], eps)
+
     def norm_vjp(i: int, x: np.ndarray, G: np.ndarray) -> np.ndarray:
-        grad, grads[f'norm{i}.weight'], grads[f'norm{i}.bias'] = layer_norm_vjp(x, p[f'norm{i}.weight'], G, eps)
+        grad, grads[f"norm{i}.weight"], grads[f"norm{i}.bias"] = layer_norm_vjp(
+            x, p[f"norm{i}.weight"], G, eps
+        )
         return grad
-    def attend(x: np.ndarray) -> tuple[np.ndarray, Backward]: return _attention_vjp(p, grads, x, grad_out.shape, n_heads, causal, keep)
-    def feed(x: np.ndarray) -> tuple[np.ndarray, Backward]: return _feed_vjp(p, grads, x, approximate)
+
+    def attend(x: np.ndarray) -> tuple[np.ndarray, Backward]:
+        return _attention_vjp(p, grads, x, grad_out.shape, n_heads, causal, keep)
+
+    def feed(x: np.ndarray) -> tuple[np.ndarray, Backward]:
+        return _feed_vjp(p, grads, x, approximate)
+
     h, G = (a.reshape(-1, a.shape[2]) for a in (x, grad_out))
     if norm_first:
         a, attend_back = attend(norm(1, h))
@@ -112,111 +212,226 @@ def transformer_vjp(p: dict[str, np.ndarray], x: np.ndarray, grad_out: np.ndarra
 
 # %% ../nbs/07_transformer.ipynb #0f3b88c9
 def _check_keep(keep: Any, shape: tuple[int, ...]) -> np.ndarray | None:
-    if keep is None: return None
-    if not isinstance(keep, np.ndarray) or keep.dtype != np.bool_: raise TypeError('keep: a NumPy array of bool is needed, True for real tokens')
-    if keep.shape != shape[:2]: raise ValueError(f'keep: shape {keep.shape}, needed (B, S) = {shape[:2]}')
+    if keep is None:
+        return None
+    if not isinstance(keep, np.ndarray) or keep.dtype != np.bool_:
+        raise TypeError("keep: a NumPy array of bool is needed, True for real tokens")
+    if keep.shape != shape[:2]:
+        raise ValueError(f"keep: shape {keep.shape}, needed (B, S) = {shape[:2]}")
     return keep
 
 # %% ../nbs/07_transformer.ipynb #17d5db8a
 class _Sublayers(SizedBlock):
     "Attention and feed-forward layer, each with the sum that follows it."
+
     n_heads: int
     ffn_dim: int
     causal: bool
     approximate: str
 
-    def _split(self, qkv: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (B, H, S, E) each, views
+    def _split(
+        self, qkv: np.ndarray, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (B, H, S, E) each, views
         B, S, D = shape
         q, k, v = qkv.reshape(B, S, 3, self.n_heads, D // self.n_heads).transpose(2, 0, 3, 1, 4)
         return q, k, v
 
-    def _by_head(self, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray: # (B, H, S, E), a view
+    def _by_head(
+        self, rows: np.ndarray, shape: tuple[int, ...]
+    ) -> np.ndarray:  # (B, H, S, E), a view
         B, S, D = shape
         return rows.reshape(B, S, self.n_heads, D // self.n_heads).swapaxes(1, 2)
 
-    def _attend(self, x: np.ndarray, residual: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None:
+    def _attend(
+        self,
+        x: np.ndarray,
+        residual: np.ndarray,
+        out: np.ndarray,
+        kept: SimpleNamespace,
+        shape: tuple[int, ...],
+    ) -> None:
         "`out = residual + attention of x`."
         p = self._parameters
-        linear_into(x, p['self_attn.in_proj_weight'], p['self_attn.in_proj_bias'], kept.qkv)
-        attention_into(*self._split(kept.qkv, shape), self._by_head(kept.heads, shape), kept.lse, self.workspace,
-                       weights=kept.weights, causal=self.causal, keep=kept.keep)
-        np.matmul(kept.heads, p['self_attn.out_proj.weight'].T, out=out)
-        _add_residual(out, residual, p['self_attn.out_proj.bias'])
+        linear_into(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"], kept.qkv)
+        attention_into(
+            *self._split(kept.qkv, shape),
+            self._by_head(kept.heads, shape),
+            kept.lse,
+            self.workspace,
+            weights=kept.weights,
+            causal=self.causal,
+            keep=kept.keep,
+        )
+        np.matmul(kept.heads, p["self_attn.out_proj.weight"].T, out=out)
+        _add_residual(out, residual, p["self_attn.out_proj.bias"])
 
-    def _attend_backward(self, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]) -> None:
+    def _attend_backward(
+        self,
+        x: np.ndarray,
+        G: np.ndarray,
+        out: np.ndarray,
+        kept: SimpleNamespace,
+        shape: tuple[int, ...],
+    ) -> None:
         "Gradient of attention at `x`, without the residual."
         p, g, ws = self._parameters, self._gradients, self.workspace
         with ws.scope():
-            dheads, dqkv = ws.take('transformer.dheads', x.shape, self.dtype), ws.take('transformer.dqkv', kept.qkv.shape, self.dtype)
-            linear_backward_into(kept.heads, p['self_attn.out_proj.weight'], G, dheads, g['self_attn.out_proj.weight'],
-                                 g['self_attn.out_proj.bias'])
-            attention_backward_into(*self._split(kept.qkv, shape), self._by_head(kept.heads, shape), kept.lse,
-                                    self._by_head(dheads, shape), *self._split(dqkv, shape), ws,
-                                    weights=kept.weights, causal=self.causal, keep=kept.keep)
-            linear_backward_into(x, p['self_attn.in_proj_weight'], dqkv, out, g['self_attn.in_proj_weight'], g['self_attn.in_proj_bias'])
+            dheads, dqkv = (
+                ws.take("transformer.dheads", x.shape, self.dtype),
+                ws.take("transformer.dqkv", kept.qkv.shape, self.dtype),
+            )
+            linear_backward_into(
+                kept.heads,
+                p["self_attn.out_proj.weight"],
+                G,
+                dheads,
+                g["self_attn.out_proj.weight"],
+                g["self_attn.out_proj.bias"],
+            )
+            attention_backward_into(
+                *self._split(kept.qkv, shape),
+                self._by_head(kept.heads, shape),
+                kept.lse,
+                self._by_head(dheads, shape),
+                *self._split(dqkv, shape),
+                ws,
+                weights=kept.weights,
+                causal=self.causal,
+                keep=kept.keep,
+            )
+            linear_backward_into(
+                x,
+                p["self_attn.in_proj_weight"],
+                dqkv,
+                out,
+                g["self_attn.in_proj_weight"],
+                g["self_attn.in_proj_bias"],
+            )
 
-    def _feed(self, x: np.ndarray, residual: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> None:
+    def _feed(
+        self, x: np.ndarray, residual: np.ndarray, out: np.ndarray, kept: SimpleNamespace
+    ) -> None:
         "`out = residual + feed-forward layer of x`."
         p, ws = self._parameters, self.workspace
-        np.matmul(x, p['linear1.weight'].T, out=kept.hidden)
+        np.matmul(x, p["linear1.weight"].T, out=kept.hidden)
         with ws.scope():
-            activated = ws.take('transformer.activated', kept.hidden.shape, self.dtype)
-            gelu_into(kept.hidden, p['linear1.bias'], kept.cdf, activated, ws, self.approximate)
-            np.matmul(activated, p['linear2.weight'].T, out=out)
-        _add_residual(out, residual, p['linear2.bias'])
+            activated = ws.take("transformer.activated", kept.hidden.shape, self.dtype)
+            gelu_into(kept.hidden, p["linear1.bias"], kept.cdf, activated, ws, self.approximate)
+            np.matmul(activated, p["linear2.weight"].T, out=out)
+        _add_residual(out, residual, p["linear2.bias"])
 
-    def _feed_backward(self, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> None:
+    def _feed_backward(
+        self, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace
+    ) -> None:
         "Gradient of the feed-forward layer at `x`, without the residual."
         p, g, ws = self._parameters, self._gradients, self.workspace
         with ws.scope():
-            dhidden = np.matmul(G, p['linear2.weight'], out=ws.take('transformer.dhidden', kept.hidden.shape, self.dtype))
-            activated = kept.cdf # is not needed after this
-            gelu_backward_into(kept.hidden, kept.cdf, dhidden, dhidden, ws, self.approximate, activated=activated)
-            linear_backward_into(activated, p['linear2.weight'], G, None, g['linear2.weight'], g['linear2.bias'])
-            linear_backward_into(x, p['linear1.weight'], dhidden, out, g['linear1.weight'], g['linear1.bias'])
+            dhidden = np.matmul(
+                G,
+                p["linear2.weight"],
+                out=ws.take("transformer.dhidden", kept.hidden.shape, self.dtype),
+            )
+            activated = kept.cdf  # is not needed after this
+            gelu_backward_into(
+                kept.hidden, kept.cdf, dhidden, dhidden, ws, self.approximate, activated=activated
+            )
+            linear_backward_into(
+                activated, p["linear2.weight"], G, None, g["linear2.weight"], g["linear2.bias"]
+            )
+            linear_backward_into(
+                x, p["linear1.weight"], dhidden, out, g["linear1.weight"], g["linear1.bias"]
+            )
 
 # %% ../nbs/07_transformer.ipynb #bed63e7b
 class TransformerBlock(_Sublayers):
     "Multi-head attention and a feed-forward layer with GELU, each with a residual and a LayerNorm."
-    def __init__(self,
-                 dim: int, # D
-                 n_heads: int, # H, divides D
-                 ffn_dim: int, # F, of the hidden layer
-                 *,
-                 causal: bool = True, # no token sees a later one
-                 norm_first: bool = True, # pre-norm; False: post-norm
-                 rng: np.random.Generator | None = None, # of the initial weights
-                 dtype: DTypeLike = np.float32, # or float64
-                 context: SharedAttentionContext | None = None, # mixed into the input, learns from input and output
-                 workspace: Workspace | None = None, # shared with other blocks; default: its own
-                 approximate: str = 'none', # GELU: exact, or by 'tanh'
-                 keep_weights: bool = False, # of attention, for backward: (B, H, S, S); default: in blocks, made again
-                 max_len: int | None = None, # longest sequence that is allowed
-                 eps: float = 1e-5): # of the norms
-        dim, n_heads, ffn_dim = (check_size(n, v) for n, v in dict(dim=dim, n_heads=n_heads, ffn_dim=ffn_dim).items())
-        if dim % n_heads: raise ValueError(f'n_heads: {n_heads} do not divide dim = {dim}')
+
+    def __init__(
+        self,
+        dim: int,  # D
+        n_heads: int,  # H, divides D
+        ffn_dim: int,  # F, of the hidden layer
+        *,
+        causal: bool = True,  # no token sees a later one
+        norm_first: bool = True,  # pre-norm; False: post-norm
+        rng: np.random.Generator | None = None,  # of the initial weights
+        dtype: DTypeLike = np.float32,  # or float64
+        context: SharedAttentionContext
+        | None = None,  # mixed into the input, learns from input and output
+        workspace: Workspace | None = None,  # shared with other blocks; default: its own
+        approximate: str = "none",  # GELU: exact, or by 'tanh'
+        keep_weights: bool = False,  # of attention, for backward: (B, H, S, S); default: in blocks, made again
+        max_len: int | None = None,  # longest sequence that is allowed
+        eps: float = 1e-5,
+    ):  # of the norms
+        dim, n_heads, ffn_dim = (
+            check_size(n, v) for n, v in dict(dim=dim, n_heads=n_heads, ffn_dim=ffn_dim).items()
+        )
+        if dim % n_heads:
+            raise ValueError(f"n_heads: {n_heads} do not divide dim = {dim}")
         check_form(approximate)
-        self.n_heads, self.ffn_dim, self.causal, self.norm_first = n_heads, ffn_dim, bool(causal), bool(norm_first)
+        self.n_heads, self.ffn_dim, self.causal, self.norm_first = (
+            n_heads,
+            ffn_dim,
+            bool(causal),
+            bool(norm_first),
+        )
         self.approximate, self.keep_weights, self.eps = approximate, bool(keep_weights), eps
-        super().__init__(dim, transformer_shapes(dim, ffn_dim), rng=rng, dtype=dtype, context=context, workspace=workspace, max_len=max_len)
+        super().__init__(
+            dim,
+            transformer_shapes(dim, ffn_dim),
+            rng=rng,
+            dtype=dtype,
+            context=context,
+            workspace=workspace,
+            max_len=max_len,
+        )
 
     def _norm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> np.ndarray:
-        return norm_into(x, self._parameters[f'norm{i}.weight'], self._parameters[f'norm{i}.bias'], out, kept.stats[i - 1], self.eps)
+        return norm_into(
+            x,
+            self._parameters[f"norm{i}.weight"],
+            self._parameters[f"norm{i}.bias"],
+            out,
+            kept.stats[i - 1],
+            self.eps,
+        )
 
-    def _renorm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> np.ndarray: # as in the forward pass
-        return renorm_into(x, kept.stats[i - 1], self._parameters[f'norm{i}.weight'], self._parameters[f'norm{i}.bias'], out)
+    def _renorm(
+        self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace
+    ) -> np.ndarray:  # as in the forward pass
+        return renorm_into(
+            x,
+            kept.stats[i - 1],
+            self._parameters[f"norm{i}.weight"],
+            self._parameters[f"norm{i}.bias"],
+            out,
+        )
 
-    def _norm_backward(self, i: int, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> None:
-        norm_backward_into(x, kept.stats[i - 1], self._parameters[f'norm{i}.weight'], G, out, self._gradients[f'norm{i}.weight'],
-                           self._gradients[f'norm{i}.bias'], self.workspace)
+    def _norm_backward(
+        self, i: int, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace
+    ) -> None:
+        norm_backward_into(
+            x,
+            kept.stats[i - 1],
+            self._parameters[f"norm{i}.weight"],
+            G,
+            out,
+            self._gradients[f"norm{i}.weight"],
+            self._gradients[f"norm{i}.bias"],
+            self.workspace,
+        )
 
-    def _check_options(self, shape: tuple[int, ...], keep: np.ndarray | None = None) -> None: _check_keep(keep, shape)
+    def _check_options(self, shape: tuple[int, ...], keep: np.ndarray | None = None) -> None:
+        _check_keep(keep, shape)
 
-    def _forward(self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], keep: np.ndarray | None = None) -> SimpleNamespace: # what backward reads
+    def _forward(
+        self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], keep: np.ndarray | None = None
+    ) -> SimpleNamespace:  # what backward reads
         kept = self._take_kept(shape, weights=None, keep=keep)
         kept.stats = kept.stats1, kept.stats2
         with self.workspace.scope():
-            middle = self.workspace.take('transformer.normed', h.shape, self.dtype)
+            middle = self.workspace.take("transformer.normed", h.shape, self.dtype)
             if self.norm_first:
                 self._attend(self._norm(1, h, middle, kept), h, kept.first, kept, shape)
                 self._feed(self._norm(2, kept.first, middle, kept), kept.first, y, kept)
@@ -226,9 +441,19 @@ class TransformerBlock(_Sublayers):
                 self._norm(2, kept.second, y, kept)
         return kept
 
-    def _backward(self, h: np.ndarray, kept: SimpleNamespace, G: np.ndarray, grad_h: np.ndarray, shape: tuple[int, ...]) -> None:
+    def _backward(
+        self,
+        h: np.ndarray,
+        kept: SimpleNamespace,
+        G: np.ndarray,
+        grad_h: np.ndarray,
+        shape: tuple[int, ...],
+    ) -> None:
         with self.workspace.scope():
-            normed, dm = (self.workspace.take(f'transformer.{name}', h.shape, self.dtype) for name in ('normed', 'dmiddle'))
+            normed, dm = (
+                self.workspace.take(f"transformer.{name}", h.shape, self.dtype)
+                for name in ("normed", "dmiddle")
+            )
             if self.norm_first:
                 self._feed_backward(self._renorm(2, kept.first, normed, kept), G, dm, kept)
                 self._norm_backward(2, kept.first, dm, dm, kept)
@@ -245,23 +470,54 @@ class TransformerBlock(_Sublayers):
                 grad_h += dm
 
     def _kept(self) -> list[Buffer]:
-        shapes = {'qkv': ('N', '3 D'), 'heads': ('N', 'D'), 'lse': ('B', 'H', 'S'), 'first': ('N', 'D'), 'stats1': (2, 'N'), 'stats2': (2, 'N'),
-                  'hidden': ('N', 'F'), 'cdf': ('N', 'F')}
-        if not self.norm_first: shapes['second'] = ('N', 'D')
-        if self.keep_weights: shapes['weights'] = ('B', 'H', 'S', 'S')
-        return [_buffer(name, self.name, *shape, dtype=self.dtype) for name, shape in shapes.items()]
+        shapes = {
+            "qkv": ("N", "3 D"),
+            "heads": ("N", "D"),
+            "lse": ("B", "H", "S"),
+            "first": ("N", "D"),
+            "stats1": (2, "N"),
+            "stats2": (2, "N"),
+            "hidden": ("N", "F"),
+            "cdf": ("N", "F"),
+        }
+        if not self.norm_first:
+            shapes["second"] = ("N", "D")
+        if self.keep_weights:
+            shapes["weights"] = ("B", "H", "S", "S")
+        return [
+            _buffer(name, self.name, *shape, dtype=self.dtype) for name, shape in shapes.items()
+        ]
 
     def _sizes(self, batch: int, seq_len: int) -> dict[str, int]:
-        g = lambda width: next((s.stop for s in panels(batch * seq_len, width * self.dtype.itemsize)), 0)
-        return dict(H=self.n_heads, F=self.ffn_dim, r=block_rows(seq_len, self.dtype), g=g(self.ffn_dim), m=g(self.dim))
+        g = lambda width: next(
+            (s.stop for s in panels(batch * seq_len, width * self.dtype.itemsize)), 0
+        )
+        return dict(
+            H=self.n_heads,
+            F=self.ffn_dim,
+            r=block_rows(seq_len, self.dtype),
+            g=g(self.ffn_dim),
+            m=g(self.dim),
+        )
 
     def _forward_scratch(self, keep: bool = False) -> Requirement:
-        b = lambda name, *shape: Buffer(f'transformer.{name}', shape, self.dtype)
-        feed = all_of(b('activated', 'N', 'F'), Buffer('gelu.scratch', ('g', 'F'), self.dtype))
-        return all_of(b('normed', 'N', 'D'), any_of(attention_requirement(self.dtype, causal=self.causal, keep=keep), feed))
+        b = lambda name, *shape: Buffer(f"transformer.{name}", shape, self.dtype)
+        feed = all_of(b("activated", "N", "F"), Buffer("gelu.scratch", ("g", "F"), self.dtype))
+        return all_of(
+            b("normed", "N", "D"),
+            any_of(attention_requirement(self.dtype, causal=self.causal, keep=keep), feed),
+        )
 
     def _backward_scratch(self, keep: bool = False) -> Requirement:
-        b = lambda name, *shape: Buffer(f'transformer.{name}', shape, self.dtype)
-        feed = all_of(b('dhidden', 'N', 'F'), Buffer('gelu.slopes', (2, 'g', 'F'), self.dtype))
-        attend = all_of(b('dheads', 'N', 'D'), b('dqkv', 'N', '3 D'), attention_requirement(self.dtype, backward=True, causal=self.causal, keep=keep))
-        return all_of(b('normed', 'N', 'D'), b('dmiddle', 'N', 'D'), any_of(feed, attend, norm_requirement(self.dtype)))
+        b = lambda name, *shape: Buffer(f"transformer.{name}", shape, self.dtype)
+        feed = all_of(b("dhidden", "N", "F"), Buffer("gelu.slopes", (2, "g", "F"), self.dtype))
+        attend = all_of(
+            b("dheads", "N", "D"),
+            b("dqkv", "N", "3 D"),
+            attention_requirement(self.dtype, backward=True, causal=self.causal, keep=keep),
+        )
+        return all_of(
+            b("normed", "N", "D"),
+            b("dmiddle", "N", "D"),
+            any_of(feed, attend, norm_requirement(self.dtype)),
+        )

@@ -29,60 +29,98 @@ from .measure import megabytes
 
 # %% ../nbs/04_workspace.ipynb #bac8cf9e
 def _check_shape(name: str, shape: Any) -> tuple[int, ...]:
-    try: dims = tuple(operator.index(n) for n in (shape if np.iterable(shape) else (shape,)))
-    except TypeError: raise TypeError(f'shape: {shape!r} of {name!r} is not made of integers') from None
-    if any(n < 0 for n in dims): raise ValueError(f'shape: {dims} of {name!r} has a negative dimension')
-    if len(dims) > 64: raise ValueError(f'shape: {name!r} has {len(dims)} dimensions; at most 64 are possible')
+    try:
+        dims = tuple(operator.index(n) for n in (shape if np.iterable(shape) else (shape,)))
+    except TypeError:
+        raise TypeError(f"shape: {shape!r} of {name!r} is not made of integers") from None
+    if any(n < 0 for n in dims):
+        raise ValueError(f"shape: {dims} of {name!r} has a negative dimension")
+    if len(dims) > 64:
+        raise ValueError(f"shape: {name!r} has {len(dims)} dimensions; at most 64 are possible")
     return dims
 
+
 def _check_dtype(name: str, dtype: Any) -> np.dtype:
-    try: found = np.dtype(dtype)
-    except (TypeError, ValueError, SyntaxError): raise TypeError(f'dtype: {dtype!r} of {name!r} is no NumPy dtype') from None
+    try:
+        found = np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError):
+        raise TypeError(f"dtype: {dtype!r} of {name!r} is no NumPy dtype") from None
     if dtype is None or found.hasobject or not found.itemsize or found.subdtype:
-        raise TypeError(f'dtype: {dtype} of {name!r} has no plain bytes to reuse; use numbers, bool or a record of them')
+        raise TypeError(
+            f"dtype: {dtype} of {name!r} has no plain bytes to reuse; use numbers, bool or a record of them"
+        )
     return found
 
-def _check_request(name: str, shape: Any, dtype: Any) -> tuple[tuple[int, ...], np.dtype, int]: # shape, dtype, bytes
-    if not isinstance(name, str): raise TypeError(f'name: {name!r} is not a string')
+
+def _check_request(
+    name: str, shape: Any, dtype: Any
+) -> tuple[tuple[int, ...], np.dtype, int]:  # shape, dtype, bytes
+    if not isinstance(name, str):
+        raise TypeError(f"name: {name!r} is not a string")
     shape, dtype = _check_shape(name, shape), _check_dtype(name, dtype)
-    size = math.prod(max(n, 1) for n in shape) * dtype.itemsize # NumPy's own rule: even an empty array has countable strides
-    if size > sys.maxsize: raise ValueError(f'shape: {shape} of {name!r} is more than {sys.maxsize} bytes')
+    size = (
+        math.prod(max(n, 1) for n in shape) * dtype.itemsize
+    )  # NumPy's own rule: even an empty array has countable strides
+    if size > sys.maxsize:
+        raise ValueError(f"shape: {shape} of {name!r} is more than {sys.maxsize} bytes")
     return shape, dtype, math.prod(shape) * dtype.itemsize
 
 # %% ../nbs/04_workspace.ipynb #34a9a0a9
-GROWTH: dict[str, Callable[[int, int], int]] = { # policy -> (bytes needed, bytes held) -> bytes to hold
-    'exact': lambda needed, held: needed,
-    'pow2': lambda needed, held: 1 << max(needed - 1, 0).bit_length(),
-    'geometric': lambda needed, held: max(needed, held + held // 2),
+GROWTH: dict[
+    str, Callable[[int, int], int]
+] = {  # policy -> (bytes needed, bytes held) -> bytes to hold
+    "exact": lambda needed, held: needed,
+    "pow2": lambda needed, held: 1 << max(needed - 1, 0).bit_length(),
+    "geometric": lambda needed, held: max(needed, held + held // 2),
 }
 
 # %% ../nbs/04_workspace.ipynb #4ebf7a67
 class _Lease:
     "The right to use a buffer, until the workspace takes it back."
-    def __init__(self, name: str, generation: int, flat: np.ndarray, clock: Iterator[int] | None = None): # clock: notes uses
-        self.name, self.generation, self.clock, self.over = name, generation, clock, ''
+
+    def __init__(
+        self, name: str, generation: int, flat: np.ndarray, clock: Iterator[int] | None = None
+    ):  # clock: notes uses
+        self.name, self.generation, self.clock, self.over = name, generation, clock, ""
         self.memory = range(flat.ctypes.data, flat.ctypes.data + len(flat))
         self.first = self.last = 0 if clock is None else next(clock)
 
     def use(self) -> None:
         "A RuntimeError when the right has ended."
-        if self.over: raise RuntimeError(f'buffer {self.name!r} of generation {self.generation} is stale: {self.over}')
-        if self.clock is not None: self.last = next(self.clock)
+        if self.over:
+            raise RuntimeError(
+                f"buffer {self.name!r} of generation {self.generation} is stale: {self.over}"
+            )
+        if self.clock is not None:
+            self.last = next(self.clock)
 
-def _lease(a: object) -> _Lease | None: return object.__getattribute__(a, '__dict__').get('lease') if isinstance(a, Watched) else None
-def _set_lease(a: 'Watched', lease: _Lease) -> None: object.__getattribute__(a, '__dict__')['lease'] = lease
 
-def _inherit(view: 'Watched', source: object) -> None:
+def _lease(a: object) -> _Lease | None:
+    return object.__getattribute__(a, "__dict__").get("lease") if isinstance(a, Watched) else None
+
+
+def _set_lease(a: "Watched", lease: _Lease) -> None:
+    object.__getattribute__(a, "__dict__")["lease"] = lease
+
+
+def _inherit(view: "Watched", source: object) -> None:
     "Pass the lease on, if the memory is that of the buffer."
     lease = _lease(source)
-    if lease is not None and np.ndarray.__array_interface__.__get__(view)['data'][0] in lease.memory: _set_lease(view, lease)
+    if (
+        lease is not None
+        and np.ndarray.__array_interface__.__get__(view)["data"][0] in lease.memory
+    ):
+        _set_lease(view, lease)
+
 
 def _ask(a: object) -> None:
     "Check the lease of `a`, if it has one; look into lists and tuples, which NumPy's functions take."
     lease = _lease(a)
-    if lease is not None: lease.use()
+    if lease is not None:
+        lease.use()
     elif isinstance(a, list | tuple | dict):
-        for item in a.values() if isinstance(a, dict) else a: _ask(item)
+        for item in a.values() if isinstance(a, dict) else a:
+            _ask(item)
 
 # %% ../nbs/04_workspace.ipynb #5b39a25b
 def _plain(a: Any) -> Any:
@@ -90,249 +128,362 @@ def _plain(a: Any) -> Any:
     _ask(a)
     return np.ndarray.view(a, np.ndarray) if isinstance(a, Watched) else a
 
+
 def _asking(name: str) -> Callable:
     "A method of `np.ndarray` that looks at the leases first."
     method = getattr(np.ndarray, name)
+
     def asking(self: np.ndarray, *args: Any) -> Any:
         _ask([self, *args])
         return method(self, *args)
+
     return asking
 
 # %% ../nbs/04_workspace.ipynb #748c8406
 class Watched(np.ndarray):
     "What a debug workspace hands out: its methods, operators and NumPy's functions check first that the buffer is still on loan."
-    def __array_finalize__(self, source: np.ndarray | None) -> None: # views inherit the lease, copies do not
+
+    def __array_finalize__(
+        self, source: np.ndarray | None
+    ) -> None:  # views inherit the lease, copies do not
         _ask(source)
         _inherit(self, source)
 
     def __getattribute__(self, name: str) -> Any:
-        if name != '__class__': _ask(self)
+        if name != "__class__":
+            _ask(self)
         return np.ndarray.__getattribute__(self, name)
 
     def view(self, *args: Any, **options: Any) -> Any:
         "As `np.ndarray.view`, but never a plain array, which would be out of sight."
-        return self[...] if args == (np.ndarray,) and not options else np.ndarray.view(self, *args, **options)
+        return (
+            self[...]
+            if args == (np.ndarray,) and not options
+            else np.ndarray.view(self, *args, **options)
+        )
 
-    __getitem__, __setitem__, __setattr__ = map(_asking, ('__getitem__', '__setitem__', '__setattr__'))
-    __float__, __int__, __bool__, __index__, __complex__ = map(_asking, ('__float__', '__int__', '__bool__', '__index__', '__complex__'))
-    __len__, __iter__, __contains__, __format__ = map(_asking, ('__len__', '__iter__', '__contains__', '__format__'))
+    __getitem__, __setitem__, __setattr__ = map(
+        _asking, ("__getitem__", "__setitem__", "__setattr__")
+    )
+    __float__, __int__, __bool__, __index__, __complex__ = map(
+        _asking, ("__float__", "__int__", "__bool__", "__index__", "__complex__")
+    )
+    __len__, __iter__, __contains__, __format__ = map(
+        _asking, ("__len__", "__iter__", "__contains__", "__format__")
+    )
 
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple = (), **options: Any) -> Any:
-        if out: options['out'] = tuple(map(_plain, out))
-        result = getattr(ufunc, method)(*map(_plain, inputs), **{k: _plain(v) for k, v in options.items()})
-        if not out: return result
-        return out[0] if len(out) == 1 else tuple(r if o is None else o for o, r in zip(out, result))
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple = (), **options: Any
+    ) -> Any:
+        if out:
+            options["out"] = tuple(map(_plain, out))
+        result = getattr(ufunc, method)(
+            *map(_plain, inputs), **{k: _plain(v) for k, v in options.items()}
+        )
+        if not out:
+            return result
+        return (
+            out[0] if len(out) == 1 else tuple(r if o is None else o for o, r in zip(out, result))
+        )
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         _ask([args, kwargs])
         result = super().__array_function__(func, types, args, kwargs)
-        if type(result) is not np.ndarray: return result
-        view = np.ndarray.view(result, Watched) # some functions make their views without asking the class
-        for a in args: _inherit(view, a)
+        if type(result) is not np.ndarray:
+            return result
+        view = np.ndarray.view(
+            result, Watched
+        )  # some functions make their views without asking the class
+        for a in args:
+            _inherit(view, a)
         return result if _lease(view) is None else view
 
 # %% ../nbs/04_workspace.ipynb #c1fadf6e
-NEVER = object() # no dtype: the next request takes the slower path
+NEVER = object()  # no dtype: the next request takes the slower path
+
 
 @dataclass(slots=True)
 class _Buffer:
     "The storage of one name, and what it was last asked for."
+
     name: str
-    flat: np.ndarray # (capacity,) uint8
-    held: int # bytes allocated for this name alone; 0 within an arena
+    flat: np.ndarray  # (capacity,) uint8
+    held: int  # bytes allocated for this name alone; 0 within an arena
     shape: tuple[int, ...] = ()
     dtype: np.dtype = np.dtype(np.float32)
-    used: int = 0 # bytes of the view
-    generation: int = 0 # that it was last taken in; 0: given back
-    asked: Any = NEVER # dtype as the caller wrote it, compared by identity
+    used: int = 0  # bytes of the view
+    generation: int = 0  # that it was last taken in; 0: given back
+    asked: Any = NEVER  # dtype as the caller wrote it, compared by identity
     lease: _Lease | None = None
 
+
 NOTHING = np.empty(0, np.uint8)
-POISON = 0xFF # in every byte: NaN as floating point, -1 as a signed integer
+POISON = 0xFF  # in every byte: NaN as floating point, -1 as a signed integer
 
 # %% ../nbs/04_workspace.ipynb #fe4bc903
 class _Owned:
     "One thread at a time: whoever takes first owns it, until everything is given back."
+
     def __init__(self) -> None:
         self._owner: threading.Thread | None = None
         self._lock, self._scopes, self._generation = threading.Lock(), 0, 1
-        self._taken: list[_Buffer] = [] # in this generation, in order
+        self._taken: list[_Buffer] = []  # in this generation, in order
 
     def _claim(self) -> None:
         "Make this thread the owner; a RuntimeError if another one is. The claim of a thread that has ended is void."
         me = current_thread()
         with self._lock:
             owner = self._owner
-            if owner is not None and owner is not me and owner.is_alive() and owner.ident in sys._current_frames():
-                raise RuntimeError('workspace: in use by another thread; give each thread a workspace of its own, '
-                                   'or let the other one finish its scope or call next_generation()')
+            if (
+                owner is not None
+                and owner is not me
+                and owner.is_alive()
+                and owner.ident in sys._current_frames()
+            ):
+                raise RuntimeError(
+                    "workspace: in use by another thread; give each thread a workspace of its own, "
+                    "or let the other one finish its scope or call next_generation()"
+                )
             self._owner = me
 
     def _disown(self) -> None:
-        if not self._taken and not self._scopes: self._owner = None
+        if not self._taken and not self._scopes:
+            self._owner = None
 
     @contextmanager
     def _between(self, what: str) -> Iterator[None]:
         "For changes that must not meet an open scope."
         self._claim()
         try:
-            if self._scopes: raise RuntimeError(f'{what}: the workspace is inside a scope; leave it first')
+            if self._scopes:
+                raise RuntimeError(f"{what}: the workspace is inside a scope; leave it first")
             yield
-        finally: self._disown()
+        finally:
+            self._disown()
 
 # %% ../nbs/04_workspace.ipynb #0d6e7717
 class _Storage(_Owned):
     "What a workspace holds, and how to read it."
+
     def __init__(self, growth: str, limit_bytes: int | None, debug: bool) -> None:
         super().__init__()
-        if not isinstance(growth, str) or growth not in GROWTH: raise ValueError(f"growth: {growth!r}, needed one of {', '.join(map(repr, GROWTH))}")
+        if not isinstance(growth, str) or growth not in GROWTH:
+            raise ValueError(f"growth: {growth!r}, needed one of {', '.join(map(repr, GROWTH))}")
         if limit_bytes is not None and not isinstance(limit_bytes, int | np.integer):
-            raise TypeError(f'limit_bytes: {limit_bytes!r} is not an integer')
-        if limit_bytes is not None and limit_bytes < 0: raise ValueError(f'limit_bytes: {limit_bytes} is negative')
+            raise TypeError(f"limit_bytes: {limit_bytes!r} is not an integer")
+        if limit_bytes is not None and limit_bytes < 0:
+            raise ValueError(f"limit_bytes: {limit_bytes} is negative")
         self.growth, self.debug = growth, bool(debug)
         self.limit_bytes = None if limit_bytes is None else int(limit_bytes)
         self._buffers: dict[str, _Buffer] = {}
         self._arena, self._allocations, self._used, self._peak = NOTHING, 0, 0, 0
 
     @property
-    def generation(self) -> int: return self._generation # counted from 1
+    def generation(self) -> int:
+        return self._generation  # counted from 1
+
     @property
-    def nbytes(self) -> int: return len(self._arena) + sum(b.held for b in list(self._buffers.values())) # without the slack that aligns
+    def nbytes(self) -> int:
+        return len(self._arena) + sum(
+            b.held for b in list(self._buffers.values())
+        )  # without the slack that aligns
+
     @property
-    def used_bytes(self) -> int: return self._used # of views in this generation; in an arena they may overlap
+    def used_bytes(self) -> int:
+        return self._used  # of views in this generation; in an arena they may overlap
+
     @property
-    def peak_bytes(self) -> int: return max(self._peak, self.used_bytes) # largest used_bytes so far
+    def peak_bytes(self) -> int:
+        return max(self._peak, self.used_bytes)  # largest used_bytes so far
+
     @property
-    def allocation_count(self) -> int: return self._allocations # of storage, since the beginning
+    def allocation_count(self) -> int:
+        return self._allocations  # of storage, since the beginning
 
     def __repr__(self) -> str:
-        limit = '' if self.limit_bytes is None else f' of at most {megabytes(self.limit_bytes)}'
-        return (f'Workspace({len(self._buffers)} buffers, {megabytes(self.nbytes)} held{limit}, {megabytes(self.used_bytes)} in use, '
-                f'generation {self.generation}, {self.allocation_count} allocations)')
+        limit = "" if self.limit_bytes is None else f" of at most {megabytes(self.limit_bytes)}"
+        return (
+            f"Workspace({len(self._buffers)} buffers, {megabytes(self.nbytes)} held{limit}, {megabytes(self.used_bytes)} in use, "
+            f"generation {self.generation}, {self.allocation_count} allocations)"
+        )
 
-    def summary(self) -> str: # a table, the largest first
+    def summary(self) -> str:  # a table, the largest first
         "One line a buffer: capacity, and what it was last asked for."
         lines = [f"{'name':24}{'capacity, B':>12}{'view, B':>12}  shape and dtype"]
         for b in sorted(list(self._buffers.values()), key=lambda b: -len(b.flat)):
-            state = 'in use' if b.generation == self._generation else 'idle'
+            state = "in use" if b.generation == self._generation else "idle"
             lines.append(f"{b.name:24}{len(b.flat):12,}{b.used:12,}  {b.shape} {b.dtype}, {state}")
-        return '\n'.join([*lines, f"{'held':24}{self.nbytes:12,}{self.used_bytes:12,}  taken now"])
+        return "\n".join([*lines, f"{'held':24}{self.nbytes:12,}{self.used_bytes:12,}  taken now"])
 
 # %% ../nbs/04_workspace.ipynb #9a46f5c6
 class Workspace(_Storage):
     "Named buffers that are reused: exact shapes, 64-byte aligned, uninitialised, valid for one generation."
-    def __init__(self, *,
-                 growth: str = 'pow2', # how capacity grows: 'exact', 'pow2' or 'geometric' (1.5)
-                 limit_bytes: int | None = None, # most bytes to hold; None: no limit
-                 debug: bool = False) -> None: # poison what is given back, and detect views that are used too late
+
+    def __init__(
+        self,
+        *,
+        growth: str = "pow2",  # how capacity grows: 'exact', 'pow2' or 'geometric' (1.5)
+        limit_bytes: int | None = None,  # most bytes to hold; None: no limit
+        debug: bool = False,
+    ) -> None:  # poison what is given back, and detect views that are used too late
         super().__init__(growth, limit_bytes, debug)
 
-    def take(self,
-             name: str, # whose storage to use; within a generation a name has one shape
-             shape: tuple[int, ...],
-             dtype: DTypeLike = np.float32,
-             ) -> np.ndarray: # uninitialised, C order; the same memory whenever `name` is taken in this generation
+    def __reduce__(self) -> tuple:
+        "A copy (`copy`, `pickle`) is an empty workspace with the same settings: contents are never state."
+        return _empty_workspace, (self.growth, self.limit_bytes, self.debug)
+
+    def take(
+        self,
+        name: str,  # whose storage to use; within a generation a name has one shape
+        shape: tuple[int, ...],
+        dtype: DTypeLike = np.float32,
+    ) -> (
+        np.ndarray
+    ):  # uninitialised, C order; the same memory whenever `name` is taken in this generation
         "A view of exactly this shape; allocates only when the name has never been as large."
-        if self._owner is not current_thread(): return self._take_new(name, shape, dtype)
+        if self._owner is not current_thread():
+            return self._take_new(name, shape, dtype)
         try:
             b = self._buffers[name]
             known = b.asked is dtype and type(shape) is tuple and b.shape == shape
             view = np.ndarray(shape, b.dtype, b.flat) if known else None
-        except (KeyError, TypeError): view = None
-        if view is None: return self._take_new(name, shape, dtype) # outside of `except`, so that an error stands alone
+        except (KeyError, TypeError):
+            view = None
+        if view is None:
+            return self._take_new(
+                name, shape, dtype
+            )  # outside of `except`, so that an error stands alone
         if b.generation != self._generation:
             b.generation = self._generation
             self._taken.append(b)
             self._used += b.used
         return view
 
-    def _take_new(self, name: str, shape: Any, dtype: Any) -> np.ndarray: # whatever is not a repetition
+    def _take_new(
+        self, name: str, shape: Any, dtype: Any
+    ) -> np.ndarray:  # whatever is not a repetition
         shape, found, needed = _check_request(name, shape, dtype)
         self._claim()
         try:
             b = self._buffers.get(name)
             if b is None or b.generation != self._generation:
-                if b is None or len(b.flat) < needed: b = _grow(self, {name: needed})[name]
-                if self.debug: _lend(self, b)
+                if b is None or len(b.flat) < needed:
+                    b = _grow(self, {name: needed})[name]
+                if self.debug:
+                    _lend(self, b)
                 b.shape, b.dtype, b.used, b.generation = shape, found, needed, self._generation
                 self._taken.append(b)
                 self._used += needed
             elif (b.shape, b.dtype) != (shape, found):
-                raise ValueError(f'name: {name!r} is {b.shape} {b.dtype} in this generation, asked for as {shape} {found}; '
-                                 'use another name, or a scope')
-        finally: self._disown()
-        if self.debug: return _watched(b)
-        b.asked = dtype if isinstance(dtype, type | np.dtype | str) else NEVER # a list could change
+                raise ValueError(
+                    f"name: {name!r} is {b.shape} {b.dtype} in this generation, asked for as {shape} {found}; "
+                    "use another name, or a scope"
+                )
+        finally:
+            self._disown()
+        if self.debug:
+            return _watched(b)
+        b.asked = (
+            dtype if isinstance(dtype, type | np.dtype | str) else NEVER
+        )  # a list could change
         return np.ndarray(shape, found, b.flat)
 
-    def ensure_capacity(self, requests: Mapping[str, tuple]) -> None: # name -> (shape, dtype)
+    def ensure_capacity(self, requests: Mapping[str, tuple]) -> None:  # name -> (shape, dtype)
         "Grow every name to what it will be asked for, or raise and leave all as it was."
         for name, request in requests.items():
-            if not isinstance(request, list | tuple) or len(request) != 2: raise TypeError(f'requests: {name!r} is {request!r}, needed (shape, dtype)')
+            if not isinstance(request, list | tuple) or len(request) != 2:
+                raise TypeError(f"requests: {name!r} is {request!r}, needed (shape, dtype)")
         needed = {name: _check_request(name, *request)[2] for name, request in requests.items()}
         self._claim()
         try:
-            small = {n: size for n, size in needed.items() if n not in self._buffers or len(self._buffers[n].flat) < size}
-            if busy := [n for n in small if n in self._buffers and self._buffers[n].generation == self._generation]:
-                raise RuntimeError(f'requests: {busy[0]!r} is handed out in this generation and cannot grow now')
+            small = {
+                n: size
+                for n, size in needed.items()
+                if n not in self._buffers or len(self._buffers[n].flat) < size
+            }
+            if busy := [
+                n
+                for n in small
+                if n in self._buffers and self._buffers[n].generation == self._generation
+            ]:
+                raise RuntimeError(
+                    f"requests: {busy[0]!r} is handed out in this generation and cannot grow now"
+                )
             _grow(self, small)
-        finally: self._disown()
+        finally:
+            self._disown()
 
     @contextmanager
-    def scope(self) -> Iterator['Workspace']:
+    def scope(self) -> Iterator["Workspace"]:
         "What is first taken inside is given back at the end, also after an error; its names may then have other shapes."
         self._claim()
         mark = len(self._taken)
         self._scopes += 1
-        try: yield self
+        try:
+            yield self
         finally:
             self._scopes -= 1
-            _give_back(self, mark, 'its scope has ended; take it again')
+            _give_back(self, mark, "its scope has ended; take it again")
             self._disown()
 
     def next_generation(self) -> None:
         "Start a new pass over the same storage: everything is given back, nothing is freed."
-        with self._between('next_generation'): _start_again(self)
+        with self._between("next_generation"):
+            _start_again(self)
 
     def clear(self) -> None:
         "`next_generation`, and `peak_bytes` starts again; capacity is kept."
-        with self._between('clear'):
+        with self._between("clear"):
             _start_again(self)
             self._peak = 0
 
     def release(self) -> None:
         "`clear`, and free all storage. A view that is still alive keeps its own memory until it goes."
-        with self._between('release'):
+        with self._between("release"):
             _start_again(self)
             self._peak, self._buffers, self._arena = 0, {}, NOTHING
 
-    def arrange(self, plan: 'Plan') -> None:
+    def arrange(self, plan: "Plan") -> None:
         "Lay the plan's buffers out in one arena. Its lifetimes are trusted; a debug workspace checks them as it runs."
-        with self._between('arrange'):
-            if self._taken: raise RuntimeError('arrange: buffers are handed out; call next_generation() first')
+        with self._between("arrange"):
+            if self._taken:
+                raise RuntimeError("arrange: buffers are handed out; call next_generation() first")
             _arrange(self, plan)
 
+
+def _empty_workspace(growth: str, limit_bytes: int | None, debug: bool) -> Workspace:
+    return Workspace(growth=growth, limit_bytes=limit_bytes, debug=debug)
+
 # %% ../nbs/04_workspace.ipynb #d6f2dc74
-def _grow(ws: Workspace, needed: Mapping[str, int]) -> dict[str, _Buffer]: # name -> bytes, more than it has
+def _grow(
+    ws: Workspace, needed: Mapping[str, int]
+) -> dict[str, _Buffer]:  # name -> bytes, more than it has
     "New storage for names, by the policy; by the bare need where the policy would break the limit."
     old = {name: ws._buffers.get(name) or _Buffer(name, NOTHING, 0) for name in needed}
     others = ws.nbytes - sum(b.held for b in old.values())
     sizes = {name: GROWTH[ws.growth](n, old[name].held) for name, n in needed.items()}
     limit = sys.maxsize if ws.limit_bytes is None else ws.limit_bytes
-    if others + sum(sizes.values()) > limit: sizes = dict(needed)
     if others + sum(sizes.values()) > limit:
-        bound = 'the end of all addresses' if ws.limit_bytes is None else 'limit_bytes'
-        raise MemoryError(f"workspace: {', '.join(map(repr, needed))} would need {others + sum(sizes.values())} bytes in all, "
-                          f'{bound} is {limit}')
+        sizes = dict(needed)
+    if others + sum(sizes.values()) > limit:
+        bound = "the end of all addresses" if ws.limit_bytes is None else "limit_bytes"
+        raise MemoryError(
+            f"workspace: {', '.join(map(repr, needed))} would need {others + sum(sizes.values())} bytes in all, "
+            f"{bound} is {limit}"
+        )
     new = {}
     for name, size in sizes.items():
-        try: new[name] = aligned_empty((size,), np.uint8)
-        except (MemoryError, ValueError): raise MemoryError(f'workspace: no memory for the {size} bytes of {name!r}') from None
+        try:
+            new[name] = aligned_empty((size,), np.uint8)
+        except (MemoryError, ValueError):
+            raise MemoryError(f"workspace: no memory for the {size} bytes of {name!r}") from None
     for name, b in old.items():
         b.flat, b.held, b.asked, b.used, b.lease = new[name], sizes[name], NEVER, 0, None
         ws._buffers[name], ws._allocations = b, ws._allocations + 1
-        if ws.debug: b.flat.fill(POISON)
+        if ws.debug:
+            b.flat.fill(POISON)
     return old
+
 
 def _give_back(ws: Workspace, mark: int, why: str) -> None:
     "End the use of all buffers that were taken after the first `mark`."
@@ -340,30 +491,39 @@ def _give_back(ws: Workspace, mark: int, why: str) -> None:
     for b in ws._taken[mark:]:
         b.generation = 0
         ws._used -= b.used
-        if ws.debug: _end(b, why)
+        if ws.debug:
+            _end(b, why)
     del ws._taken[mark:]
 
+
 def _start_again(ws: Workspace) -> None:
-    _give_back(ws, 0, f'the workspace is in generation {ws.generation + 1}; take it again')
+    _give_back(ws, 0, f"the workspace is in generation {ws.generation + 1}; take it again")
     ws._generation += 1
 
 # %% ../nbs/04_workspace.ipynb #1265d448
 def _end(b: _Buffer, why: str) -> None:
     "End a lease. Storage inside an arena is not poisoned here: a neighbour in time may own it by now."
-    if b.lease is not None: b.lease.over = why
-    if b.held: b.flat.fill(POISON)
+    if b.lease is not None:
+        b.lease.over = why
+    if b.held:
+        b.flat.fill(POISON)
+
 
 def _lend(ws: Workspace, b: _Buffer) -> None:
     "A new lease for a buffer that is about to be handed out, after a look at what happened to it meanwhile."
     if b.held and b.lease is not None and not np.all(b.flat == POISON):
         b.flat.fill(POISON)
-        raise RuntimeError(f'buffer {b.name!r} was written to after generation {b.lease.generation} had given it back, '
-                           'through a view that escaped (np.asarray, a C pointer, or an ordinary array made from it)')
+        raise RuntimeError(
+            f"buffer {b.name!r} was written to after generation {b.lease.generation} had given it back, "
+            "through a view that escaped (np.asarray, a C pointer, or an ordinary array made from it)"
+        )
     if not b.held:
         for other in ws._taken:
-            if other is not b and np.may_share_memory(other.flat, b.flat): _end(other, f'the plan gave its memory to {b.name!r}; record the lifetimes anew')
+            if other is not b and np.may_share_memory(other.flat, b.flat):
+                _end(other, f"the plan gave its memory to {b.name!r}; record the lifetimes anew")
         b.flat.fill(POISON)
-    b.lease = _Lease(b.name, ws.generation, b.flat, getattr(ws, 'clock', None))
+    b.lease = _Lease(b.name, ws.generation, b.flat, getattr(ws, "clock", None))
+
 
 def _watched(b: _Buffer) -> Watched:
     "The view of a debug workspace."
@@ -374,55 +534,85 @@ def _watched(b: _Buffer) -> Watched:
     return view
 
 # %% ../nbs/04_workspace.ipynb #5dd00231
-Dim = int | str # a number, or factors such as '2 D'
+Dim = int | str  # a number, or factors such as '2 D'
 
-def _factors(dim: Dim) -> list[str]: return str(dim).split()
+
+def _factors(dim: Dim) -> list[str]:
+    return str(dim).split()
+
 
 def _check_dim(name: str, dim: Any) -> Dim:
     "A number, or factors in one spelling."
-    if isinstance(dim, str) and dim.split() and all(f.isdigit() or f.isidentifier() for f in dim.split()): return ' '.join(dim.split())
-    try: number = operator.index(dim)
-    except TypeError: raise TypeError(f"shape: {dim!r} of {name!r} is neither a number nor factors such as '2 D'") from None
-    if number < 0: raise ValueError(f'shape: {number} of {name!r} is negative')
+    if (
+        isinstance(dim, str)
+        and dim.split()
+        and all(f.isdigit() or f.isidentifier() for f in dim.split())
+    ):
+        return " ".join(dim.split())
+    try:
+        number = operator.index(dim)
+    except TypeError:
+        raise TypeError(
+            f"shape: {dim!r} of {name!r} is neither a number nor factors such as '2 D'"
+        ) from None
+    if number < 0:
+        raise ValueError(f"shape: {number} of {name!r} is negative")
     return number
+
 
 def _evaluate(dim: Dim, sizes: Mapping[str, int]) -> int:
     "A dimension as a number."
-    try: return math.prod(int(f) if f.isdigit() else operator.index(sizes[f]) for f in _factors(dim))
-    except TypeError: raise TypeError(f'sizes: {dim} needs integers, given are {dict(sizes)}') from None
-    except KeyError as e: raise ValueError(f"sizes: {e.args[0]} is missing, given are {', '.join(sizes) or 'none'}") from None
+    try:
+        return math.prod(int(f) if f.isdigit() else operator.index(sizes[f]) for f in _factors(dim))
+    except TypeError:
+        raise TypeError(f"sizes: {dim} needs integers, given are {dict(sizes)}") from None
+    except KeyError as e:
+        raise ValueError(
+            f"sizes: {e.args[0]} is missing, given are {', '.join(sizes) or 'none'}"
+        ) from None
+
 
 class Requirement(ABC):
     "Bytes that a computation takes from a workspace: a `Buffer`, or a combination by `all_of` and `any_of`; `str` is the formula."
-    @abstractmethod
-    def nbytes(self, **sizes: int) -> int: "Bytes for given sizes of the letters."
-    @abstractmethod
-    def buffers(self) -> Iterator['Buffer']: "Every buffer, alternatives included."
-    @abstractmethod
-    def terms(self) -> Counter: "The formula: product of letters -> factor, in bytes."
 
-    def requests(self, **sizes: int) -> dict[str, tuple]: # for `Workspace.ensure_capacity`
+    @abstractmethod
+    def nbytes(self, **sizes: int) -> int:
+        "Bytes for given sizes of the letters."
+
+    @abstractmethod
+    def buffers(self) -> Iterator["Buffer"]:
+        "Every buffer, alternatives included."
+
+    @abstractmethod
+    def terms(self) -> Counter:
+        "The formula: product of letters -> factor, in bytes."
+
+    def requests(self, **sizes: int) -> dict[str, tuple]:  # for `Workspace.ensure_capacity`
         "Name -> (shape, dtype); of several shapes for one name the largest."
         largest: dict[str, tuple] = {}
         for b in sorted(self.buffers(), key=lambda b: b.nbytes(**sizes)):
             largest[b.name] = tuple(_evaluate(n, sizes) for n in b.shape), b.dtype
         return largest
 
-    def __str__(self) -> str: # the formula
-        texts = [' '.join(filter(None, [str(n) if n != 1 or not term else '', term])) for term, n in self.terms().items()]
-        return ' + '.join(texts) or '0'
+    def __str__(self) -> str:  # the formula
+        texts = [
+            " ".join(filter(None, [str(n) if n != 1 or not term else "", term]))
+            for term, n in self.terms().items()
+        ]
+        return " + ".join(texts) or "0"
 
 # %% ../nbs/04_workspace.ipynb #f9583a96
 @dataclass(frozen=True)
 class Buffer(Requirement):
     "One named buffer; its dimensions are numbers or letters."
+
     name: str
     shape: tuple[Dim, ...]
     dtype: Any = np.float32
 
-    def __post_init__(self) -> None: # one buffer has one spelling
-        object.__setattr__(self, 'dtype', _check_dtype(self.name, self.dtype))
-        object.__setattr__(self, 'shape', tuple(_check_dim(self.name, dim) for dim in self.shape))
+    def __post_init__(self) -> None:  # one buffer has one spelling
+        object.__setattr__(self, "dtype", _check_dtype(self.name, self.dtype))
+        object.__setattr__(self, "shape", tuple(_check_dim(self.name, dim) for dim in self.shape))
 
     def nbytes(self, **sizes: int) -> int:
         "Bytes for given sizes of the letters."
@@ -432,7 +622,7 @@ class Buffer(Requirement):
         "This buffer, from a workspace."
         return ws.take(self.name, tuple(_evaluate(n, sizes) for n in self.shape), self.dtype)
 
-    def buffers(self) -> Iterator['Buffer']:
+    def buffers(self) -> Iterator["Buffer"]:
         "This one alone."
         yield self
 
@@ -441,21 +631,32 @@ class Buffer(Requirement):
         factors = [f for dim in self.shape for f in _factors(dim)]
         letters = Counter(f for f in factors if not f.isdigit())
         number = math.prod(int(f) for f in factors if f.isdigit()) * np.dtype(self.dtype).itemsize
-        return Counter({' '.join(f if n == 1 else f'{f}^{n}' for f, n in letters.items()): number})
+        return Counter({" ".join(f if n == 1 else f"{f}^{n}" for f, n in letters.items()): number})
 
 # %% ../nbs/04_workspace.ipynb #78d92069
 @dataclass(frozen=True)
 class _Combined(Requirement):
     parts: tuple[Requirement, ...]
-    def buffers(self) -> Iterator[Buffer]: return (b for part in self.parts for b in part.buffers())
+
+    def buffers(self) -> Iterator[Buffer]:
+        return (b for part in self.parts for b in part.buffers())
+
 
 class _AllOf(_Combined):
-    def nbytes(self, **sizes: int) -> int: return sum(part.nbytes(**sizes) for part in self.parts)
-    def terms(self) -> Counter: return sum((part.terms() for part in self.parts), Counter())
+    def nbytes(self, **sizes: int) -> int:
+        return sum(part.nbytes(**sizes) for part in self.parts)
+
+    def terms(self) -> Counter:
+        return sum((part.terms() for part in self.parts), Counter())
+
 
 class _AnyOf(_Combined):
-    def nbytes(self, **sizes: int) -> int: return max((part.nbytes(**sizes) for part in self.parts), default=0)
-    def terms(self) -> Counter: return Counter({f"max({', '.join(map(str, self.parts))})": 1})
+    def nbytes(self, **sizes: int) -> int:
+        return max((part.nbytes(**sizes) for part in self.parts), default=0)
+
+    def terms(self) -> Counter:
+        return Counter({f"max({', '.join(map(str, self.parts))})": 1})
+
 
 def _combine(kind: type[_Combined], parts: tuple[Requirement, ...]) -> Requirement:
     "Parts of the same kind are opened up, repeated and empty ones left out; a single one needs no frame."
@@ -463,9 +664,11 @@ def _combine(kind: type[_Combined], parts: tuple[Requirement, ...]) -> Requireme
     unique = tuple(dict.fromkeys(p for p in flat if not isinstance(p, _Combined) or p.parts))
     return unique[0] if len(unique) == 1 else kind(unique)
 
+
 def all_of(*parts: Requirement) -> Requirement:
     "Buffers that are alive together. The same buffer, named twice, is one."
     return _combine(_AllOf, parts)
+
 
 def any_of(*parts: Requirement) -> Requirement:
     "Alternatives: each is given back before the next is taken."
@@ -474,55 +677,73 @@ def any_of(*parts: Requirement) -> Requirement:
 # %% ../nbs/04_workspace.ipynb #288908a6
 class Lifetime(NamedTuple):
     "A request for the planner. Time is counted in steps of any kind; both ends belong to it."
+
     shape: tuple[int, ...]
     dtype: Any
-    first: int # step of the first use
-    last: int # step of the last use
+    first: int  # step of the first use
+    last: int  # step of the last use
+
 
 @dataclass(frozen=True)
 class Plan:
     "Where each buffer lies in one arena."
+
     requests: dict[str, Lifetime]
-    offsets: dict[str, int] # bytes from the start of the arena, multiples of 64
-    nbytes: int # of the arena
-    bound: int # largest sum of live bytes; no arena can be smaller
+    offsets: dict[str, int]  # bytes from the start of the arena, multiples of 64
+    nbytes: int  # of the arena
+    bound: int  # largest sum of live bytes; no arena can be smaller
 
     @property
-    def gap(self) -> float: return self.nbytes / self.bound - 1 if self.bound else 0.0 # 0: proved to be the smallest
+    def gap(self) -> float:
+        return self.nbytes / self.bound - 1 if self.bound else 0.0  # 0: proved to be the smallest
 
     def size(self, name: str) -> int:
         "Bytes of a buffer, rounded up so that its neighbour is aligned."
         return _rounded(_check_request(name, *self.requests[name][:2])[2])
 
-def _rounded(size: int) -> int: return -(-size // ALIGNMENT) * ALIGNMENT
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 # %% ../nbs/04_workspace.ipynb #c4dc8664
 class _Item(NamedTuple):
     "A request in numbers."
+
     number: int
-    size: int # bytes, rounded up
+    size: int  # bytes, rounded up
     first: int
     last: int
 
-def _items(requests: Mapping[str, Lifetime]) -> list[_Item]:
-    return [_Item(i, _rounded(_check_request(name, *r[:2])[2]), r.first, r.last) for i, (name, r) in enumerate(requests.items())]
 
-def _neighbours(items: list[_Item]) -> list[list[int]]: # for each item the others that are alive with it
+def _items(requests: Mapping[str, Lifetime]) -> list[_Item]:
+    return [
+        _Item(i, _rounded(_check_request(name, *r[:2])[2]), r.first, r.last)
+        for i, (name, r) in enumerate(requests.items())
+    ]
+
+
+def _neighbours(
+    items: list[_Item],
+) -> list[list[int]]:  # for each item the others that are alive with it
     rank = {t: k for k, t in enumerate(sorted({t for i in items for t in (i.first, i.last)}))}
     first, last = np.array([rank[i.first] for i in items]), np.array([rank[i.last] for i in items])
     return [np.flatnonzero((first <= b) & (last >= a)).tolist() for a, b in zip(first, last)]
 
-def _place(size: int, occupied: list[tuple[int, int]], tight: bool) -> int: # offset
+
+def _place(size: int, occupied: list[tuple[int, int]], tight: bool) -> int:  # offset
     "Where `size` bytes fit among occupied (start, end), sorted: the smallest gap that holds them, or the lowest."
     best, smallest, top = -1, math.inf, 0
     for start, end in occupied:
         if size <= start - top < smallest:
             best, smallest = top, start - top
-            if not tight: break
+            if not tight:
+                break
         top = max(top, end)
     return top if best < 0 else best
 
-_Packing = tuple[int, dict[int, tuple[int, int]]] # bytes in all; item -> (start, end)
+
+_Packing = tuple[int, dict[int, tuple[int, int]]]  # bytes in all; item -> (start, end)
+
 
 def _pack(order: list[_Item], meets: list[list[int]], tight: bool = True) -> _Packing:
     "Place items one after the other: the total, and (start, end) of each."
@@ -533,7 +754,9 @@ def _pack(order: list[_Item], meets: list[list[int]], tight: bool = True) -> _Pa
     return max((end for _, end in spans.values()), default=0), spans
 
 # %% ../nbs/04_workspace.ipynb #b14f0980
-def live_curve(requests: Mapping[str, Lifetime]) -> dict[int, int]: # step -> bytes, where it changes
+def live_curve(
+    requests: Mapping[str, Lifetime],
+) -> dict[int, int]:  # step -> bytes, where it changes
     "Bytes that are alive from each step on, sizes rounded up to the alignment."
     change: dict[int, int] = {}
     for _, size, first, last in _items(requests):
@@ -542,76 +765,115 @@ def live_curve(requests: Mapping[str, Lifetime]) -> dict[int, int]: # step -> by
     steps = sorted(change)
     return dict(zip(steps, itertools.accumulate(change[t] for t in steps)))
 
-Order = Callable[[list[_Item], Mapping[int, int]], list[_Item]] # (items, live curve) -> items in order
-def _by_size(items: list[_Item], live: Mapping[int, int]) -> list[_Item]: return sorted(items, key=lambda i: (-i.size, i.first))
+
+Order = Callable[
+    [list[_Item], Mapping[int, int]], list[_Item]
+]  # (items, live curve) -> items in order
+
+
+def _by_size(items: list[_Item], live: Mapping[int, int]) -> list[_Item]:
+    return sorted(items, key=lambda i: (-i.size, i.first))
+
 
 def _by_breadth(items: list[_Item], live: Mapping[int, int]) -> list[_Item]:
     steps, most_first = list(live), sorted(live, key=lambda t: -live[t])
-    turn = {t: k for k, t in enumerate(most_first)} # when a step has its turn
-    mine = lambda i: steps[bisect.bisect_left(steps, i.first):bisect.bisect_right(steps, i.last)]
+    turn = {t: k for k, t in enumerate(most_first)}  # when a step has its turn
+    mine = lambda i: steps[bisect.bisect_left(steps, i.first) : bisect.bisect_right(steps, i.last)]
     return sorted(items, key=lambda i: (min(turn[t] for t in mine(i)), -i.size))
 
-ORDERS: dict[str, Order] = {'size': _by_size, 'breadth': _by_breadth,
-                            'length': lambda items, live: sorted(items, key=lambda i: (i.first - i.last, -i.size))}
+
+ORDERS: dict[str, Order] = {
+    "size": _by_size,
+    "breadth": _by_breadth,
+    "length": lambda items, live: sorted(items, key=lambda i: (i.first - i.last, -i.size)),
+}
 
 # %% ../nbs/04_workspace.ipynb #6a603e63
-EXACT = 7 # requests up to which the optimum is searched for
+EXACT = 7  # requests up to which the optimum is searched for
+
 
 def _search(items: list[_Item], meets: list[list[int]], known: _Packing, bound: int) -> _Packing:
     "The best packing: all orders, lowest place first, cut off at the best total so far."
     best, seen = known, set()
+
     def extend(spans: dict[int, tuple[int, int]], height: int) -> None:
         nonlocal best
-        if height >= best[0] or best[0] == bound: return
-        if len(spans) == len(items): best = height, spans
-        state = frozenset(spans.items()) # another order may have led here
-        if state in seen: return
+        if height >= best[0] or best[0] == bound:
+            return
+        if len(spans) == len(items):
+            best = height, spans
+        state = frozenset(spans.items())  # another order may have led here
+        if state in seen:
+            return
         seen.add(state)
         for i, size, *_ in items:
-            if i in spans: continue
+            if i in spans:
+                continue
             at = _place(size, sorted(spans[j] for j in meets[i] if j in spans), tight=False)
             extend(spans | {i: (at, at + size)}, max(height, at + size))
+
     extend({}, 0)
     return best
 
 # %% ../nbs/04_workspace.ipynb #ca6a5b90
 def _check_lifetime(name: str, request: Any) -> Lifetime:
-    try: r = Lifetime(*request)
-    except TypeError: raise TypeError(f'requests: {name!r} is {request!r}, needed (shape, dtype, first, last)') from None
-    try: first, last = operator.index(r.first), operator.index(r.last)
-    except TypeError: raise TypeError(f'requests: steps {r.first!r} and {r.last!r} of {name!r} are not integers') from None
-    if last < first: raise ValueError(f'requests: {name!r} ends at step {last}, before its first use at step {first}')
+    try:
+        r = Lifetime(*request)
+    except TypeError:
+        raise TypeError(
+            f"requests: {name!r} is {request!r}, needed (shape, dtype, first, last)"
+        ) from None
+    try:
+        first, last = operator.index(r.first), operator.index(r.last)
+    except TypeError:
+        raise TypeError(
+            f"requests: steps {r.first!r} and {r.last!r} of {name!r} are not integers"
+        ) from None
+    if last < first:
+        raise ValueError(
+            f"requests: {name!r} ends at step {last}, before its first use at step {first}"
+        )
     return Lifetime(_check_request(name, r.shape, r.dtype)[0], r.dtype, first, last)
 
-def plan(requests: Mapping[str, tuple], # name -> (shape, dtype, first, last)
-         order: str | None = None, # one of ORDERS; default: the best of all, and the optimum for up to 7 requests
-         ) -> Plan:
+
+def plan(
+    requests: Mapping[str, tuple],  # name -> (shape, dtype, first, last)
+    order: str
+    | None = None,  # one of ORDERS; default: the best of all, and the optimum for up to 7 requests
+) -> Plan:
     "Pack buffers whose lifetimes do not meet into one arena (greedy, Pisarchyk and Lee 2020, arXiv:2001.03288)."
-    if order is not None and (not isinstance(order, str) or order not in ORDERS): raise ValueError(f"order: {order!r}, needed one of {', '.join(map(repr, ORDERS))}")
+    if order is not None and (not isinstance(order, str) or order not in ORDERS):
+        raise ValueError(f"order: {order!r}, needed one of {', '.join(map(repr, ORDERS))}")
     checked = {name: _check_lifetime(name, r) for name, r in requests.items()}
     items, live = _items(checked), live_curve(checked)
     meets, bound = _neighbours(items), max(live.values(), default=0)
     orders = [ORDERS[o](items, live) for o in ([order] if order else ORDERS)]
     fits = (True,) if order else (True, False)
-    best = min((_pack(o, meets, tight) for o in orders for tight in fits), key=operator.itemgetter(0))
-    if order is None and len(items) <= EXACT: best = _search(items, meets, best, bound)
+    best = min(
+        (_pack(o, meets, tight) for o in orders for tight in fits), key=operator.itemgetter(0)
+    )
+    if order is None and len(items) <= EXACT:
+        best = _search(items, meets, best, bound)
     return Plan(checked, {name: best[1][i][0] for i, name in enumerate(checked)}, best[0], bound)
 
 # %% ../nbs/04_workspace.ipynb #317f0366
 def _arrange(ws: Workspace, plan: Plan) -> None:
     "One arena in place of what the workspace holds."
     if ws.limit_bytes is not None and plan.nbytes > ws.limit_bytes:
-        raise MemoryError(f'plan: {plan.nbytes} bytes, limit_bytes is {ws.limit_bytes}')
+        raise MemoryError(f"plan: {plan.nbytes} bytes, limit_bytes is {ws.limit_bytes}")
     ws._buffers, ws._arena = {}, NOTHING
     ws._arena = aligned_empty((plan.nbytes,), np.uint8)
     ws._allocations += 1
-    ws._buffers = {n: _Buffer(n, ws._arena[at:at + plan.size(n)], 0) for n, at in plan.offsets.items()}
+    ws._buffers = {
+        n: _Buffer(n, ws._arena[at : at + plan.size(n)], 0) for n, at in plan.offsets.items()
+    }
 
 # %% ../nbs/04_workspace.ipynb #1fdb8fc5
 class Recorder(Workspace):
     "A debug workspace with a clock: every take and every later use of a buffer is one tick."
+
     def __init__(self) -> None:
-        super().__init__(growth='exact', debug=True)
+        super().__init__(growth="exact", debug=True)
         self.clock: Iterator[int] = itertools.count()
         self._leases: list[tuple[_Lease, tuple[int, ...], np.dtype]] = []
 
@@ -620,21 +882,25 @@ class Recorder(Workspace):
         view = super().take(name, shape, dtype)
         b = self._buffers[name]
         assert b.lease is not None
-        if not self._leases or self._leases[-1][0] is not b.lease: self._leases.append((b.lease, b.shape, b.dtype))
+        if not self._leases or self._leases[-1][0] is not b.lease:
+            self._leases.append((b.lease, b.shape, b.dtype))
         return view
 
-    def requests(self) -> dict[str, Lifetime]: # for `plan`
+    def requests(self) -> dict[str, Lifetime]:  # for `plan`
         "Each name with its largest shape, from its first take to its last use."
         found: dict[str, Lifetime] = {}
         for lease, shape, dtype in self._leases:
             size = lambda r: _check_request(lease.name, *r[:2])[2]
             new = Lifetime(shape, dtype, lease.first, lease.last)
             old = found.get(lease.name, new)
-            found[lease.name] = max(old, new, key=size)._replace(first=min(old.first, new.first), last=max(old.last, new.last))
+            found[lease.name] = max(old, new, key=size)._replace(
+                first=min(old.first, new.first), last=max(old.last, new.last)
+            )
         return found
 
-def record(fn: Callable[[Workspace], Any]) -> dict[str, Lifetime]: # for `plan`
+
+def record(fn: Callable[[Workspace], Any]) -> dict[str, Lifetime]:  # for `plan`
     "Run `fn` once on a workspace that notes the lifetime of every buffer."
     recorder = Recorder()
-    _ask(fn(recorder)) # what is returned is needed until the end
+    _ask(fn(recorder))  # what is returned is needed until the end
     return recorder.requests()

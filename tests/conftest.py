@@ -14,10 +14,19 @@ from ctxlab.testing import sprinkle
 # The same examples on every machine and every run, and no time limit that a busy machine could break.
 # For a hunt: pytest --hypothesis-profile=thorough
 settings.register_profile(
-    "ctxlab", deadline=None, max_examples=60, stateful_step_count=30, derandomize=True, database=None
+    "ctxlab",
+    deadline=None,
+    max_examples=60,
+    stateful_step_count=30,
+    derandomize=True,
+    database=None,
 )
 settings.register_profile(
-    "thorough", settings.get_profile("ctxlab"), max_examples=5000, derandomize=False, print_blob=True
+    "thorough",
+    settings.get_profile("ctxlab"),
+    max_examples=5000,
+    derandomize=False,
+    print_blob=True,
 )
 settings.load_profile("ctxlab")
 

@@ -1,6 +1,5 @@
 """Attention against its reference, central differences and PyTorch: masks, blocks, strides, memory."""
 
-
 import numpy as np
 import pytest
 from conftest import DTYPES, dtypes, make, seeds
@@ -84,7 +83,9 @@ def sizes(q, k, v, G=None, **case):
     V = max(1.0, float(np.abs(v).max(initial=0)))
     if G is None:
         return V
-    norm = lambda a: float(np.sqrt(np.max(np.sum(np.square(a, dtype=np.float64), axis=-1), initial=0)))  # noqa: E731
+    norm = lambda a: float(
+        np.sqrt(np.max(np.sum(np.square(a, dtype=np.float64), axis=-1), initial=0))
+    )  # noqa: E731
     score = norm(q) * norm(k) / np.sqrt(E)  # an error of a score is one of its exponential
     ds = 2 * norm(G) * norm(v) * (1 + score) / np.sqrt(E)
     return max(ds * norm(k), ds * norm(q) * min(S, 50), norm(G) * min(S, 50) * (1 + score), 1.0)
@@ -131,7 +132,8 @@ def test_many_blocks_are_the_reference(where, causal, mask, dtype):
     case = dict(causal=causal, keep=padding(rng, 2, LONG, mask))
     want, wants = attention(q, k, v, **case), attention_vjp(q, k, v, G, **case)
     results = {
-        kept: backward(q, k, v, G, ws, keep_weights=kept, where=where, **case) for kept in (False, True)
+        kept: backward(q, k, v, G, ws, keep_weights=kept, where=where, **case)
+        for kept in (False, True)
     }
     for grads, out in results.values():
         assert_equiv(out, want, depth=8, scale=sizes(q, k, v))
@@ -167,7 +169,10 @@ def test_blocks_agree_with_each_other(dtype, monkeypatch):
     rng = np.random.default_rng(0)
     q, k, v, G = make(rng, (4, 2, 2, 23, 5), dtype)
     keep = padding(rng, 2, 23, "lengths")
-    want = {causal: backward(q, k, v, G, Workspace(), causal=causal, keep=keep) for causal in (False, True)}
+    want = {
+        causal: backward(q, k, v, G, Workspace(), causal=causal, keep=keep)
+        for causal in (False, True)
+    }
     for rows in (1, 2, 7, 22):
         monkeypatch.setattr("ctxlab.attention.PANEL_BYTES", rows * 23 * q.itemsize)
         assert block_rows(23, dtype) == rows
@@ -196,7 +201,10 @@ def test_kept_weights_and_sums_are_what_they_claim(seed, B, S, E, dtype, causal,
     with np.errstate(divide="ignore"):
         want = np.log(np.exp(scores).sum(axis=-1))
     assert_equiv(
-        lse[some], want[some].astype(dtype), depth=E + S, scale=1 + np.abs(scores[seen]).max(initial=0)
+        lse[some],
+        want[some].astype(dtype),
+        depth=E + S,
+        scale=1 + np.abs(scores[seen]).max(initial=0),
     )
     assert np.isfinite(lse).all()
     assert_equiv(out, weights @ v, depth=S, scale=sizes(q, k, v))
@@ -212,7 +220,15 @@ def test_kept_weights_are_zero_where_no_block_reaches():
 # --- gradients ---
 
 
-@given(seeds, st.integers(1, 2), st.integers(1, 4), st.integers(1, 3), st.booleans(), masks, st.booleans())
+@given(
+    seeds,
+    st.integers(1, 2),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.booleans(),
+    masks,
+    st.booleans(),
+)
 def test_gradients(seed, B, S, E, causal, mask, kept):
     rng = np.random.default_rng(seed)
     q, k, v, G = make(rng, (4, B, 1, S, E), np.float64)
@@ -224,7 +240,9 @@ def test_gradients(seed, B, S, E, causal, mask, kept):
         def of(a, inputs=inputs, i=i):
             return float(np.sum(G * attention(*inputs[:i], a, *inputs[i + 1 :], **case)))
 
-        assert_equiv(grad, numeric_gradient(of, inputs[i]), c=3e7, scale=max(1.0, np.abs(grad).max()))
+        assert_equiv(
+            grad, numeric_gradient(of, inputs[i]), c=3e7, scale=max(1.0, np.abs(grad).max())
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -268,10 +286,15 @@ def test_what_is_hidden_has_no_influence(kept, dtype):
     for a in later:
         a[:, :, 150:] = 7
     assert_equiv(
-        forward(*later, ws, causal=True)[0][:, :, :150], first[:, :, :150], depth=8, scale=sizes(q, k, v)
+        forward(*later, ws, causal=True)[0][:, :, :150],
+        first[:, :, :150],
+        depth=8,
+        scale=sizes(q, k, v),
     )
     k[:, :, 200:] = np.nan
-    assert np.array_equal(forward(q, k, v, ws, keep_weights=kept, keep=keep)[0], out)  # and no warning
+    assert np.array_equal(
+        forward(q, k, v, ws, keep_weights=kept, keep=keep)[0], out
+    )  # and no warning
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -381,9 +404,13 @@ def test_the_steady_state_allocates_no_array(where, S, dtype):
                 for P in (None, weights):
                     case = dict(causal=causal, keep=mask, weights=P)
                     name = f"causal={causal}, keep={mask is not None}, kept={P is not None}"
-                    peaks[name] = traced_peak(lambda case=case: attention_into(*arrays[:4], lse, ws, **case))
+                    peaks[name] = traced_peak(
+                        lambda case=case: attention_into(*arrays[:4], lse, ws, **case)
+                    )
                     peaks[f"{name}, backward"] = traced_peak(
-                        lambda case=case: attention_backward_into(*arrays[:4], lse, *arrays[4:], ws, **case)
+                        lambda case=case: attention_backward_into(
+                            *arrays[:4], lse, *arrays[4:], ws, **case
+                        )
                     )
     assert {name: peak for name, peak in peaks.items() if peak >= 8_000} == {}
 

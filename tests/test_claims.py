@@ -75,7 +75,9 @@ def small_bench(name="mine", x=None, y=None):
     if x is None:
         x, y = rng.standard_normal((2, 80, 32))
     mine, other = pair(name, x, y), pair("other", *rng.standard_normal((2, 64, 48)))
-    return Bench([workload(name, mine, rng), workload("other", other, rng)], [mine], 0.0, blocks=(1, 32, 64))
+    return Bench(
+        [workload(name, mine, rng), workload("other", other, rng)], [mine], 0.0, blocks=(1, 32, 64)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,9 @@ def test_the_entry_is_complete(claim, findings):
     assert f.verdict in (CONFIRMED, REFUTED, PARTLY, UNDECIDED)
     assert f.told
     assert all((claim.says, claim.rule, claim.notebook, claim.section, claim.units))
-    assert sum(verdict in claim.rule for verdict in (CONFIRMED, REFUTED, PARTLY)) >= 2  # another is named
+    assert (
+        sum(verdict in claim.rule for verdict in (CONFIRMED, REFUTED, PARTLY)) >= 2
+    )  # another is named
 
 
 ESTIMATES = ("mem-update", "mem-apply", "mem-forward", "mem-batch", "pool-mem", "total")
@@ -121,7 +125,10 @@ def test_the_section_that_explains_it_exists(claim):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     texts = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown"]
     assert any(
-        line.lstrip("#") == f" {claim.section}" for t in texts for line in t.splitlines() if line[:1] == "#"
+        line.lstrip("#") == f" {claim.section}"
+        for t in texts
+        for line in t.splitlines()
+        if line[:1] == "#"
     )
 
 
@@ -146,7 +153,9 @@ def test_what_was_counted_in_the_original_stands_beside(id, findings):
 def test_one_figure_changes_the_verdict(claim, findings):
     name, before, after = CHANGES[claim.id]  # a claim without an entry fails here
     figures = copy.deepcopy(findings[claim.id].figures)
-    assert all(name in f for f in figures.values())  # a figure that is measured, not an invented one
+    assert all(
+        name in f for f in figures.values()
+    )  # a figure that is measured, not an invented one
     for f in figures.values():
         f[name] = before
     for f in figures.values():  # of one workload is enough, whatever the others say
@@ -160,7 +169,12 @@ def test_one_figure_changes_the_verdict(claim, findings):
 def test_judge_and_tell_are_pure(claim, findings):
     figures = copy.deepcopy(findings[claim.id].figures)
     turned = dict(reversed(figures.items()))  # the order of the workloads carries no meaning
-    assert claim.judge(figures) == claim.judge(figures) == claim.judge(turned) == findings[claim.id].verdict
+    assert (
+        claim.judge(figures)
+        == claim.judge(figures)
+        == claim.judge(turned)
+        == findings[claim.id].verdict
+    )
     assert claim.tell(figures) == claim.tell(figures) == findings[claim.id].told
     assert figures == findings[claim.id].figures
 
@@ -207,13 +221,25 @@ EDGES = [  # claim, figures, verdict: at the bound, and one step beyond
     ("mem-forward", dict(dot=2e7 + 4, shipped=5, traffic=2e7 - 1), REFUTED),
     ("why-faster", dict(OWN_OUTPUT, outcome="faster", ratio=Interval(0.9, 0.8, 0.95)), PARTLY),
     ("why-faster", dict(OWN_OUTPUT, outcome="slower", ratio=Interval(1.1, 1.05, 1.2)), REFUTED),
-    ("why-faster", dict(OWN_OUTPUT, outcome="no difference", ratio=Interval(1, 0.971, 1.1)), REFUTED),
-    ("why-faster", dict(OWN_OUTPUT, outcome="no difference", ratio=Interval(1, 0.970, 1.1)), UNDECIDED),
+    (
+        "why-faster",
+        dict(OWN_OUTPUT, outcome="no difference", ratio=Interval(1, 0.971, 1.1)),
+        REFUTED,
+    ),
+    (
+        "why-faster",
+        dict(OWN_OUTPUT, outcome="no difference", ratio=Interval(1, 0.970, 1.1)),
+        UNDECIDED,
+    ),
     ("speed-forward", dict(shipped=Interval(4, 3, 5), control=quiet), CONFIRMED),
     ("speed-forward", dict(shipped=Interval(4, 3, 5), control=Interval(0, -3, 3)), UNDECIDED),
     ("speed-forward", dict(shipped=Interval(2, 1, 3), control=quiet), UNDECIDED),
     ("speed-forward", dict(shipped=Interval(2, 1, 2.99), control=quiet), REFUTED),
-    ("speed-backward", dict(shipped=Interval(4, 3, 4.99), control=quiet), REFUTED),  # its range begins at 5 %
+    (
+        "speed-backward",
+        dict(shipped=Interval(4, 3, 4.99), control=quiet),
+        REFUTED,
+    ),  # its range begins at 5 %
 ]
 
 
@@ -233,7 +259,9 @@ def test_a_larger_gain_is_never_judged_worse(shipped, control, rise):
     judge = next(c.judge for c in LEDGER if c.id == "speed-forward")
 
     def rank(up):
-        figures = dict(shipped=Interval(median + up, low + up, high + up), control=Interval(b, a, c))
+        figures = dict(
+            shipped=Interval(median + up, low + up, high + up), control=Interval(b, a, c)
+        )
         return (REFUTED, UNDECIDED, CONFIRMED).index(judge({"w": figures}))
 
     assert rank(0) <= rank(rise)
@@ -242,7 +270,13 @@ def test_a_larger_gain_is_never_judged_worse(shipped, control, rise):
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_together(n):
     for verdicts in itertools.product((CONFIRMED, REFUTED, PARTLY, UNDECIDED), repeat=n):
-        expected = verdicts[0] if len(set(verdicts)) == 1 else UNDECIDED if UNDECIDED in verdicts else PARTLY
+        expected = (
+            verdicts[0]
+            if len(set(verdicts)) == 1
+            else UNDECIDED
+            if UNDECIDED in verdicts
+            else PARTLY
+        )
         assert together(verdicts) == together(iter(reversed(verdicts))) == expected
 
 
@@ -256,7 +290,10 @@ def test_the_paths_compute_what_the_reference_says(form, real):
         run = real.paths(w, "forward")[form]
         for _ in twice:
             assert_equiv(run(), apply_context(w.X, w.C, w.s), depth=D)
-        run, (grad_x, grad_s) = real.paths(w, "backward")[form], apply_context_vjp(w.X, w.C, w.s, w.G)
+        run, (grad_x, grad_s) = (
+            real.paths(w, "backward")[form],
+            apply_context_vjp(w.X, w.C, w.s, w.G),
+        )
         terms = np.sum(np.abs(w.G) * (np.abs(w.X) @ np.abs(w.C))) / D
         for _ in twice:
             got_x, got_s = run()
@@ -275,7 +312,9 @@ def outcome(product, w):
     update(product, w.X, w.Y, C, 0.1)
     update_step(product, w.X[0], w.Y[0], c, 0.1)
     grad_x, grad_s = backward(product, w.X, w.C, w.s, w.G)
-    return np.concatenate([a.ravel() for a in (forward(product, w.X, w.C, w.s), grad_x, C, c)] + [[grad_s]])
+    return np.concatenate(
+        [a.ravel() for a in (forward(product, w.X, w.C, w.s), grad_x, C, c)] + [[grad_s]]
+    )
 
 
 def test_the_sites_are_the_products_that_the_paths_run():
@@ -286,7 +325,9 @@ def test_the_sites_are_the_products_that_the_paths_run():
         return a @ b
 
     right, found = outcome(note, w), sites(w.X, w.Y, w.G, w.C, w.s)
-    assert Counter(site for site, *_ in calls) == dict.fromkeys(found, 1)  # none twice, none forgotten
+    assert Counter(site for site, *_ in calls) == dict.fromkeys(
+        found, 1
+    )  # none twice, none forgotten
     for site, *operands in calls:
         for got, expected in zip(found[site], operands, strict=True):
             np.testing.assert_array_equal(got, expected)
@@ -320,7 +361,9 @@ def test_a_form_that_computes_something_else_is_found_out(form, wrong, monkeypat
 # Workloads and measurements
 
 
-@pytest.mark.parametrize(("rows", "features", "kept"), [(80, 32, 80), (3000, 8, 2048), (700, 2000, 625)])
+@pytest.mark.parametrize(
+    ("rows", "features", "kept"), [(80, 32, 80), (3000, 8, 2048), (700, 2000, 625)]
+)
 def test_rows_are_cut_so_that_a_report_on_wide_layers_ends(rows, features, kept):
     x = np.ones((rows, features), np.float32)
     w = workload("w", pair("p", x, x), np.random.default_rng(0))
@@ -389,7 +432,9 @@ def made_up(rng, noise, costs):
     control = next(iter(costs))
     drift = np.exp(np.cumsum(0.1 * rng.standard_normal(35))) if noise == "drift" else 1.0
     costs = costs | {control + AGAIN: costs[control]}
-    return Timings({n: c * drift * NOISES[noise](rng) for n, c in costs.items()}, control, 1, ROUNDS)
+    return Timings(
+        {n: c * drift * NOISES[noise](rng) for n, c in costs.items()}, control, 1, ROUNDS
+    )
 
 
 class MadeUp:
@@ -398,7 +443,9 @@ class MadeUp:
     timed_blocks = "blocks"
 
     def __init__(self, rng, noise, gain):
-        self.workloads = [SimpleNamespace(name=name, X=np.empty((10, 1000))) for name in ("mine", "other")]
+        self.workloads = [
+            SimpleNamespace(name=name, X=np.empty((10, 1000))) for name in ("mine", "other")
+        ]
         self.draw = lambda *names: made_up(
             rng, noise, {n: 1 + (i == 0) * gain / 100 for i, n in enumerate(names)}
         )
@@ -438,14 +485,21 @@ TRUTHS = [  # claim, true gain, verdicts that contradict it
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize(("id", "gain", "wrong"), TRUTHS)
 def test_wrong_verdicts_on_speed_are_rare(id, gain, wrong, noise):
-    claim, rng = next(c for c in LEDGER if c.id == id), np.random.default_rng([gain, len(id), len(noise)])
+    claim, rng = (
+        next(c for c in LEDGER if c.id == id),
+        np.random.default_rng([gain, len(id), len(noise)]),
+    )
     runs = [claims.audit(claim, MadeUp(rng, noise, gain)).verdict for _ in range(200)]
     assert np.mean([verdict in wrong for verdict in runs]) <= 0.05
 
 
 @pytest.mark.parametrize(
     ("id", "gain", "right"),
-    [("speed-forward", 20, CONFIRMED), ("speed-forward", -5, REFUTED), ("pool-speed", 20, CONFIRMED)],
+    [
+        ("speed-forward", 20, CONFIRMED),
+        ("speed-forward", -5, REFUTED),
+        ("pool-speed", 20, CONFIRMED),
+    ],
 )
 @pytest.mark.parametrize("noise", ["gaussian", "drift"])
 def test_a_clear_gain_or_loss_is_recognised(id, gain, right, noise):

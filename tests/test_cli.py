@@ -49,7 +49,9 @@ def options(folder, **more):
     """A terminal's environment, without what a developer may have set."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MPL", "COLUMNS"))}
     env["OPENBLAS_NUM_THREADS"] = "1"  # on a busy machine two threads wait for each other
-    return dict(cwd=folder, env=env | more, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return dict(
+        cwd=folder, env=env | more, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run(folder, words, *more, command=CTXLAB, stdout=subprocess.PIPE, **env):
@@ -92,7 +94,15 @@ def test_help_needs_no_numpy(tmp_path):
 def test_completion_knows_options_and_claims(shell, tmp_path):
     done = run(tmp_path, f"--print-completion {shell}")
     assert (done.returncode, done.stderr) == (0, "")
-    for word in ("report", "bench", "claims", "compare", "resume", "threads", *(c.id for c in LEDGER)):
+    for word in (
+        "report",
+        "bench",
+        "claims",
+        "compare",
+        "resume",
+        "threads",
+        *(c.id for c in LEDGER),
+    ):
         assert word in done.stdout
 
 
@@ -138,7 +148,8 @@ def test_one_claim_explained(columns, tmp_path):
     done = run(tmp_path, f"claims {claim.id}", COLUMNS=columns)
     text = " ".join(done.stdout.split())
     assert all(
-        part in text for part in (claim.says, claim.rule, claim.notebook, claim.section, claim.original)
+        part in text
+        for part in (claim.says, claim.rule, claim.notebook, claim.section, claim.original)
     )
     assert max(map(len, done.stdout.splitlines())) <= int(columns)
 
@@ -305,7 +316,10 @@ def test_nothing_to_resume(out, tmp_path):
         (None, "no such file"),
         (b"", "not JSON"),
         (b"\xff\xfe", "no text"),
-        (b'{"schema": "ctxlab.claims", "schema_version": 1, "claims": []}', "version 1 of the schema"),
+        (
+            b'{"schema": "ctxlab.claims", "schema_version": 1, "claims": []}',
+            "version 1 of the schema",
+        ),
         (b'{"schema": "ctxlab.claims", "schema_version": 99}', "version 99 of the schema"),
         (b'{"schema": "other"}', "not a report of ctxlab"),
         (b'{"schema": "ctxlab.claims", "schema_version": 2}', "there is no 'claims'"),
@@ -419,8 +433,13 @@ def test_a_run_that_stops_goes_on_where_it_was(tmp_path):
     assert "(1 threads)" in done.stdout
 
     stored = run(tmp_path, "claims pow2 --from out")
-    assert f"verdict: {next(c['verdict'] for c in data['claims'] if c['id'] == 'pow2')}" in stored.stdout
-    done = run(tmp_path, "report --quick --out new --compare out --seed 5", command=FAST, COLUMNS="40")
+    assert (
+        f"verdict: {next(c['verdict'] for c in data['claims'] if c['id'] == 'pow2')}"
+        in stored.stdout
+    )
+    done = run(
+        tmp_path, "report --quick --out new --compare out --seed 5", command=FAST, COLUMNS="40"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     *lines, _ = done.stdout.splitlines()
     assert max(map(len, lines)) <= 40

@@ -53,7 +53,9 @@ def stored(folder, data):
 def test_what_is_written_can_be_read(data, made, tmp_path):
     assert SCHEMA_VERSION in READABLE
     report = stored(tmp_path, data)
-    assert {id: v.figures for id, v in report.claims.items()} == {f.claim.id: f.figures for f in made[1]}
+    assert {id: v.figures for id, v in report.claims.items()} == {
+        f.claim.id: f.figures for f in made[1]
+    }
     assert report.timings.keys() == made[0].timings.keys()
     for key, t in report.timings.items():
         for name in t.seconds:
@@ -217,7 +219,9 @@ def synthetic(rng, noise, effect):
     block = np.repeat(np.arange(7), 4)
     drift = np.exp(np.cumsum(0.05 * rng.standard_normal(28)))
     place = {name: np.exp(0.02 * rng.standard_normal(7))[block] for name in ("a", "a" + AGAIN, "b")}
-    seconds = {name: drift * p * np.exp(noise * rng.standard_normal(28)) for name, p in place.items()}
+    seconds = {
+        name: drift * p * np.exp(noise * rng.standard_normal(28)) for name, p in place.items()
+    }
     seconds["b"] *= effect
     return revived(dict(seconds=seconds, control="a", placement=block, calls_per_sample=1))
 
@@ -232,7 +236,9 @@ def test_two_runs_of_the_same_seldom_differ(noise, effect):
 
 def test_a_true_change_is_found():
     rng = np.random.default_rng(1)
-    pairs = [[synthetic(rng, 0.01, effect).compare("b") for effect in (1.0, 1.3)] for _ in range(200)]
+    pairs = [
+        [synthetic(rng, 0.01, effect).compare("b") for effect in (1.0, 1.3)] for _ in range(200)
+    ]
     assert np.mean([compare.apart(*pair) for pair in pairs]) >= 0.95
 
 
@@ -269,7 +275,11 @@ def test_other_data_or_settings_or_machine_is_another_run(made, partial):
     w = b.workloads[0]
     other = replace(b, workloads=[replace(w, X=w.X + 1), b.workloads[1]])
     machine = facts["machine"] | {"numpy": "1.0"}
-    for changed in (run_facts(other, {"seed": 0}), run_facts(b, {"seed": 1}), facts | {"machine": machine}):
+    for changed in (
+        run_facts(other, {"seed": 0}),
+        run_facts(b, {"seed": 1}),
+        facts | {"machine": machine},
+    ):
         again = empty(b)
         with pytest.raises(InputError, match="of another run"):
             read_partial(folder, again, changed)

@@ -105,7 +105,17 @@ def _quiet():
 # --- apply and backward ---
 
 
-@given(seeds, lengths, widths, dtypes, kinds, kinds, strengths, st.sampled_from([1, 2, 3]), st.booleans())
+@given(
+    seeds,
+    lengths,
+    widths,
+    dtypes,
+    kinds,
+    kinds,
+    strengths,
+    st.sampled_from([1, 2, 3]),
+    st.booleans(),
+)
 def test_apply_is_the_reference(seed, S, D, dtype, kind_x, kind_c, s, ndim, into):
     rng = np.random.default_rng(seed)
     x = make(rng, {1: (D,), 2: (S, D), 3: (2, S, D)}[ndim], dtype, kind_x)
@@ -119,7 +129,16 @@ def test_apply_is_the_reference(seed, S, D, dtype, kind_x, kind_c, s, ndim, into
 
 
 @given(
-    seeds, lengths, widths, dtypes, kinds, kinds, kinds, strengths, st.sampled_from([1, 2, 3]), st.booleans()
+    seeds,
+    lengths,
+    widths,
+    dtypes,
+    kinds,
+    kinds,
+    kinds,
+    strengths,
+    st.sampled_from([1, 2, 3]),
+    st.booleans(),
 )
 def test_backward_is_the_reference(seed, S, D, dtype, kind_x, kind_c, kind_g, s, ndim, into):
     rng = np.random.default_rng(seed)
@@ -134,7 +153,16 @@ def test_backward_is_the_reference(seed, S, D, dtype, kind_x, kind_c, kind_g, s,
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip((x, G), kept, strict=True))
 
 
-@given(seeds, lengths, widths, dtypes, kinds, kinds, st.sampled_from([0.0, 0.5, -3.0, 1e-12]), st.booleans())
+@given(
+    seeds,
+    lengths,
+    widths,
+    dtypes,
+    kinds,
+    kinds,
+    st.sampled_from([0.0, 0.5, -3.0, 1e-12]),
+    st.booleans(),
+)
 def test_context_gradient_is_the_reference(seed, S, D, dtype, kind_x, kind_g, s, into):
     rng = np.random.default_rng(seed)
     x, G = make(rng, (2, S, D), dtype, kind_x), make(rng, (2, S, D), dtype, kind_g)
@@ -253,7 +281,11 @@ def test_update_is_the_reference(seed, S, D, dtype, kind_x, kind_y, rate, max_ro
             assert ctx.nbytes == 0
             continue
         assert_learned(
-            ctx.outgoing, before, similarity(x, y, max_rows=max_rows), rate, max(min(S, max_rows or S), 1)
+            ctx.outgoing,
+            before,
+            similarity(x, y, max_rows=max_rows),
+            rate,
+            max(min(S, max_rows or S), 1),
         )
         before = ctx.outgoing.copy()
 
@@ -275,7 +307,9 @@ def test_update_step_is_the_reference(seed, D, dtype, kind_x, kind_y, rate):
 @given(seeds, st.integers(1, 20), st.data())
 def test_rows_may_be_chosen(seed, S, data):
     x, y = make(np.random.default_rng(seed), (2, S, 3))
-    rows = data.draw(st.lists(st.integers(0, S - 1), min_size=1, max_size=9))  # in any order, and repeated
+    rows = data.draw(
+        st.lists(st.integers(0, S - 1), min_size=1, max_size=9)
+    )  # in any order, and repeated
     ctx = context(rate=1.0)
     for given_ in (rows, np.array(rows, np.uint8)):
         ctx.update(x, y, rows=given_)
@@ -355,7 +389,13 @@ def test_a_context_may_learn_from_what_it_handed_out():
         assert_learned(ctx.outgoing, before, similarity(before, before.T.copy()), 0.5, 5)
 
 
-@given(seeds, st.integers(1, 40), widths, dtypes, st.sampled_from(["normal", "steps", "tiny", "hostile"]))
+@given(
+    seeds,
+    st.integers(1, 40),
+    widths,
+    dtypes,
+    st.sampled_from(["normal", "steps", "tiny", "hostile"]),
+)
 def test_guards_are_silent(seed, S, D, dtype, kind):
     # Zero norms, values not finite and the floor are expected: none of them is worth a warning.
     rng = np.random.default_rng(seed)
@@ -408,7 +448,8 @@ class Contexts(RuleBasedStateMachine):
         self.ctx.update_rate, self.rate = r, min(max(r, 0), 1)
 
     @rule(
-        name=st.sampled_from(["strength", "update_rate"]), value=st.sampled_from([math.nan, None, "fast", 1j])
+        name=st.sampled_from(["strength", "update_rate"]),
+        value=st.sampled_from([math.nan, None, "fast", 1j]),
     )
     def set_nonsense(self, name, value):
         with pytest.raises((ValueError, TypeError)):
@@ -423,7 +464,13 @@ class Contexts(RuleBasedStateMachine):
 
     @rule(
         bad=st.sampled_from(
-            [np.ones((2, 3)), np.ones(4), [[1.0]], np.ones((2, 2), int), np.ones((2, 2), np.float16)]
+            [
+                np.ones((2, 3)),
+                np.ones(4),
+                [[1.0]],
+                np.ones((2, 2), int),
+                np.ones((2, 2), np.float16),
+            ]
         )
     )
     def set_bad_incoming(self, bad):
@@ -449,7 +496,14 @@ class Contexts(RuleBasedStateMachine):
         self.ctx.set_incoming(self.ctx.outgoing)
         self.incoming = self.outgoing.copy()
 
-    @rule(seed=seeds, S=lengths, D=widths, kind=kinds, ndim=st.sampled_from([1, 2, 3]), into=st.booleans())
+    @rule(
+        seed=seeds,
+        S=lengths,
+        D=widths,
+        kind=kinds,
+        ndim=st.sampled_from([1, 2, 3]),
+        into=st.booleans(),
+    )
     def apply_and_backward(self, seed, S, D, kind, ndim, into):
         D = D if self.incoming is None else len(self.incoming)
         x, G = self.draw(seed, (2, *{1: (D,), 2: (S, D), 3: (2, S, D)}[ndim]), kind)
@@ -463,7 +517,8 @@ class Contexts(RuleBasedStateMachine):
         x = np.ones((S, len(self.incoming) + more), self.dtype)
         for call in (self.ctx.apply, lambda x: self.ctx.backward(x, x)):
             with pytest.raises(
-                ValueError, match=rf"\({S}, .*does not fit the incoming context: \({len(self.incoming)}"
+                ValueError,
+                match=rf"\({S}, .*does not fit the incoming context: \({len(self.incoming)}",
             ):
                 call(x)
 
@@ -539,7 +594,11 @@ class Contexts(RuleBasedStateMachine):
         if not hasattr(self, "ctx"):
             return
         ctx = self.ctx
-        assert (ctx.strength, ctx.update_rate, ctx.max_rows) == (self.strength, self.rate, self.max_rows)
+        assert (ctx.strength, ctx.update_rate, ctx.max_rows) == (
+            self.strength,
+            self.rate,
+            self.max_rows,
+        )
         assert (ctx.weight_norm(), ctx.parameter_count) == (abs(self.strength), 1)
         for held, model in ((ctx.incoming, self.incoming), (ctx.outgoing, self.outgoing)):
             assert (held is None) == (model is None)
@@ -562,7 +621,9 @@ C4 = np.eye(4, dtype=np.float32)
 def test_a_context_of_the_wrong_shape_is_an_error_with_both_shapes(shape, s):
     x = np.ones(shape, np.float32)
     for call in (lambda: context(C4, s).apply(x), lambda: context(C4, s).backward(x, x)):
-        with pytest.raises(ValueError, match=r"^x: shape \(.*\) does not fit the incoming context: \(4, 4\)"):
+        with pytest.raises(
+            ValueError, match=r"^x: shape \(.*\) does not fit the incoming context: \(4, 4\)"
+        ):
             call()
 
 
@@ -704,14 +765,22 @@ def test_rates_are_clipped_and_a_rate_of_zero_does_nothing():
 # --- out= ---
 
 BAD_OUTS = {
-    "shape": (lambda: np.empty((5, 4), np.float32), ValueError, r"^out: shape \(5, 4\), needed \(6, 4\)"),
+    "shape": (
+        lambda: np.empty((5, 4), np.float32),
+        ValueError,
+        r"^out: shape \(5, 4\), needed \(6, 4\)",
+    ),
     "transposed": (lambda: np.empty((4, 6), np.float32), ValueError, "^out: shape"),
     "dimensions": (lambda: np.empty((1, 6, 4), np.float32), ValueError, "^out: .* 3 dimensions"),
     "dtype": (lambda: np.empty((6, 4)), TypeError, "^out: float64"),
     "list": (lambda: [[0.0] * 4] * 6, TypeError, "^out: .* not list"),
     "masked": (lambda: np.ma.zeros((6, 4), np.float32), TypeError, "^out: "),
     "read-only": (lambda: np.broadcast_to(np.float32(0), (6, 4)), ValueError, "^out: is read-only"),
-    "every other column": (lambda: np.empty((6, 8), np.float32)[:, ::2], ValueError, "^out: strides"),
+    "every other column": (
+        lambda: np.empty((6, 8), np.float32)[:, ::2],
+        ValueError,
+        "^out: strides",
+    ),
     "backwards": (lambda: np.empty((6, 4), np.float32)[::-1], ValueError, "^out: strides"),
     "x itself": (lambda: X, ValueError, "^out: overlaps x"),
     "a view of x": (lambda: X[:], ValueError, "^out: overlaps x"),
@@ -793,7 +862,9 @@ def test_what_is_handed_out_cannot_be_written():
 @pytest.mark.parametrize("holds", [(), ("incoming",), ("outgoing",), ("incoming", "outgoing")])
 def test_states_survive_a_file(holds, max_rows, dtype, tmp_path):
     x, y = make(np.random.default_rng(0), (2, 50, 4), dtype)
-    ctx = context(similarity(x, y) if "incoming" in holds else None, -0.3, 0.2, dtype, max_rows=max_rows)
+    ctx = context(
+        similarity(x, y) if "incoming" in holds else None, -0.3, 0.2, dtype, max_rows=max_rows
+    )
     if "outgoing" in holds:
         ctx.update(x, y)
     np.savez(tmp_path / "state.npz", **ctx.state_dict())
@@ -823,7 +894,9 @@ def test_states_survive_a_file(holds, max_rows, dtype, tmp_path):
         dict(strength=1.0, update_rate=0.1, max_rows=-3),
         dict(strength=1.0, update_rate=0.1, max_rows=32, incoming=np.ones((4, 4))),
         dict(strength=1.0, update_rate=0.1, max_rows=32, outgoing=np.ones((4, 3), np.float32)),
-        dict(strength=1.0, update_rate=0.1, max_rows=32, incoming=C4, outgoing=np.ones(4, np.float32)),
+        dict(
+            strength=1.0, update_rate=0.1, max_rows=32, incoming=C4, outgoing=np.ones(4, np.float32)
+        ),
     ],
     ids=repr,
 )
@@ -931,13 +1004,19 @@ def test_alternating_shapes_reuse_what_is_there():
 
     everything()
     held = ctx.nbytes
-    assert traced_peak(everything) < 6 * 2 * D * 8  # a few vectors of 2 D doubles, whatever the shapes
+    assert (
+        traced_peak(everything) < 6 * 2 * D * 8
+    )  # a few vectors of 2 D doubles, whatever the shapes
     assert ctx.nbytes == held
 
 
 def test_setting_a_context_of_the_same_shape_allocates_nothing():
     C = make(np.random.default_rng(0), (256, 256))
-    ctx, x, out = context(C), make(np.random.default_rng(1), (64, 256)), np.empty((64, 256), np.float32)
+    ctx, x, out = (
+        context(C),
+        make(np.random.default_rng(1), (64, 256)),
+        np.empty((64, 256), np.float32),
+    )
 
     def change():
         ctx.set_incoming(C)

@@ -73,7 +73,9 @@ def test_bad_arrays(case, save):
         load_pairs(save(**arrays))
 
 
-@pytest.mark.parametrize("dtype", ["i8", "u1", "?", "c8", "c16", "U5", "S3", "M8[s]", "m8[s]", "f8,f8", "g"])
+@pytest.mark.parametrize(
+    "dtype", ["i8", "u1", "?", "c8", "c16", "U5", "S3", "M8[s]", "m8[s]", "f8,f8", "g"]
+)
 @pytest.mark.parametrize("name", ["x", "hidden"])
 def test_bad_dtypes(dtype, name, save):
     if np.dtype(dtype) == np.float64:
@@ -226,7 +228,9 @@ def test_values_not_finite_are_kept(save):
     assert_equiv(only.x, x.astype(np.float32))
 
 
-@pytest.mark.parametrize("value", [np.finfo(np.float32).max, -np.finfo(np.float32).max, 1e-300, 5e-324])
+@pytest.mark.parametrize(
+    "value", [np.finfo(np.float32).max, -np.finfo(np.float32).max, 1e-300, 5e-324]
+)
 def test_the_ends_of_float32_are_in_range(value, save):
     (only,) = load_pairs(save(x=spoilt(_3=float(value)), y=ok))
     assert np.isfinite(only.x).all()
@@ -251,7 +255,9 @@ def test_the_packaged_data_is_what_its_provenance_says():
     assert (hidden.shape, hidden.dtype) == ((7, 256, 384), np.float16)
     assert (ids.shape, ids.dtype) == ((256,), np.int32)
     assert 0 < ids.min() <= ids.max() < 30522  # the size of BERT's uncased vocabulary
-    assert text.startswith("Alice was beginning to get very tired of sitting by her sister on the bank")
+    assert text.startswith(
+        "Alice was beginning to get very tired of sitting by her sister on the bank"
+    )
     assert np.isfinite(hidden).all()
     for p, x, y in zip(load_pairs(), hidden[:-1], hidden[1:], strict=True):
         assert_equiv(p.x, x.astype(np.float32))

@@ -102,7 +102,9 @@ def test_noise_is_added_level_by_level(seed, dtype, B, S, D):
             same_x0 = out
         elif np.array_equal(out, noise):
             same_noise = out
-        assert_equiv(d.add_noise_into(same_x0, same_noise, t, COSINE, out, Workspace()), want, scale=size)
+        assert_equiv(
+            d.add_noise_into(same_x0, same_noise, t, COSINE, out, Workspace()), want, scale=size
+        )
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 8, 65])
@@ -117,7 +119,13 @@ def test_embeddings_differ_and_have_one_length(dim):
 # The block
 
 
-SHAPES = [(1, 1, 1, 1, 1), (1, 1, 6, 2, 5), (2, 7, 12, 3, 20), (3, 33, 8, 8, 8), (1, 300, 16, 2, 12)]
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (1, 1, 6, 2, 5),
+    (2, 7, 12, 3, 20),
+    (3, 33, 8, 8, 8),
+    (1, 300, 16, 2, 12),
+]
 
 
 @pytest.mark.parametrize(("B", "S", "D", "H", "F"), SHAPES)
@@ -126,9 +134,13 @@ SHAPES = [(1, 1, 1, 1, 1), (1, 1, 6, 2, 5), (2, 7, 12, 3, 20), (3, 33, 8, 8, 8),
 def test_a_block_is_its_reference(B, S, D, H, F, dtype, strength):
     x, _, t = data(B, S, D, dtype)
     for approximate, kept in itertools.product(APPROXIMATE, (False, True)):
-        block = block_of(D, H, F, strength=strength, dtype=dtype, approximate=approximate, keep_weights=kept)
+        block = block_of(
+            D, H, F, strength=strength, dtype=dtype, approximate=approximate, keep_weights=kept
+        )
         want = reference(block, x, t)
-        assert_equiv(block.forward(x, t), want, depth=D + F + S, scale=10 * max(1.0, np.abs(want).max()))
+        assert_equiv(
+            block.forward(x, t), want, depth=D + F + S, scale=10 * max(1.0, np.abs(want).max())
+        )
 
 
 @pytest.mark.parametrize("T", [1, 7, 50])
@@ -139,7 +151,9 @@ def test_levels_are_those_of_the_blocks_own_schedule(T):
     assert_equiv(block.forward(x, t), want, depth=20, scale=10 * np.abs(want).max())
 
 
-@pytest.mark.parametrize(("B", "S", "D", "H", "F"), [(1, 1, 2, 1, 3), (3, 4, 4, 2, 6), (2, 3, 5, 1, 2)])
+@pytest.mark.parametrize(
+    ("B", "S", "D", "H", "F"), [(1, 1, 2, 1, 3), (3, 4, 4, 2, 6), (2, 3, 5, 1, 2)]
+)
 @pytest.mark.parametrize("strength", [None, 0.8])
 def test_every_gradient_agrees_with_differences(B, S, D, H, F, strength):
     x, G, t = data(B, S, D, np.float64)
@@ -168,7 +182,10 @@ def test_the_strength_counts_by_the_signal(seed, level, strength):
     # One sequence at level t with strength s is one that is mixed beforehand with s sqrt(alpha_bar).
     x, G, _ = data(1, 5, 4, np.float64, seed)
     t = np.array([level])
-    ctx, plain = block_of(4, 2, 6, strength=strength, dtype=np.float64), block_of(4, 2, 6, dtype=np.float64)
+    ctx, plain = (
+        block_of(4, 2, 6, strength=strength, dtype=np.float64),
+        block_of(4, 2, 6, dtype=np.float64),
+    )
     plain.load_state_dict({n: p for n, p in ctx.parameters().items() if n != "context.strength"})
     before = SharedAttentionContext(strength * math.sqrt(COSINE[level]), dtype=np.float64)
     before.set_incoming(ctx.context.incoming)
@@ -186,7 +203,10 @@ def test_sequences_do_not_meet():
     block = block_of(8, 2, 12, strength=0.8, dtype=np.float64)
     together = [a.copy() for a in (block.forward(x, t), block.backward(G))]
     for b in range(3):
-        alone = block.forward(x[b : b + 1].copy(), t[b : b + 1]), block.backward(G[b : b + 1].copy())
+        alone = (
+            block.forward(x[b : b + 1].copy(), t[b : b + 1]),
+            block.backward(G[b : b + 1].copy()),
+        )
         for a, all_of_them in zip(alone, together, strict=True):
             assert_equiv(a[0], all_of_them[b], c=1e4)
 
@@ -197,7 +217,10 @@ def test_a_new_block_is_the_identity(dtype):
     block = d.DiffusionBlock(6, 3, 10, dtype=dtype)
     assert np.array_equal(block.forward(x, t), x)
     assert np.array_equal(block.backward(G), G)
-    assert {n for n, g in block.gradients().items() if g.any()} == {"modulation.weight", "modulation.bias"}
+    assert {n for n, g in block.gradients().items() if g.any()} == {
+        "modulation.weight",
+        "modulation.bias",
+    }
 
 
 OTHERS = [FreshWorkspace, lambda: Workspace(debug=True), lambda: Workspace(growth="pow2")]
@@ -373,7 +396,9 @@ def test_a_state_that_does_not_fit_is_refused_as_a_whole():
 def test_with_the_true_noise_a_step_stays_on_the_path(seed, now, then):
     x0, noise, _ = data(1, 7, 5, np.float64, seed)
     at = [d.add_noise(x0, noise, np.array([level]), COSINE)[0] for level in (now, then)]
-    ratio = math.sqrt(max(1.0, COSINE[then] / COSINE[now]))  # a division by a small signal loses digits
+    ratio = math.sqrt(
+        max(1.0, COSINE[then] / COSINE[now])
+    )  # a division by a small signal loses digits
     size = 10 * ratio * max(np.abs(x0).max(), np.abs(noise).max())
     assert_equiv(d.ddim_step(at[0], noise[0], COSINE[now], COSINE[then]), at[1], scale=size)
     out = np.empty_like(at[0])
@@ -397,7 +422,11 @@ def test_steps_with_one_noise_can_be_joined(seed, first, second, third):
     x, noise, _ = data(1, 4, 3, np.float64, seed)
     a, b, c = COSINE[[first, second, third]]
     joined = d.ddim_step(d.ddim_step(x, noise, a, b), noise, b, c)
-    size = 50 * math.sqrt(max(1, b / a) * max(1, c / b, c / a)) * (np.abs(x).max() + np.abs(noise).max())
+    size = (
+        50
+        * math.sqrt(max(1, b / a) * max(1, c / b, c / a))
+        * (np.abs(x).max() + np.abs(noise).max())
+    )
     assert_equiv(joined, d.ddim_step(x, noise, a, c), scale=size)
 
 
@@ -477,7 +506,10 @@ def test_gradients_of_the_whole_model(floor):
         p += 0.2 * rng.standard_normal(p.shape)
     trainer = d.Trainer(model, floor=floor)
     assert trainer.learn(x0, noise, t) == trainer.error(x0, noise, t)[0]
-    found, x = {n: g.copy() for n, g in model.gradients().items()}, d.add_noise(x0, noise, t, COSINE)
+    found, x = (
+        {n: g.copy() for n, g in model.gradients().items()},
+        d.add_noise(x0, noise, t, COSINE),
+    )
     weights = 1 / np.maximum(COSINE[t], floor)
     for name, p in model.parameters().items():
         at = p.copy()

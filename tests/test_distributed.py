@@ -72,13 +72,16 @@ def touch(path, content):
 @pytest.mark.parametrize("memory", ["1GB", "3.92MB"])  # the second: fewer rows at a time
 def test_the_bits_of_the_serial_run(memory, listed, client):
     share = worker_budget(memory, 2, DIM)
-    assert same(stream_distributed(listed, client=client, memory=memory), serial(listed, memory=share))
+    assert same(
+        stream_distributed(listed, client=client, memory=memory), serial(listed, memory=share)
+    )
 
 
 def test_an_order_that_is_not_that_of_arrival(listed, client):
     order = [3, 9, 0, 5, 1, 8]
     assert same(
-        stream_distributed([listed[i] for i in order], client=client), serial([listed[i] for i in order])
+        stream_distributed([listed[i] for i in order], client=client),
+        serial([listed[i] for i in order]),
     )
 
 
@@ -93,7 +96,9 @@ def test_own_workers_and_pairs_of_files(listed, tmp_path):
 
 
 def test_a_scheduler_at_an_address(listed, client, monkeypatch):
-    monkeypatch.chdir(Path(listed[0].x).parent.parent)  # relative paths are the client's, not the workers'
+    monkeypatch.chdir(
+        Path(listed[0].x).parent.parent
+    )  # relative paths are the client's, not the workers'
     relative = shards("run")
     assert not os.path.isabs(relative[0].x)
     address = client.scheduler.address
@@ -186,7 +191,9 @@ def test_a_killed_worker_changes_nothing(name, listed, tmp_path):
             killed.append(pid)
 
         with when_reading(client, tmp_path / "notes", name, kill):
-            got = stream_distributed(listed, client=client, checkpoint=tmp_path / "state.npz", every=1)
+            got = stream_distributed(
+                listed, client=client, checkpoint=tmp_path / "state.npz", every=1
+            )
     assert killed
     assert same(got, serial(listed))
     assert same(load_stats(tmp_path / "state.npz", DIM), got)
@@ -212,7 +219,9 @@ class Deadly:
     def __new__(cls):
         from distributed import WorkerPlugin
 
-        return type("Plugin", (WorkerPlugin,), {"setup": lambda self, worker: kill_always("4.npz")})()
+        return type(
+            "Plugin", (WorkerPlugin,), {"setup": lambda self, worker: kill_always("4.npz")}
+        )()
 
 
 def test_a_shard_that_kills_every_worker_is_named(listed, tmp_path):
@@ -312,7 +321,13 @@ def test_no_rows(listed):
 def test_addresses_where_nobody_answers(listed):
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         silent = f"tcp://127.0.0.1:{deaf.getsockname()[1]}"
-        for address in ("tcp://127.0.0.1:9", silent, "tcp://no.such.host.invalid:8786", "nonsense", "what://a:1"):
+        for address in (
+            "tcp://127.0.0.1:9",
+            silent,
+            "tcp://no.such.host.invalid:8786",
+            "nonsense",
+            "what://a:1",
+        ):
             start = time.monotonic()
             with pytest.raises(InputError, match=f"scheduler: {address} cannot be reached") as e:
                 stream_distributed(listed, scheduler=address, timeout=1)
@@ -390,11 +405,15 @@ def test_without_dask_the_error_says_how_to_get_it():
         for options in (dict(workers=1), dict(scheduler='tcp://127.0.0.1:9')):
             try: stream_distributed([shard], **options)
             except ImportError as e: print(e)"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "dask is not installed; pip install 'ctxlab[distributed]'\n" * 2
 
 
 def test_importing_the_module_does_not_load_dask():
     script = "import sys, ctxlab.distributed; print({'dask', 'distributed', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "set()\n"

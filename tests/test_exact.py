@@ -74,7 +74,9 @@ def assert_right(got, data):
     assert got["context"].dtype == x.dtype
     np.testing.assert_allclose(got["context"], similarity(x, y, max_rows=None), atol=1e-5)
     X, Y = (np.where(np.isfinite(a), a, 0).astype(np.float64) for a in data)
-    for name, want in dict(mean_x=X.mean(0), mean_y=Y.mean(0), std_x=X.std(0), std_y=Y.std(0)).items():
+    for name, want in dict(
+        mean_x=X.mean(0), mean_y=Y.mean(0), std_x=X.std(0), std_y=Y.std(0)
+    ).items():
         np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-6)
     assert got["count"] == len(x)
     assert got["dim"] == x.shape[1]
@@ -160,7 +162,9 @@ def test_figures_by_hand():
     assert f == dict(on=5**0.5, off=8**0.5, beyond=0.5)
 
 
-@pytest.mark.parametrize(("dim", "dots"), [(1, 512), (512, 512), (513, 512), (7, 3), (9, 3), (100, 7)])
+@pytest.mark.parametrize(
+    ("dim", "dots"), [(1, 512), (512, 512), (513, 512), (7, 3), (9, 3), (100, 7)]
+)
 def test_a_dot_is_the_strongest_of_its_block(dim, dots):
     a = np.random.default_rng(dim).standard_normal((dim, dim)).astype(np.float32)
     got, step = exact.thinned(a, dots), -(-dim // dots)
@@ -211,29 +215,68 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
     "twice": (["run", "run/2.npz"], None, "run/2.npz: is named twice"),
     "rows differ": (["bad.npz"], lambda: spoil(x=a(5), y=a(6)), "bad.npz: x and y differ in rows"),
     "widths differ": (["bad.npz"], lambda: spoil(x=a(5), y=a(5, 9)), "differ in features"),
-    "widths of shards": (["run", "bad.npz"], lambda: spoil(x=a(5, 9), y=a(5, 9)), "bad.npz: width 9"),
+    "widths of shards": (
+        ["run", "bad.npz"],
+        lambda: spoil(x=a(5, 9), y=a(5, 9)),
+        "bad.npz: width 9",
+    ),
     "dtypes": (["bad.npz"], lambda: spoil(x=a(5), y=a(5, dtype=np.float64)), "differ in dtype"),
-    "half": (["bad.npz"], lambda: spoil(x=a(5, dtype=np.float16), y=a(5)), "needed float32 or float64"),
+    "half": (
+        ["bad.npz"],
+        lambda: spoil(x=a(5, dtype=np.float16), y=a(5)),
+        "needed float32 or float64",
+    ),
     "no rows": (["bad.npz"], lambda: spoil(x=a(0), y=a(0)), "0 rows in all"),
     "one row": (["bad.npz"], lambda: spoil(x=a(1), y=a(1)), "1 rows in all"),
     "text": (["bad.npz"], lambda: Path("bad.npz").write_text("hello"), "bad.npz: cannot be read"),
-    "too large": (["bad.npz"], lambda: spoil(x=a(5, 3, float) * 1e200, y=a(5, 3, float)), "bad.npz: x: "),
+    "too large": (
+        ["bad.npz"],
+        lambda: spoil(x=a(5, 3, float) * 1e200, y=a(5, 3, float)),
+        "bad.npz: x: ",
+    ),
     "little memory": (["run", "--memory", "1MB"], None, "needed at least"),
-    "little for workers": (["run", "--memory", "3MB", "--workers", "4"], None, "on 4 workers; needed"),
+    "little for workers": (
+        ["run", "--memory", "3MB", "--workers", "4"],
+        None,
+        "on 4 workers; needed",
+    ),
     "no size": (["run", "--memory", "lots"], None, "memory: 'lots' is no size"),
     "out is a folder": (["run", "--out", "x"], None, "--out: x is a folder"),
     "out is no npz": (["run", "--out", "context.png"], None, "must end in .npz"),
     "out in no folder": (["run", "--out", "no/context.npz"], None, "--out: no is no folder"),
     "out in a file": (["run", "--out", "run/0.npz/context.npz"], None, "is no folder"),
     "out among shards": (["run", "--out", "run/context.npz"], None, "would lie among the shards"),
-    "out is a shard": (["run/0.npz", "run/1.npz", "--out", "run/1.npz"], None, "1.npz is one of the shards"),
-    "a shard as checkpoint": (["c.checkpoint.npz", "--out", "c.npz", "--resume"],
-                              lambda: Path("run/0.npz").rename("c.checkpoint.npz"), "is one of the shards"),
-    "a folder for a picture": (["run"], lambda: Path("context.png").mkdir(), "context.png is a folder"),
-    "a folder for a checkpoint": (["run"], lambda: Path(CHECKPOINT).mkdir(), f"{CHECKPOINT} is a folder"),
+    "out is a shard": (
+        ["run/0.npz", "run/1.npz", "--out", "run/1.npz"],
+        None,
+        "1.npz is one of the shards",
+    ),
+    "a shard as checkpoint": (
+        ["c.checkpoint.npz", "--out", "c.npz", "--resume"],
+        lambda: Path("run/0.npz").rename("c.checkpoint.npz"),
+        "is one of the shards",
+    ),
+    "a folder for a picture": (
+        ["run"],
+        lambda: Path("context.png").mkdir(),
+        "context.png is a folder",
+    ),
+    "a folder for a checkpoint": (
+        ["run"],
+        lambda: Path(CHECKPOINT).mkdir(),
+        f"{CHECKPOINT} is a folder",
+    ),
     "an unreadable place": (["run", "--out", "/proc/context.npz"], None, "cannot be written"),
-    "damaged checkpoint": (["run", "--resume"], lambda: Path(CHECKPOINT).write_text("?"), "is damaged"),
-    "unexpected checkpoint": (["run"], lambda: Path(CHECKPOINT).write_text("?"), "exists; resume it"),
+    "damaged checkpoint": (
+        ["run", "--resume"],
+        lambda: Path(CHECKPOINT).write_text("?"),
+        "is damaged",
+    ),
+    "unexpected checkpoint": (
+        ["run"],
+        lambda: Path(CHECKPOINT).write_text("?"),
+        "exists; resume it",
+    ),
 }
 
 
@@ -257,7 +300,9 @@ def test_mistakes(what, home, capsys):
 
 def test_a_scheduler_that_does_not_answer(home):
     pytest.importorskip("distributed")
-    with pytest.raises(InputError, match=r"scheduler: tcp://127\.0\.0\.1:9 cannot be reached within 5 s"):
+    with pytest.raises(
+        InputError, match=r"scheduler: tcp://127\.0\.0\.1:9 cannot be reached within 5 s"
+    ):
         run("run", "--scheduler", "tcp://127.0.0.1:9")
     assert written() == []
 
@@ -269,7 +314,8 @@ def test_without_dask(home, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", ["--workers 0", "--workers two", "--workers 2 --scheduler tcp://a:1", "--memory", "--null 3"]
+    "words",
+    ["--workers 0", "--workers two", "--workers 2 --scheduler tcp://a:1", "--memory", "--null 3"],
 )
 def test_a_wrong_command_line(words, capsys):
     with pytest.raises(SystemExit) as e:
@@ -318,7 +364,9 @@ def test_work_done_is_kept_and_resumed(workers, home):
     want = straight(home)
     Path("context.npz").write_bytes(b"old")
     mend = break_shard(2)
-    with pytest.raises(InputError, match=r"run/2\.npz: .*; what was done is in .*, and --resume") as e:
+    with pytest.raises(
+        InputError, match=r"run/2\.npz: .*; what was done is in .*, and --resume"
+    ) as e:
         run("run", *workers)
     assert "\n" not in str(e.value)
     assert written() == [CHECKPOINT, "context.npz"]
@@ -366,7 +414,9 @@ def test_a_failure_while_writing_keeps_everything(home, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exact, "picture", full)
-    with pytest.raises((InputError, OSError), match=r"No space left on device; .* --resume goes on"):
+    with pytest.raises(
+        (InputError, OSError), match=r"No space left on device; .* --resume goes on"
+    ):
         run("run")
     assert Path("context.npz").read_bytes() == b"old"
     assert written() == [CHECKPOINT, "context.npz"]
@@ -410,7 +460,9 @@ def test_ctrl_c_keeps_what_was_done(workers, home):
         pytest.importorskip("distributed")
     Path("script.py").write_text(SCRIPT)
     argv = [sys.executable, "script.py", "run", *workers]
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # children inherit what is ignored
+    previous = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # children inherit what is ignored
     try:
         process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, start_new_session=True)
     finally:
@@ -444,7 +496,9 @@ def test_the_command_writes_a_result(home, data, capsys):
     assert err == ""
 
 
-@pytest.mark.parametrize("argv", [["no.npz"], ["run", "--memory", "1KB"], ["run", "--scheduler", "nowhere"]])
+@pytest.mark.parametrize(
+    "argv", [["no.npz"], ["run", "--memory", "1KB"], ["run", "--scheduler", "nowhere"]]
+)
 def test_a_mistake_is_one_line_and_exit_code_2(argv, home, capsys):
     assert main(["context", *argv]) == 2
     out, err = capsys.readouterr()
@@ -482,5 +536,7 @@ def test_the_parser_is_light():
         "exact.add_parser(argparse.ArgumentParser().add_subparsers()); "
         "print({'numpy', 'dask', 'matplotlib', 'tqdm', 'threadpoolctl'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "set()\n"

@@ -9,7 +9,16 @@ from conftest import DTYPES, LAYOUTS, dtypes, kinds, lay, layouts, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctxlab.gemm import _numpy_blas, aligned_empty, blas_layout, blend, forms, gemm, panels, unbuffered
+from ctxlab.gemm import (
+    _numpy_blas,
+    aligned_empty,
+    blas_layout,
+    blend,
+    forms,
+    gemm,
+    panels,
+    unbuffered,
+)
 from ctxlab.measure import traced_peak
 from ctxlab.testing import assert_equiv
 
@@ -42,7 +51,9 @@ def assert_product(a, b, out, alpha, beta):
 @given(seeds, sizes, sizes, sizes, dtypes, layouts, layouts, layouts, factors, factors, ways)
 def test_gemm_is_its_formula(seed, m, k, n, dtype, la, lb, lc, alpha, beta, way):
     rng = np.random.default_rng(seed)
-    a, b, out = (lay(make(rng, s, dtype), la_) for s, la_ in (((m, k), la), ((k, n), lb), ((m, n), lc)))
+    a, b, out = (
+        lay(make(rng, s, dtype), la_) for s, la_ in (((m, k), la), ((k, n), lb), ((m, n), lc))
+    )
     with calling(way):
         assert_product(a, b, out, alpha, beta)
 
@@ -153,9 +164,13 @@ def test_operands_that_need_a_copy_are_refused(case, place):
     out = np.empty((8, 8), np.float32)
     other = np.ones((view.shape[1], 8) if place == "a" else (8, view.shape[0]), np.float32)
     with pytest.raises(
-        ValueError, match=rf"^{place}: strides .* would need a copy; pass np.ascontiguousarray\({place}\)"
+        ValueError,
+        match=rf"^{place}: strides .* would need a copy; pass np.ascontiguousarray\({place}\)",
     ):
-        gemm(*((view, other) if place == "a" else (other, view)), out[: len(view) if place == "a" else 8])
+        gemm(
+            *((view, other) if place == "a" else (other, view)),
+            out[: len(view) if place == "a" else 8],
+        )
 
 
 def test_an_out_that_needs_a_copy_is_refused():
@@ -215,11 +230,19 @@ def ok(*shape):
 
 
 BAD_CALLS = {
-    "a: list": (lambda out: gemm([[1.0]], ok(), out), TypeError, "^a: a NumPy array is needed, not list"),
+    "a: list": (
+        lambda out: gemm([[1.0]], ok(), out),
+        TypeError,
+        "^a: a NumPy array is needed, not list",
+    ),
     "b: list": (lambda out: gemm(ok(), ok().tolist(), out), TypeError, "^b: "),
     "a: None": (lambda out: gemm(None, ok(), out), TypeError, "NoneType"),
     "a: masked": (lambda out: gemm(np.ma.masked_array(ok()), ok(), out), TypeError, "MaskedArray"),
-    "a: float16": (lambda out: gemm(ok().astype("f2"), ok(), out), TypeError, "float16 is not supported"),
+    "a: float16": (
+        lambda out: gemm(ok().astype("f2"), ok(), out),
+        TypeError,
+        "float16 is not supported",
+    ),
     "a: int": (lambda out: gemm(ok().astype(int), ok(), out), TypeError, "int64"),
     "a: float64": (lambda out: gemm(ok().astype("f8"), ok(), out), TypeError, "^b: float32"),
     "b: float64": (lambda out: gemm(ok(), ok().astype("f8"), out), TypeError, "^b: float64"),
@@ -239,8 +262,16 @@ BAD_CALLS = {
     "columns of out": (lambda out: gemm(ok(), ok(4, 5), out), ValueError, r"needed \(4, 5\)"),
     "out is a": (lambda out: gemm(out, ok(), out), ValueError, "overlaps a"),
     "out is b, transposed": (lambda out: gemm(ok(), out.T, out), ValueError, "overlaps b"),
-    "read-only": (lambda out: gemm(ok(), ok(), read_only(out.view())), ValueError, "^out: is read-only"),
-    "out: transposed shape": (lambda out: gemm(ok(4, 4), ok(4, 2), out[:2]), ValueError, "^out: shape"),
+    "read-only": (
+        lambda out: gemm(ok(), ok(), read_only(out.view())),
+        ValueError,
+        "^out: is read-only",
+    ),
+    "out: transposed shape": (
+        lambda out: gemm(ok(4, 4), ok(4, 2), out[:2]),
+        ValueError,
+        "^out: shape",
+    ),
 }
 
 
@@ -287,7 +318,9 @@ def test_memory_maps_are_taken(tmp_path):
     for m in mapped[:2]:
         m[:] = A[:5, :5]
     assert gemm(*mapped) is mapped[2]
-    assert_equiv(mapped[2], A[:5, :5] @ A[:5, :5], depth=5, scale=np.abs(A[:5, :5]) @ np.abs(A[:5, :5]))
+    assert_equiv(
+        mapped[2], A[:5, :5] @ A[:5, :5], depth=5, scale=np.abs(A[:5, :5]) @ np.abs(A[:5, :5])
+    )
     locked = np.memmap(tmp_path / "c", np.float32, "r", shape=(5, 5))
     with pytest.raises(ValueError, match="read-only"):
         gemm(mapped[0], mapped[1], locked)
@@ -301,7 +334,11 @@ def test_memory_maps_are_taken(tmp_path):
 @pytest.mark.parametrize(("m", "k", "n"), [(600, 50, 700), (64, 768, 768), (50, 20, 60)])
 def test_no_call_needs_a_temporary(m, k, n, dtype, layout):
     rng = np.random.default_rng(0)
-    a, b, out = make(rng, (m, k), dtype), make(rng, (k, n), dtype), lay(make(rng, (m, n), dtype), layout)
+    a, b, out = (
+        make(rng, (m, k), dtype),
+        make(rng, (k, n), dtype),
+        lay(make(rng, (m, n), dtype), layout),
+    )
     if _numpy_blas("gemm", out.dtype) is None:
         pytest.skip("no OpenBLAS to call")
     for alpha, beta in ((1, 0), (0.5, 0), (1, 1), (0.5, -0.5)):
@@ -365,7 +402,9 @@ def test_only_reuse_saves_memory(m, k, n, dtype):
     rng = np.random.default_rng(0)
     a, b = make(rng, (m, k), dtype), make(rng, (k, n), dtype)
     results = {name: form("site", a, b).copy() for name, form in forms().items()}
-    peaks = {name: traced_peak(lambda form=form: form("site", a, b)) for name, form in forms().items()}
+    peaks = {
+        name: traced_peak(lambda form=form: form("site", a, b)) for name, form in forms().items()
+    }
     size = results["dot"].nbytes
     assert all(np.array_equal(r, results["dot"]) for r in results.values())
     assert size <= peaks["dot"] < size + 8_000

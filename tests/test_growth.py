@@ -42,7 +42,12 @@ def test_kept_exact_sizes_grow_at_records_only(stream):
 def test_capacity_is_always_enough_and_bounded(stream, name):
     run = replay(stream, POLICIES[name])
     most = max(map(nbytes, stream))
-    bound = {"exact shape (original)": 1, "exact": 1, "geometric 1.5": 1.5, "pow2, flat size": 2}.get(name, 4)
+    bound = {
+        "exact shape (original)": 1,
+        "exact": 1,
+        "geometric 1.5": 1.5,
+        "pow2, flat size": 2,
+    }.get(name, 4)
     assert all(run.held >= run.needed)
     assert run.held.max() <= bound * most
     assert run.wasted >= 0

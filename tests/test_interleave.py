@@ -86,7 +86,8 @@ def stepping(n):
 
 
 @pytest.mark.parametrize(
-    "lengths", [(1,), (2, 2), (4, 1), (1, 1, 1), (2, 2, 1), (2, 1, 1, 1), (0, 2, 2), (2, 0), (0, 0), ()]
+    "lengths",
+    [(1,), (2, 2), (4, 1), (1, 1, 1), (2, 2, 1), (2, 1, 1, 1), (0, 2, 2), (2, 0), (0, 0), ()],
 )
 def test_the_orders_are_counted_as_a_multinomial(lengths):
     found = both_ways(sharing(Spot, *map(stepping, lengths)))
@@ -120,7 +121,9 @@ def test_situations_are_steps_of_the_scenario_and_no_others():
 # Lock and count, against a model that has no threads
 
 NESTS = st.lists(st.sampled_from("abr"), max_size=3).map(tuple)
-LOCKING = st.lists(st.lists(st.tuples(NESTS, st.booleans()), min_size=1, max_size=2), min_size=2, max_size=3)
+LOCKING = st.lists(
+    st.lists(st.tuples(NESTS, st.booleans()), min_size=1, max_size=2), min_size=2, max_size=3
+)
 
 
 def locking(program):
@@ -237,7 +240,9 @@ NESTED = st.one_of(
 )
 PROGRAMS = st.one_of(
     st.tuples(st.lists(NESTED, max_size=3), st.lists(NESTED, max_size=2)),
-    st.tuples(st.lists(NESTED, max_size=1), st.lists(NESTED, max_size=1), st.lists(SIMPLE, max_size=2)),
+    st.tuples(
+        st.lists(NESTED, max_size=1), st.lists(NESTED, max_size=1), st.lists(SIMPLE, max_size=2)
+    ),
 )
 
 
@@ -406,7 +411,9 @@ def test_a_run_that_fails_stops_the_others():
 def test_threads_without_a_step_are_no_part_of_any_order():
     ran = []
     found = both_ways(
-        sharing(Spot, lambda spot: ran.append(1), stepping(2), lambda spot: ran.append(1), stepping(2))
+        sharing(
+            Spot, lambda spot: ran.append(1), stepping(2), lambda spot: ran.append(1), stepping(2)
+        )
     )
     assert found.interleavings == 6
     assert len(ran) >= 12
@@ -459,7 +466,9 @@ def test_a_reentrant_lock_is_held_until_it_is_given_back_as_often():
     assert both_ways(sharing(Locks, nested, other)).races == []
 
 
-@pytest.mark.parametrize(("orders", "expected"), [(("ab", "ab", "ab"), False), (("ab", "ab", "ba"), True)])
+@pytest.mark.parametrize(
+    ("orders", "expected"), [(("ab", "ab", "ab"), False), (("ab", "ab", "ba"), True)]
+)
 def test_three_threads_and_two_locks(orders, expected):
     def body(order):
         def run(spot):
@@ -512,7 +521,9 @@ def test_the_shortest_race_has_the_fewest_switches():
     found = explore(scenario, prune=False)
     assert len(found.races) == 4
     assert found.shortest.switches == min(race.switches for race in found.races) == 2
-    assert found.shortest.switches == sum(a != b for a, b in itertools.pairwise(found.shortest.path))
+    assert found.shortest.switches == sum(
+        a != b for a, b in itertools.pairwise(found.shortest.path)
+    )
     assert [step.thread for step in found.shortest.steps] == list(found.shortest.path)
     repeated(scenario, found, most=4)
 
@@ -552,7 +563,9 @@ def test_most_is_just_enough_or_says_so(prune):
 # Nothing is left behind
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores can be chosen on Linux only")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="cores can be chosen on Linux only"
+)
 @pytest.mark.parametrize("end", ["well", "races", "most", "scenario raises"])
 def test_the_cores_come_back(end):
     before, during = os.sched_getaffinity(0), []
@@ -612,7 +625,8 @@ def test_a_schedule_that_is_over_lets_everybody_act():
 def test_exploring_within_threads_does_not_mix():
     found, scenario = [], sharing(Spot, stepping(3), stepping(2))
     threads = [
-        threading.Thread(target=lambda: found.append(explore(scenario, prune=False))) for _ in range(3)
+        threading.Thread(target=lambda: found.append(explore(scenario, prune=False)))
+        for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -928,7 +942,9 @@ def test_giving_back_a_lock_that_is_not_held_fails(name):
 
 
 def test_giving_back_the_reentrant_lock_of_another_fails():
-    assert errors(explore(sharing(Locks, lambda spot: spot.r.acquire(), lambda spot: spot.r.release())))
+    assert errors(
+        explore(sharing(Locks, lambda spot: spot.r.acquire(), lambda spot: spot.r.release()))
+    )
 
 
 WAITING = {

@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # 20_bench holds hours of measurements, and says so in its front matter.
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "20_bench")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def without_slow(cell):
@@ -58,7 +60,9 @@ def lab(tmp_path_factory):
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, cwd=home)
     try:
-        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/lab\S*\?token=(\w+)", log.read_text())):
+        while not (
+            found := re.search(r"http://127\.0\.0\.1:(\d+)/lab\S*\?token=(\w+)", log.read_text())
+        ):
             if server.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(log.read_text())
             time.sleep(0.1)
@@ -75,14 +79,18 @@ def test_every_link_of_the_index_opens_from_the_folder_of_the_notebooks(lab):
         with urlopen(f"{address}/api/contents/{name}?{token}") as answer:
             return json.load(answer)
 
-    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", "\n".join(shown(contents("index.ipynb")["content"])))
+    links = re.findall(
+        r"\]\((?!https?:|#)([^)#\s]+)", "\n".join(shown(contents("index.ipynb")["content"]))
+    )
     assert {path.name for path in (ROOT / "nbs").glob("*.ipynb")} - {"index.ipynb"} <= set(links)
     for link in links:  # a link out of the folder would be one that the server refuses
         assert contents(link)["type"] == "notebook", link
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="needs pip install -e '.[docs]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("playwright") is None, reason="needs pip install -e '.[docs]'"
+)
 def test_a_click_in_the_index_opens_the_notebook(lab):
     from playwright.sync_api import sync_playwright
 
@@ -92,6 +100,8 @@ def test_a_click_in_the_index_opens_the_notebook(lab):
         tab = chromium.new_page()
         tab.goto(f"{address}/lab/tree/index.ipynb?{token}")
         tab.locator(".jp-RenderedMarkdown a", has_text="05_context").first.click(timeout=60_000)
-        tab.locator(".lm-TabBar-tabLabel", has_text="05_context.ipynb").first.wait_for(timeout=60_000)
+        tab.locator(".lm-TabBar-tabLabel", has_text="05_context.ipynb").first.wait_for(
+            timeout=60_000
+        )
         assert tab.locator(".jp-Notebook:visible").count() == 1
         chromium.close()

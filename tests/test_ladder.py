@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from ctxlab import ladder
-from ctxlab.ladder import BARE, PATHS, RUNGS, benchmark_table, check_call, checked, climb, inputs, rungs, work
+from ctxlab.ladder import (
+    BARE,
+    PATHS,
+    RUNGS,
+    benchmark_table,
+    check_call,
+    checked,
+    climb,
+    inputs,
+    rungs,
+    work,
+)
 from ctxlab.measure import Interval, traced_peak
 
 CTXLAB = Path(sys.executable).parent / "ctxlab"
@@ -35,7 +46,9 @@ def test_a_wrong_result_is_found(path):
 def test_the_last_rung_allocates_no_matrix(S, D):
     data = inputs(S, D)
     for path, call in ladder.context_calls(data).items():
-        assert traced_peak(call, warmup=2) < max(6 * 2 * D * 8, 4_000), path  # vectors of 2 D doubles
+        assert traced_peak(call, warmup=2) < max(6 * 2 * D * 8, 4_000), (
+            path
+        )  # vectors of 2 D doubles
 
 
 def test_a_wrong_rung_is_never_timed(monkeypatch):
@@ -64,7 +77,9 @@ def test_work_grows_with_the_sizes(path):
 
 def test_the_command_prints_the_table(tmp_path):
     words = ["bench", "--rows", "16", "--dim", "8", "--seconds", "0"]
-    done = subprocess.run([CTXLAB, *words], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(
+        [CTXLAB, *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert all(f"\n{path} " in done.stdout for path in PATHS)
     assert "S = 16, D = 8" in done.stdout
@@ -76,6 +91,8 @@ WRONG = ["--rows 0", "--dim -1", "--dim x", "--seconds nan", "--seconds -1", "--
 @pytest.mark.parametrize("words", WRONG)
 def test_bad_options_are_refused(words, tmp_path):
     words = ["bench", *words.split()]
-    done = subprocess.run([CTXLAB, *words], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(
+        [CTXLAB, *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert words[1] in done.stderr.splitlines()[-1]

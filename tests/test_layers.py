@@ -49,7 +49,13 @@ from ctxlab.workspace import Workspace
 heights, widths = st.integers(0, 7), st.integers(1, 7)
 forms = st.sampled_from(APPROXIMATE)
 epsilons = st.sampled_from([1e-5, 1e-12, 0.1])
-SEVERAL = [(700, 300), (3, 70_000), (70_000, 3), (1, 9), (9, 1)]  # panels: 4, 3 of one row each, 4, 1, 1
+SEVERAL = [
+    (700, 300),
+    (3, 70_000),
+    (70_000, 3),
+    (1, 9),
+    (9, 1),
+]  # panels: 4, 3 of one row each, 4, 1, 1
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,7 +128,10 @@ def assert_gradients(f, G, arguments, gradients, c=3e7):
             return float(np.sum(G * f(*arguments[:i], a, *arguments[i + 1 :])))
 
         assert_equiv(
-            gradient, numeric_gradient(of, arguments[i]), c=c, scale=max(1.0, np.abs(gradient).max(initial=0))
+            gradient,
+            numeric_gradient(of, arguments[i]),
+            c=c,
+            scale=max(1.0, np.abs(gradient).max(initial=0)),
         )
 
 
@@ -132,7 +141,11 @@ def assert_gradients(f, G, arguments, gradients, c=3e7):
 @given(seeds, heights, widths, dtypes, layouts, layouts, epsilons, st.booleans())
 def test_norms_are_the_reference(seed, N, D, dtype, lx, lo, eps, shifted):
     rng = np.random.default_rng(seed)
-    x, w, b = lay(make(rng, (N, D), dtype), lx), make(rng, D, dtype), make(rng, D, dtype) if shifted else None
+    x, w, b = (
+        lay(make(rng, (N, D), dtype), lx),
+        make(rng, D, dtype),
+        make(rng, D, dtype) if shifted else None,
+    )
     out, stats, kept = lay(full((N, D), dtype), lo), full((2, N), dtype), x.copy()
     assert norm_into(x, w, b, out, stats, eps) is out
     agree(out, normed(x, w, b, eps), norm_scale(x, w, b, eps), depth=D)
@@ -147,7 +160,11 @@ def test_norms_are_the_reference(seed, N, D, dtype, lx, lo, eps, shifted):
 @given(seeds, st.integers(1, 7), widths, dtypes, kinds, epsilons, st.booleans())
 def test_norms_of_extreme_rows(seed, N, D, dtype, kind, eps, shifted):
     rng = np.random.default_rng(seed)
-    x, w, b = make(rng, (N, D), dtype, kind), make(rng, D, dtype), make(rng, D, dtype) if shifted else None
+    x, w, b = (
+        make(rng, (N, D), dtype, kind),
+        make(rng, D, dtype),
+        make(rng, D, dtype) if shifted else None,
+    )
     got, want = quieter(
         lambda: norm_into(x, w, b, full((N, D), dtype), full((2, N), dtype), eps),
         lambda: normed(x, w, b, eps),
@@ -160,14 +177,25 @@ def test_norms_of_extreme_rows(seed, N, D, dtype, kind, eps, shifted):
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-30, 1e30, np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("shifted", [True, False])
 def test_norms_of_constant_rows(value, shifted, dtype):
-    x, w, b = np.full((3, 5), value, dtype), np.ones(5, dtype), np.full(5, 2, dtype) if shifted else None
+    x, w, b = (
+        np.full((3, 5), value, dtype),
+        np.ones(5, dtype),
+        np.full(5, 2, dtype) if shifted else None,
+    )
     stats = full((2, 3), dtype)
-    got, want = quieter(lambda: norm_into(x, w, b, full((3, 5), dtype), stats), lambda: normed(x, w, b, 1e-5))
+    got, want = quieter(
+        lambda: norm_into(x, w, b, full((3, 5), dtype), stats), lambda: normed(x, w, b, 1e-5)
+    )
     agree(got, want, norm_scale(x, w, b, 1e-5), depth=5)
     if not math.isfinite(value):
         assert np.isnan(got).all() == np.isnan(want).all()
         return
-    ws, dx, dw, db = Workspace(), full((3, 5), dtype), full(5, dtype), full(5, dtype) if shifted else None
+    ws, dx, dw, db = (
+        Workspace(),
+        full((3, 5), dtype),
+        full(5, dtype),
+        full(5, dtype) if shifted else None,
+    )
     norm_backward_into(x, stats, w, np.ones((3, 5), dtype), dx, dw, db, ws)  # warnings are errors
     assert np.isfinite(dx).all()
     assert np.isfinite(dw).all()
@@ -212,7 +240,9 @@ def test_norms_over_several_panels(shape, shifted, dtype):
     X, S, g = x.astype(np.float64), stats.astype(np.float64), G.astype(np.float64) * w
     hat = (X - S[0, :, None]) * S[1, :, None]
     inner = (
-        g - hat * np.mean(g * hat, axis=1, keepdims=True) - (g.mean(axis=1, keepdims=True) if shifted else 0)
+        g
+        - hat * np.mean(g * hat, axis=1, keepdims=True)
+        - (g.mean(axis=1, keepdims=True) if shifted else 0)
     )
     size = np.abs(hat).max() ** 2 * np.abs(g).max()
     agree(dx, (inner * S[1, :, None]).astype(dtype), S[1, :, None] * size, depth=D)
@@ -242,7 +272,9 @@ def test_gradients_of_norms(seed, N, D, lx, lg, shifted):
     assert_gradients(lambda x, w, b=None: normed(x, w, b, eps), G, given_, found)
     if shifted:
         for got, want in zip((dx, dw, db), layer_norm_vjp(x, w, G, eps), strict=True):
-            assert_equiv(got, want, depth=N + D, scale=1 + np.abs(G).sum() * np.abs(w).max(initial=0) / eps)
+            assert_equiv(
+                got, want, depth=N + D, scale=1 + np.abs(G).sum() * np.abs(w).max(initial=0) / eps
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -288,7 +320,10 @@ def test_gradients_of_a_linear_map(seed, N, D, F, lx, lw, lg, shifted, wanted):
         lay(make(rng, shape, np.float64), layout)
         for shape, layout in (((N, D), lx), ((F, D), lw), ((N, F), lg))
     )
-    b, out = make(rng, F, np.float64) if shifted else None, full((N, D), np.float64) if wanted else None
+    b, out = (
+        make(rng, F, np.float64) if shifted else None,
+        full((N, D), np.float64) if wanted else None,
+    )
     dw, db = full((F, D), np.float64), full(F, np.float64) if shifted else None
     assert linear_backward_into(x, w, G, out, dw, db) is out
     if wanted:
@@ -316,7 +351,11 @@ def test_a_vector_is_added_to_every_row(shape, layout, dtype):
 
 def gelu_pair(x, b, ws, form, layout="C"):
     """x + b, Phi of it, and GELU of it, as `gelu_into` leaves them."""
-    z, cdf, out = lay(x, layout), lay(full(x.shape, x.dtype), layout), lay(full(x.shape, x.dtype), layout)
+    z, cdf, out = (
+        lay(x, layout),
+        lay(full(x.shape, x.dtype), layout),
+        lay(full(x.shape, x.dtype), layout),
+    )
     assert gelu_into(z, b, cdf, out, ws, form) is out
     return z, cdf, out
 
@@ -326,7 +365,9 @@ def test_gelu_is_the_reference(seed, N, F, dtype, layout, form, shifted, kind):
     rng, ws = np.random.default_rng(seed), Workspace(debug=True)
     x, b = 2 * make(rng, (N, F), dtype, kind), make(rng, F, dtype) if shifted else None
     shifted_x = x if b is None else x + b
-    (z, cdf, out), want = quieter(lambda: gelu_pair(x, b, ws, form, layout), lambda: gelu(shifted_x, form))
+    (z, cdf, out), want = quieter(
+        lambda: gelu_pair(x, b, ws, form, layout), lambda: gelu(shifted_x, form)
+    )
     assert np.array_equal(z, shifted_x, equal_nan=True)
     agree(out, want, np.abs(shifted_x), c=8)
     assert np.array_equal(np.isnan(out), np.isnan(want))
@@ -464,9 +505,13 @@ def test_swiglu_over_several_panels(shape, dtype):
     swiglu_backward_into(a, b, G, da, db, ws)
     A = a.astype(np.float64)
     sigma = 1 / (1 + np.exp(-A))
-    agree(da, (G * b * sigma * (1 + A * (1 - sigma))).astype(dtype), np.abs(G * b) * (1 + np.abs(a)))
+    agree(
+        da, (G * b * sigma * (1 + A * (1 - sigma))).astype(dtype), np.abs(G * b) * (1 + np.abs(a))
+    )
     agree(db, (G * A * sigma).astype(dtype), np.abs(G * a))
-    assert ws.peak_bytes == next(panels(shape[0], shape[1] * a.itemsize)).stop * shape[1] * a.itemsize
+    assert (
+        ws.peak_bytes == next(panels(shape[0], shape[1] * a.itemsize)).stop * shape[1] * a.itemsize
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -551,7 +596,11 @@ def test_cross_entropy_is_the_reference(seed, N, V, dtype, layout, size):
     assert type(loss) is float
     scale = 1 + float(np.abs(z).max())
     assert_equiv(
-        np.asarray(loss, dtype), np.asarray(cross_entropy(z, targets), dtype), depth=V, scale=scale, c=8
+        np.asarray(loss, dtype),
+        np.asarray(cross_entropy(z, targets), dtype),
+        depth=V,
+        scale=scale,
+        c=8,
     )
     assert_equiv(logits.sum(axis=1), np.zeros(N, dtype), depth=V, scale=1.0)
     if dtype == np.float64 and size < 100:
@@ -606,7 +655,9 @@ def test_huge_logits_cost_what_they_should(dtype):
 )
 def test_targets_must_fit_their_logits(shape, targets, why):
     z = np.full(shape, 7.0)
-    with pytest.raises(ValueError, match=f"^targets: {why} of logits; needed as many, and at least one"):
+    with pytest.raises(
+        ValueError, match=f"^targets: {why} of logits; needed as many, and at least one"
+    ):
         cross_entropy_into(z, np.array(targets, int), Workspace())
     assert (z == 7).all()
 
@@ -627,7 +678,9 @@ def test_targets_must_be_a_vector():
 # --- Adam ---
 
 
-def adam_plain(p, g, m, v, t, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=1.0):
+def adam_plain(
+    p, g, m, v, t, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=1.0
+):
     (b1, b2), g = betas, g * scale
     m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
     return p - lr * (m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps) + weight_decay * p), m, v
@@ -643,9 +696,15 @@ OPTIONS = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (7, 3), (2, 3, 4), (50_001,), (300, 301)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (0,), (7, 3), (2, 3, 4), (50_001,), (300, 301)], ids=str
+)
 def test_adam_is_its_formula(shape, options, dtype):
-    rng, ws, steps = np.random.default_rng(0), Workspace(growth="exact"), 3 if math.prod(shape) > 1000 else 25
+    rng, ws, steps = (
+        np.random.default_rng(0),
+        Workspace(growth="exact"),
+        3 if math.prod(shape) > 1000 else 25,
+    )
     p, m, v = np.asarray(make(rng, shape, dtype)), np.zeros(shape, dtype), np.zeros(shape, dtype)
     plain = [a.astype(np.float64) for a in (p, m, v)]
     for t in range(1, steps + 1):
@@ -657,12 +716,16 @@ def test_adam_is_its_formula(shape, options, dtype):
     assert ws.peak_bytes == min(p.nbytes, PANEL_BYTES // 4)
 
 
-@pytest.mark.parametrize(("gradient", "scale"), [(1e25, 1e-25), (1e18, 1e-22), (1e-18, 1e18), (3e19, 1e-3)])
+@pytest.mark.parametrize(
+    ("gradient", "scale"), [(1e25, 1e-25), (1e18, 1e-22), (1e-18, 1e18), (3e19, 1e-3)]
+)
 def test_adam_takes_a_gradient_that_clipping_tamed(gradient, scale):
     # What counts is gradient * scale, which float32 holds with ease; its parts squared would leave the range.
     p, m, v = (np.zeros(3, np.float32) for _ in range(3))
     adam_into(p, np.full(3, gradient, np.float32), m, v, 1, Workspace(), lr=0.01, scale=scale)
-    want = adam_plain(np.zeros(3), np.full(3, gradient), np.zeros(3), np.zeros(3), 1, lr=0.01, scale=scale)
+    want = adam_plain(
+        np.zeros(3), np.full(3, gradient), np.zeros(3), np.zeros(3), 1, lr=0.01, scale=scale
+    )
     for got, plain in zip((p, m, v), want, strict=True):
         assert_equiv(got, plain.astype(np.float32), c=32)
 
@@ -679,7 +742,9 @@ def test_adam_ignores_a_gradient_whose_scale_is_zero():
 def test_adam_takes_any_layout_or_refuses_it(place):
     # To reshape what is not in C order makes a copy, and a step into a copy would be lost without a word.
     rng = np.random.default_rng(0)
-    arrays = dict(zip(("param", "grad", "m", "v"), np.abs(make(rng, (4, 3, 4), np.float64)), strict=True))
+    arrays = dict(
+        zip(("param", "grad", "m", "v"), np.abs(make(rng, (4, 3, 4), np.float64)), strict=True)
+    )
     want = dict(zip(("param", "m", "v"), adam_plain(*arrays.values(), 1), strict=True))
     arrays[place] = lay(arrays[place], "F")
     kept = {name: a.copy() for name, a in arrays.items()}
@@ -697,7 +762,9 @@ def test_the_norm_of_all_gradients(seed, n, dtype):
     rng = np.random.default_rng(seed)
     gradients = {str(i): lay(make(rng, (i, 3), dtype), LAYOUTS[i % 5]) for i in range(n)}
     want = math.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in gradients.values()))
-    assert gradient_norm(gradients) == pytest.approx(want, rel=1e-5 if dtype == np.float32 else 1e-13)
+    assert gradient_norm(gradients) == pytest.approx(
+        want, rel=1e-5 if dtype == np.float32 else 1e-13
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -743,7 +810,9 @@ def test_norms_are_those_of_pytorch(torch, shape, eps, dtype):
         scale = (
             None
             if D > 1
-            else np.abs(G).max() * stats[1].max() ** (2 if bias is None else 1) * (1 + np.abs(w).max())
+            else np.abs(G).max()
+            * stats[1].max() ** (2 if bias is None else 1)
+            * (1 + np.abs(w).max())
         )
         compare(
             dtype,
@@ -768,7 +837,13 @@ def test_a_linear_map_is_that_of_pytorch(torch, shape, shifted, dtype):
     linear_backward_into(x, w, G, dx, dw, db if shifted else None)
     tensors = with_gradients(x, w, b) if shifted else with_gradients(x, w)
     compare(
-        dtype, tensors, torch.nn.functional.linear(*tensors), out, (dx, dw, db)[: len(tensors)], G, max(shape)
+        dtype,
+        tensors,
+        torch.nn.functional.linear(*tensors),
+        out,
+        (dx, dw, db)[: len(tensors)],
+        G,
+        max(shape),
     )
 
 
@@ -799,14 +874,24 @@ def test_swiglu_is_that_of_pytorch(torch, shape, dtype):
 @shaped
 def test_an_embedding_is_that_of_pytorch(torch, shape, dtype):
     rng = np.random.default_rng(0)
-    table, ids, G = make(rng, (11, shape[1]), dtype), rng.integers(0, 11, shape[0]), make(rng, shape, dtype)
+    table, ids, G = (
+        make(rng, (11, shape[1]), dtype),
+        rng.integers(0, 11, shape[0]),
+        make(rng, shape, dtype),
+    )
     out, grad = (
         embedding_into(table, ids, full(shape, dtype)),
         embedding_backward_into(ids, G, np.empty_like(table)),
     )
     (tensor,) = with_gradients(table)
     compare(
-        dtype, [tensor], torch.nn.functional.embedding(torch.tensor(ids), tensor), out, [grad], G, shape[0]
+        dtype,
+        [tensor],
+        torch.nn.functional.embedding(torch.tensor(ids), tensor),
+        out,
+        [grad],
+        G,
+        shape[0],
     )
 
 
@@ -848,7 +933,14 @@ def test_the_steady_state_allocates_no_array(dtype):
     rng, (N, D, F) = np.random.default_rng(0), (500, 256, 640)
     a = lambda *shape: make(rng, shape, dtype)  # noqa: E731
     x, G, y, w, b, dw, db, stats = a(N, D), a(N, D), a(N, D), a(D), a(D), a(D), a(D), a(2, N)
-    W, dW, m, v, c, dc = a(F, D), a(F, D), np.zeros((F, D), dtype), np.zeros((F, D), dtype), a(F), a(F)
+    W, dW, m, v, c, dc = (
+        a(F, D),
+        a(F, D),
+        np.zeros((F, D), dtype),
+        np.zeros((F, D), dtype),
+        a(F),
+        a(F),
+    )
     h, dh, cdf, out, gate = a(N, F), a(N, F), a(N, F), a(N, F), a(N, F)
     assert min(x.nbytes, h.nbytes) > 1.9 * PANEL_BYTES
     table, ids, targets, ws = a(300, D), rng.integers(0, 300, N), rng.integers(0, F, N), Workspace()

@@ -53,7 +53,9 @@ def test_interval_is_made_of_samples_and_holds_the_median(samples, confidence):
     assert median_interval(samples[::-1], confidence) == i
 
 
-@pytest.mark.parametrize(("n", "confidence"), [(0, 0.95), (1, 0.5), (5, 0.95), (7, 0.99), (100, 1.0)])
+@pytest.mark.parametrize(
+    ("n", "confidence"), [(0, 0.95), (1, 0.5), (5, 0.95), (7, 0.99), (100, 1.0)]
+)
 def test_too_few_samples_are_refused(n, confidence):
     with pytest.raises(ValueError, match=f"{n} are too few"):
         median_interval(np.ones(n), confidence)
@@ -100,7 +102,8 @@ def lucky(rng, noise, placed):
     block = np.repeat(np.arange(7), 6)
     names = ("a", "a" + AGAIN, "b")
     luck = {
-        name: np.exp(0.03 * rng.standard_normal(7 if placed else 1))[block if placed else 0] for name in names
+        name: np.exp(0.03 * rng.standard_normal(7 if placed else 1))[block if placed else 0]
+        for name in names
     }
     seconds = {name: luck[name] * NOISE[noise](rng, len(block)) for name in names}
     return Timings(seconds, "a", 1, block if placed else None).compare("b").outcome
@@ -202,7 +205,9 @@ def test_rounds_follow_the_budget_within_their_limits(clock, budget, rounds):
     t = time_paired(
         {"a": clock.costing("a", 0.5), "b": clock.costing("b", 1.5)}, budget=budget, rounds=(12, 40)
     )
-    assert {name: v.shape for name, v in t.seconds.items()} == {n: (rounds,) for n in ("a", "b", "a" + AGAIN)}
+    assert {name: v.shape for name, v in t.seconds.items()} == {
+        n: (rounds,) for n in ("a", "b", "a" + AGAIN)
+    }
     assert np.all(t.seconds["a"] == 0.5)
     assert np.all(t.seconds["a" + AGAIN] == 0.5)
     assert np.all(t.seconds["b"] == 1.5)
@@ -212,12 +217,17 @@ def test_rounds_follow_the_budget_within_their_limits(clock, budget, rounds):
 def test_every_function_runs_equally_often(clock, control):
     costs = {"a": 0.25, "b": 0.5, "c": 0.125}
     t = time_paired(
-        {n: clock.costing(n, s) for n, s in costs.items()}, control=control, rounds=(20, 20), least=1.0
+        {n: clock.costing(n, s) for n, s in costs.items()},
+        control=control,
+        rounds=(20, 20),
+        least=1.0,
     )
     assert t.control == (control or "a")
     assert t.calls == 8  # the quickest needs 8 calls to fill a second
     per_name = 20 * t.calls + 3  # and 3 to warm up
-    assert {n: clock.calls.count(n) for n in costs} == {n: per_name * (1 + (n == t.control)) for n in costs}
+    assert {n: clock.calls.count(n) for n in costs} == {
+        n: per_name * (1 + (n == t.control)) for n in costs
+    }
 
 
 def test_the_order_varies_with_round_and_seed(clock):
@@ -243,7 +253,11 @@ def test_an_unknown_control_is_refused():
 @pytest.mark.parametrize("n", [10_000, 3_000_000])
 def test_traced_peak_sees_temporaries_and_results(n):
     assert n <= traced_peak(lambda: np.empty(n, np.uint8)) < n + 2_000
-    assert 2 * n <= traced_peak(lambda: (np.empty(n, np.uint8), np.empty(n, np.uint8))[0][0]) < 2 * n + 2_000
+    assert (
+        2 * n
+        <= traced_peak(lambda: (np.empty(n, np.uint8), np.empty(n, np.uint8))[0][0])
+        < 2 * n + 2_000
+    )
 
 
 def test_traced_peak_does_not_count_what_was_there_or_what_warmed_up():
@@ -294,7 +308,10 @@ def test_witnesses_call_as_often_as_they_say(witness, warmup):
 def test_page_faults_tell_fresh_memory_from_reused():
     pytest.importorskip("resource")
     big = np.empty(64 << 20, np.uint8)
-    reused, fresh = page_faults(lambda: big.fill(1)), page_faults(lambda: np.ones(64 << 20, np.uint8))
+    reused, fresh = (
+        page_faults(lambda: big.fill(1)),
+        page_faults(lambda: np.ones(64 << 20, np.uint8)),
+    )
     assert isinstance(fresh, int)
     assert 0 <= reused < fresh
 
@@ -325,7 +342,8 @@ def test_a_blas_that_tells_little(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n", "text"), [(0, "0 MB"), (4999, "0 MB"), (5000, "0.01 MB"), (1e9, "1000.00 MB"), (-1e6, "-1.00 MB")]
+    ("n", "text"),
+    [(0, "0 MB"), (4999, "0 MB"), (5000, "0.01 MB"), (1e9, "1000.00 MB"), (-1e6, "-1.00 MB")],
 )
 def test_megabytes_at_the_edges(n, text):
     assert megabytes(n) == text

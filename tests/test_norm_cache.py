@@ -103,7 +103,9 @@ class Slow:
 
 
 @every
-@pytest.mark.parametrize("compute", [None, 5.0, "norm", [], np.ones(3)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "compute", [None, 5.0, "norm", [], np.ones(3)], ids=lambda x: type(x).__name__
+)
 def test_what_cannot_be_called_is_refused(variant, compute):
     with pytest.raises(TypeError, match=rf"compute: a {type(compute).__name__}, needed a function"):
         variant(compute)
@@ -166,7 +168,9 @@ def throw(error):
 
 
 @every
-@given(st.lists(st.sampled_from(["change", "get", "get", "break", "mend", "invalidate"]), max_size=30))
+@given(
+    st.lists(st.sampled_from(["change", "get", "get", "break", "mend", "invalidate"]), max_size=30)
+)
 @settings(max_examples=25)
 def test_one_thread_sees_every_change_and_computes_only_when_it_must(variant, operations):
     state, broken, calls, dirty = 0, False, 0, True
@@ -204,7 +208,9 @@ def test_one_thread_sees_every_change_and_computes_only_when_it_must(variant, op
 # A compute function that asks again
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("recompute", "early flag")])
+@pytest.mark.parametrize(
+    "name", [name for name in VARIANTS if name not in ("recompute", "early flag")]
+)
 def test_a_cache_that_asks_itself_says_so_and_can_be_used_afterwards(name):
     asks = [True]
     cache = VARIANTS[name](lambda: cache.get() if asks[0] else 3.0)
@@ -244,7 +250,9 @@ def test_a_compute_function_may_catch_the_error_of_asking_again(variant):
 # A change while the value is computed
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("plain flag", "locked flag")])
+@pytest.mark.parametrize(
+    "name", [name for name in VARIANTS if name not in ("plain flag", "locked flag")]
+)
 def test_a_change_made_by_compute_itself_is_not_lost(name):
     state = [0]
 
@@ -425,7 +433,10 @@ def test_only_the_value_that_was_first_is_kept():
 def test_the_lock_computes_once_for_all():
     start, calls = threading.Barrier(8), []
     cache = LockedFlag(lambda: calls.append(1) or object())
-    found = [reader.end() for reader in [Thread(lambda: [start.wait(60), cache.get()][1]) for _ in range(8)]]
+    found = [
+        reader.end()
+        for reader in [Thread(lambda: [start.wait(60), cache.get()][1]) for _ in range(8)]
+    ]
     assert len(calls) == len(set(map(id, found))) == 1
 
 
@@ -433,7 +444,9 @@ def test_each_thread_computes_once_for_itself():
     calls = []
     cache = PerThread(lambda: calls.append(threading.get_ident()) or len(calls))
     start = threading.Barrier(3)
-    readers = [Thread(lambda: [start.wait(60), [cache.get() for _ in range(50)]][1]) for _ in range(3)]
+    readers = [
+        Thread(lambda: [start.wait(60), [cache.get() for _ in range(50)]][1]) for _ in range(3)
+    ]
     assert all(len(set(reader.end())) == 1 for reader in readers)
     assert len(calls) == 3
 
@@ -501,7 +514,9 @@ def test_stale_reads_are_counted_by_a_stress_test():
 @pytest.mark.parametrize("error", [Broken, Interrupt])
 def test_an_error_under_stress_comes_out_and_the_interpreter_is_as_before(error, monkeypatch):
     before, threads, asked = sys.getswitchinterval(), threading.active_count(), []
-    monkeypatch.setattr(sys, "setswitchinterval", asked.append)  # of the whole process: leave it alone
+    monkeypatch.setattr(
+        sys, "setswitchinterval", asked.append
+    )  # of the whole process: leave it alone
     with pytest.raises(error):
         stress(DerivedValue, 100, pause=lambda: throw(error()), interval=1e-3)
     assert asked == [1e-3, before]
@@ -636,16 +651,20 @@ def test_norms_are_norms():
 @pytest.mark.parametrize("names", [list, iter])
 def test_costs_are_timed_for_each_name(names):
     found = costs(names(["snapshot swap"]), budget=0.01)
-    assert {"compute", *(f"snapshot swap {what}" for what in ("hit", "invalidate", "cycle"))} <= set(
-        found.seconds
-    )
+    assert {
+        "compute",
+        *(f"snapshot swap {what}" for what in ("hit", "invalidate", "cycle")),
+    } <= set(found.seconds)
     assert 0 < nanoseconds(found, "compute").low <= nanoseconds(found, "compute").high
     assert contended(DerivedValue, 2, gets=50) > 0
 
 
 ARGUMENTS = {
     "stress without threads": ("readers", lambda: stress(DerivedValue, 10, readers=0, writers=0)),
-    "stress with fewer than no readers": ("readers", lambda: stress(DerivedValue, 10, readers=-1, writers=2)),
+    "stress with fewer than no readers": (
+        "readers",
+        lambda: stress(DerivedValue, 10, readers=-1, writers=2),
+    ),
     "stress with fewer than no operations": ("operations", lambda: stress(DerivedValue, -5)),
     "stress with half an operation": ("operations", lambda: stress(DerivedValue, 10.5)),
     "contended without threads": ("threads", lambda: contended(DerivedValue, 0)),

@@ -15,7 +15,9 @@ import pytest
 import ctxlab
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(m.name for m in pkgutil.iter_modules(ctxlab.__path__) if not m.name.startswith("_"))
+MODULES = sorted(
+    m.name for m in pkgutil.iter_modules(ctxlab.__path__) if not m.name.startswith("_")
+)
 settings = ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf-8")
 FACTS = settings["DEFAULT"]
@@ -28,7 +30,17 @@ def test_imports_stay_light(module):
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    heavy = {"matplotlib", "tqdm", "scipy", "hypothesis", "pytest", "nbdev", "fastcore", "IPython", "pandas"}
+    heavy = {
+        "matplotlib",
+        "tqdm",
+        "scipy",
+        "hypothesis",
+        "pytest",
+        "nbdev",
+        "fastcore",
+        "IPython",
+        "pandas",
+    }
     assert module in loaded
     assert heavy.isdisjoint(name.partition(".")[0] for name in loaded)
     assert "numpy.random" not in loaded  # NumPy itself loads it when it is used
@@ -51,7 +63,9 @@ def test_settings_ini_is_the_only_list_of_requirements():
         re.search(rf"\b{re.escape(name)}\b", text) for name in requirement_names() for text in texts
     )
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert not re.search(r"^\s*(\[project|dependencies|optional-dependencies)", pyproject, re.MULTILINE)
+    assert not re.search(
+        r"^\s*(\[project|dependencies|optional-dependencies)", pyproject, re.MULTILINE
+    )
     assert not [
         p.name
         for p in ROOT.glob("*")
@@ -75,7 +89,9 @@ def test_every_import_is_a_declared_requirement():
     for path in (ROOT / "ctxlab").glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert set(imported(tree)) - declared - PEERS - sys.stdlib_module_names == set(), path.name
-        top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        top = ast.Module(
+            [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []
+        )
         assert PEERS.isdisjoint(imported(top)), path.name
 
 
@@ -132,7 +148,9 @@ def test_signatures_are_as_agreed(promise):
 
 @pytest.mark.parametrize("name", ["strength", "update_rate", "incoming", "outgoing", "nbytes"])
 def test_properties_are_as_agreed(name):
-    assert isinstance(inspect.getattr_static(look_up("context.SharedAttentionContext"), name), property)
+    assert isinstance(
+        inspect.getattr_static(look_up("context.SharedAttentionContext"), name), property
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -149,7 +167,9 @@ def test_public_things_are_documented(module):
             missing += [
                 f"{name}.{n}"
                 for n, member in vars(thing).items()
-                if inspect.isfunction(member) and not n.startswith("_") and not inspect.getdoc(member)
+                if inspect.isfunction(member)
+                and not n.startswith("_")
+                and not inspect.getdoc(member)
             ]
     assert not missing
 

@@ -77,7 +77,9 @@ def similarity_in_loops(x, y):
         for j in range(y.shape[1]):
             u, v = column(x, i), column(y, j)
             d = math.sqrt(math.fsum(e * e for e in u)) * math.sqrt(math.fsum(e * e for e in v))
-            out[i, j] = math.tanh(math.fsum(map(math.prod, zip(u, v, strict=True))) / d) if d > 1e-12 else 0
+            out[i, j] = (
+                math.tanh(math.fsum(map(math.prod, zip(u, v, strict=True))) / d) if d > 1e-12 else 0
+            )
     return out
 
 
@@ -209,7 +211,10 @@ def finite(value):
 
 def product_in_loops(a, b):
     return [
-        [finite(sum(float(a[i, k]) * float(b[k, j]) for k in range(len(b)))) for j in range(b.shape[1])]
+        [
+            finite(sum(float(a[i, k]) * float(b[k, j]) for k in range(len(b))))
+            for j in range(b.shape[1])
+        ]
         for i in range(len(a))
     ]
 
@@ -220,7 +225,9 @@ def spoilt_operands(draw):
     rng = np.random.default_rng(draw(seeds))
     few = draw(st.booleans())  # mostly finite, or everything at once
     weights = np.array([4, 9, 9, 9, 9, 1, 1, 1]) if few else np.ones(8)
-    return [rng.choice(ENTRIES, size, p=weights / weights.sum()) for size in ((S, D), (D, D), (S, D))]
+    return [
+        rng.choice(ENTRIES, size, p=weights / weights.sum()) for size in ((S, D), (D, D), (S, D))
+    ]
 
 
 @given(spoilt_operands(), st.sampled_from(STRENGTHS), dtypes)
@@ -228,7 +235,10 @@ def test_apply_follows_its_rules(operands, s, dtype):
     x, C, _ = (a.astype(dtype) for a in operands)
     P = product_in_loops(x, C)
     want = np.array(
-        [[finite(float(x[i, j])) + s / len(C) * P[i][j] for j in range(len(C))] for i in range(len(x))]
+        [
+            [finite(float(x[i, j])) + s / len(C) * P[i][j] for j in range(len(C))]
+            for i in range(len(x))
+        ]
     )
     out = apply_context(x, C, s)
     assert_equiv(out, want.reshape(x.shape).astype(dtype))
@@ -241,11 +251,15 @@ def test_gradients_follow_their_rules(operands, s, dtype):
     x, C, G = (a.astype(dtype) for a in operands)
     S, D = x.shape
     P, Q = product_in_loops(x, C), product_in_loops(G, C.T)
-    want = np.array([[float(G[i, j]) + s / D * Q[i][j] for j in range(D)] for i in range(S)]).reshape(S, D)
+    want = np.array(
+        [[float(G[i, j]) + s / D * Q[i][j] for j in range(D)] for i in range(S)]
+    ).reshape(S, D)
     grad_x, grad_s = apply_context_vjp(x, C, s, G)
     assert_equiv(grad_x, want.astype(dtype))
     assert_equiv(
-        grad_s, sum(finite(float(G[i, j])) * P[i][j] for i in range(S) for j in range(D)) / D, scale=100.0
+        grad_s,
+        sum(finite(float(G[i, j])) * P[i][j] for i in range(S) for j in range(D)) / D,
+        scale=100.0,
     )
 
 
@@ -273,7 +287,9 @@ def test_gradients_are_derivatives(seed, S, D, s):
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (4,), (0, 4)])
-@pytest.mark.parametrize(("context", "strength"), [(None, 0.5), (np.ones((4, 4)), 0.0), (None, 0.0)])
+@pytest.mark.parametrize(
+    ("context", "strength"), [(None, 0.5), (np.ones((4, 4)), 0.0), (None, 0.0)]
+)
 def test_nothing_to_mix_passes_everything_through(shape, context, strength):
     x = np.full(shape, np.nan)
     out = apply_context(x, context, strength)

@@ -66,7 +66,9 @@ TEXTS = ["word " * 80, "x" * 300, "a-b/c" * 50, "two\nlines\tand a tab", "", "Ä
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_table_keeps_its_width_and_every_character(made, text):
     f = made[1][0]
-    f = replace(f, claim=replace(f.claim, id="i" * 40, says=text, notebook="99_" + "n" * 40), told=text)
+    f = replace(
+        f, claim=replace(f.claim, id="i" * 40, says=text, notebook="99_" + "n" * 40), told=text
+    )
     lines = table([f]).splitlines()
     assert max(map(len, lines)) <= 100
     _, rule, *rows = lines
@@ -148,13 +150,19 @@ def test_json_has_its_schema(data):
     tables = dict.fromkeys(("settings", "machine"), dict)
     rows = dict.fromkeys(("workloads", "claims", "timings", "too_noisy"), list)
     assert types == text | tables | rows | {"schema_version": int}
-    assert (data["schema"], data["schema_version"], data["ctxlab"]) == ("ctxlab.claims", 2, __version__)
+    assert (data["schema"], data["schema_version"], data["ctxlab"]) == (
+        "ctxlab.claims",
+        2,
+        __version__,
+    )
     assert data["workloads"] == [
         dict(name="mine", rows=80, features=32),
         dict(name="other", rows=64, features=48),
     ]
     assert [c["id"] for c in data["claims"]] == [c.id for c in LEDGER]
-    text = dict.fromkeys(("id", "says", "verdict", "measured", "rule", "notebook", "section", "units"), str)
+    text = dict.fromkeys(
+        ("id", "says", "verdict", "measured", "rule", "notebook", "section", "units"), str
+    )
     for c in data["claims"]:
         assert {k: type(v) for k, v in c.items() if k != "original"} == text | {"figures": dict}
         assert c["original"] is None or isinstance(c["original"], str)
@@ -173,15 +181,21 @@ def test_verdicts_follow_from_the_figures_in_the_file(data):
 
 def test_figures_follow_from_the_raw_timings_in_the_file(made, data):
     raw = {(t["workload"], t["what"]): t for t in data["timings"]}
-    stacks = {("16 x 32", what) for what in ("Transformer forward", *(f"{kind} step" for kind in KINDS))}
+    stacks = {
+        ("16 x 32", what) for what in ("Transformer forward", *(f"{kind} step" for kind in KINDS))
+    }
     norms = {"|s|", "|s| at a quarter", "vector of 768", "locked hit", "|s|" + AGAIN}
     assert set(raw.pop(("norms", ""))["seconds"]) == norms
-    assert set(raw) == stacks | set(itertools.product(("mine", "other"), (*SHIPPED, "forward", "backward")))
+    assert set(raw) == stacks | set(
+        itertools.product(("mine", "other"), (*SHIPPED, "forward", "backward"))
+    )
     for key, t in raw.items():
         seconds = {name: np.array(s) for name, s in t["seconds"].items()}
         names = {"not pooled", "pooled"} if key in stacks else {"dot", "zeros + gemm", "reused out"}
         assert set(seconds) == names | {("not pooled" if key in stacks else "dot") + AGAIN}
-        assert {len(s) for s in seconds.values()} == {len(next(iter(seconds.values())))}  # paired by round
+        assert {len(s) for s in seconds.values()} == {
+            len(next(iter(seconds.values())))
+        }  # paired by round
         assert all((s > 0).all() for s in seconds.values())
         for name, s in made[0].timings[key].seconds.items():
             np.testing.assert_array_equal(seconds[name], s)  # not rounded on the way
@@ -191,8 +205,12 @@ def test_figures_follow_from_the_raw_timings_in_the_file(made, data):
             for w, f in c["figures"].items():
                 t = raw[w, c["id"].removeprefix("speed-")]
                 seconds = {name: np.array(s) for name, s in t["seconds"].items()}
-                again = Timings(seconds, t["control"], t["calls_per_sample"], np.array(t["placement"]))
-                assert again.ratio("dot", "zeros + gemm").scaled(100, -100) == as_interval(f["shipped"])
+                again = Timings(
+                    seconds, t["control"], t["calls_per_sample"], np.array(t["placement"])
+                )
+                assert again.ratio("dot", "zeros + gemm").scaled(100, -100) == as_interval(
+                    f["shipped"]
+                )
 
 
 # For people
@@ -228,7 +246,9 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page(made, data):
     b, findings = made
-    return Page(as_html(findings, data, {name: png(draw(b, findings)) for name, (_, draw) in PLOTS.items()}))
+    return Page(
+        as_html(findings, data, {name: png(draw(b, findings)) for name, (_, draw) in PLOTS.items()})
+    )
 
 
 def test_the_page_is_well_formed(page):
@@ -238,7 +258,14 @@ def test_the_page_is_well_formed(page):
 
 
 def test_the_page_stands_alone(page):
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base"}
+    assert not {tag for tag, _ in page.tags} & {
+        "script",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+    }
     assert all(src.startswith("data:image/png;base64,") for src in page.all("src"))
     for href in page.all("href"):
         kind = urlparse(href)
@@ -253,7 +280,9 @@ def test_the_page_stands_alone(page):
 
 def test_every_picture_is_described(page):
     pictures = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert sorted(attrs["alt"] for attrs in pictures) == sorted(caption for caption, _ in PLOTS.values())
+    assert sorted(attrs["alt"] for attrs in pictures) == sorted(
+        caption for caption, _ in PLOTS.values()
+    )
     assert set(PLOT_OF) <= {c.id for c in LEDGER}
     assert set(PLOT_OF.values()) == set(PLOTS)
 
@@ -267,7 +296,9 @@ def test_the_page_can_be_heard_and_walked_through(page):
     assert tags.count("caption") == tags.count("table")
     named = [attrs for tag, attrs in page.tags if tag in ("section", "article")]
     assert {attrs["aria-labelledby"] for attrs in named} <= set(page.all("id"))
-    scrolled = [attrs for _, attrs in page.tags if "tabindex" in attrs and attrs.get("id") != "main"]
+    scrolled = [
+        attrs for _, attrs in page.tags if "tabindex" in attrs and attrs.get("id") != "main"
+    ]
     assert all(attrs["aria-label"] and attrs["role"] == "region" for attrs in scrolled)
     assert "lang" in dict(page.tags)["html"]
 
@@ -285,7 +316,15 @@ def test_each_claim_has_its_section_with_figures_and_code(page):
 
 @pytest.mark.parametrize(
     "code",
-    [HOSTILE, "", "x = '# no comment'", "f\"{d['a']}\" # if", "'open", '"""doc <b>"""\nreturn 1', "a\\'b'"],
+    [
+        HOSTILE,
+        "",
+        "x = '# no comment'",
+        "f\"{d['a']}\" # if",
+        "'open",
+        '"""doc <b>"""\nreturn 1',
+        "a\\'b'",
+    ],
 )
 def test_highlighting_loses_nothing(code):
     page = Page(highlighted(code))
@@ -316,7 +355,10 @@ def test_hostile_texts_are_only_text(made, data):
     f = made[1][0]
     figures = {HOSTILE: next(iter(f.figures.values()))}
     f = replace(
-        f, claim=replace(f.claim, says=HOSTILE, rule=HOSTILE, original=HOSTILE), told=HOSTILE, figures=figures
+        f,
+        claim=replace(f.claim, says=HOSTILE, rule=HOSTILE, original=HOSTILE),
+        told=HOSTILE,
+        figures=figures,
     )
     data = data | {
         "workloads": [dict(name=HOSTILE, rows=2, features=2)],
@@ -418,7 +460,9 @@ def test_success_replaces_the_report_and_nothing_else(target, old):
     )  # no scratch left behind
 
 
-@pytest.mark.parametrize("name", ["bytes.png", "index.html", "times.png"])  # moved first, midway, last
+@pytest.mark.parametrize(
+    "name", ["bytes.png", "index.html", "times.png"]
+)  # moved first, midway, last
 def test_a_file_that_cannot_be_moved_leaves_the_earlier_report_whole(name, old):
     (old / name).unlink()
     (old / name).mkdir()  # of the user's, under a name that the report needs
@@ -449,10 +493,15 @@ def test_an_interruption_while_moving_leaves_the_earlier_report_whole(moved, old
     assert tree(old) == before
 
 
-@pytest.mark.parametrize("target", ["report/index.html", "report/index.html/sub", "report/index.html/a/b"])
+@pytest.mark.parametrize(
+    "target", ["report/index.html", "report/index.html/sub", "report/index.html/a/b"]
+)
 def test_a_file_is_not_a_folder(target, old):
     before = tree(old)
-    with pytest.raises(InputError, match=r"is a file|is not a folder"), staging(old / ".." / target):
+    with (
+        pytest.raises(InputError, match=r"is a file|is not a folder"),
+        staging(old / ".." / target),
+    ):
         pytest.fail("a minute of measuring would have been lost")
     assert tree(old) == before
 

@@ -40,12 +40,18 @@ def imported(path):
     for cell in cells(path, "code"):
         if re.match(r"#\|\s*exporti?\b", cell):
             for node in ast.walk(ast.parse(cell)):
-                if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ctxlab."):
+                if (
+                    isinstance(node, ast.ImportFrom)
+                    and node.module
+                    and node.module.startswith("ctxlab.")
+                ):
                     yield node.module.split(".")[1]
                 elif isinstance(node, ast.ImportFrom) and node.module == "ctxlab":
                     yield from (a.name for a in node.names if not a.name.startswith("__"))
                 elif isinstance(node, ast.Import):
-                    yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("ctxlab."))
+                    yield from (
+                        a.name.split(".")[1] for a in node.names if a.name.startswith("ctxlab.")
+                    )
 
 
 def test_the_version_is_stated_once():
@@ -103,10 +109,14 @@ def test_links_of_the_readme_lead_somewhere():
 def tracked():
     """The files that git knows, as they are now."""
     try:
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
-    return [p for name in listed.stdout.decode().split("\0") if name and (p := ROOT / name).is_file()]
+    return [
+        p for name in listed.stdout.decode().split("\0") if name and (p := ROOT / name).is_file()
+    ]
 
 
 def words(path):

@@ -19,7 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(path.stem for path in (ROOT / "ctxlab").glob("[!_]*.py"))
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 NEEDED = "sphinx", "myst_nb", "furo", "sphinx_copybutton", "mathjax"
 absent = ", ".join(name for name in NEEDED if importlib.util.find_spec(name) is None)
@@ -48,13 +50,21 @@ class Page(HTMLParser):
             self.lang = attrs.get("lang")
         elif tag == "a" and attrs.get("href"):
             self.links.append(attrs["href"])
-        elif tag == "link" and attrs.get("rel") not in ("next", "prev", "index", "search", "canonical"):
+        elif tag == "link" and attrs.get("rel") not in (
+            "next",
+            "prev",
+            "index",
+            "search",
+            "canonical",
+        ):
             self.resources.append(attrs["href"])
         elif tag == "img":
             self.images.append(attrs)
         elif tag == "div" and "cell" in (attrs.get("class") or "").split():
             self.cells += 1
-        self.resources += [attrs[name] for name in ("src", "srcset", "poster", "data") if attrs.get(name)]
+        self.resources += [
+            attrs[name] for name in ("src", "srcset", "poster", "data") if attrs.get(name)
+        ]
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +94,11 @@ def test_the_site_builds_without_a_warning(built):
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "letter.txt").write_text("dear reader", encoding="utf-8")
-    build = subprocess.run([sys.executable, str(ROOT / "tools/docs.py"), "build", "--out", str(tmp_path)],
-                           capture_output=True, text=True)
+    build = subprocess.run(
+        [sys.executable, str(ROOT / "tools/docs.py"), "build", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
     assert build.returncode == 1
     assert "not empty" in build.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
@@ -117,7 +130,10 @@ def test_a_link_that_leads_nowhere_is_a_fault(sources):
 def test_names_in_code_lead_to_the_reference(sources):
     gemm = sources.reference.sources["ctxlab.gemm"]
     link = sources.reference.link
-    assert link("`Workspace.take`", None) == "{py:obj}`Workspace.take <ctxlab.workspace.Workspace.take>`"
+    assert (
+        link("`Workspace.take`", None)
+        == "{py:obj}`Workspace.take <ctxlab.workspace.Workspace.take>`"
+    )
     assert link("`check_out`", gemm) == "{py:obj}`check_out <ctxlab.gemm.check_out>`"
     for plain in ("`scale`", "`np.float32`", "[`Workspace`](04_workspace.ipynb)", "``Workspace``"):
         assert link(plain, gemm) == plain
@@ -128,7 +144,11 @@ def test_a_notebook_shows_what_it_does_not_hide(path, pages):
     page = pages[f"{path.stem}.html"]
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    shown = [source for source in sources if source and not re.match(r"#\| *(hide|default_exp)\b", source)]
+    shown = [
+        source
+        for source in sources
+        if source and not re.match(r"#\| *(hide|default_exp)\b", source)
+    ]
     assert page.cells == len(shown)
     text = re.sub(r"<[^>]*>", "", re.sub("<code.*?</code>", "", page.text))
     assert not re.search(r"^#\| *\w+", text, re.MULTILINE)
@@ -155,7 +175,9 @@ def test_every_public_name_has_an_entry(name, pages):
 
 def test_the_sidebar_leads_to_every_notebook_and_to_the_reference(pages):
     leads = {link.removeprefix("./") for link in pages["index.html"].links}
-    assert {f"{path.stem}.html" for path in NOTEBOOKS if path.stem != "index"} | {"api/index.html"} <= leads
+    assert {f"{path.stem}.html" for path in NOTEBOOKS if path.stem != "index"} | {
+        "api/index.html"
+    } <= leads
 
 
 def test_every_link_and_anchor_leads_somewhere(pages, site):
@@ -179,7 +201,10 @@ def test_nothing_comes_from_the_network(pages, site):
     used = [(name, link) for name, page in pages.items() for link in page.resources]
     for sheet in site.rglob("*.css"):
         text = sheet.read_text(encoding="utf-8")
-        used += [(sheet.name, link) for link in re.findall(r"(?:@import|url\()\s*['\"]?([^'\")\s]+)", text)]
+        used += [
+            (sheet.name, link)
+            for link in re.findall(r"(?:@import|url\()\s*['\"]?([^'\")\s]+)", text)
+        ]
     assert not [(name, link) for name, link in used if outside.match(link)]
 
 
@@ -194,9 +219,16 @@ def test_a_reader_without_eyes_is_served_too(pages):
 
 # ---- In a browser
 
-OFFLINE = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-           "--disable-background-networking", "--disable-component-update",
-           "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+OFFLINE = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
 
 LEFT = "net::ERR_ABORTED"  # an icon that was still on its way when the test went to the next page
 
@@ -287,12 +319,16 @@ def test_the_search_finds(start, tab, served, site):
     found = tab.eval_on_selector_all("ul.search li a", "all => all.map(a => a.href)")
     assert any("04_workspace.html" in url for url in found)
     assert any("api/workspace.html#ctxlab.workspace.Workspace" in url for url in found)
-    if start == "http":  # a page opened as a file may not read others: there it finds without excerpts
+    if (
+        start == "http"
+    ):  # a page opened as a file may not read others: there it finds without excerpts
         tab.wait_for_selector("ul.search li p")
         assert not tab.faults
 
 
 def test_what_nobody_wrote_is_not_found(tab, served):
     tab.goto(served + "search.html?q=xylophone")
-    tab.wait_for_function("document.querySelector('.search-summary')?.textContent.includes('did not match')")
+    tab.wait_for_function(
+        "document.querySelector('.search-summary')?.textContent.includes('did not match')"
+    )
     assert tab.query_selector("ul.search li a") is None

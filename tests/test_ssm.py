@@ -100,8 +100,14 @@ def test_scan_is_the_reference(seed, dtype, kind, B, S, D, chunks, from_state, i
 @given(seeds, dtypes, small, st.integers(1, 200), small)
 def test_one_chunk_is_the_reference_to_the_bit(seed, dtype, B, S, D):
     rng = np.random.default_rng(seed)
-    a, b, state = rng.random((B, S, D)).astype(dtype), normal(rng, dtype, B, S, D), normal(rng, dtype, B, D)
-    assert np.array_equal(scan_into(a, b, np.empty_like(b), Workspace(), state, chunks=1), scan(a, b, state))
+    a, b, state = (
+        rng.random((B, S, D)).astype(dtype),
+        normal(rng, dtype, B, S, D),
+        normal(rng, dtype, B, D),
+    )
+    assert np.array_equal(
+        scan_into(a, b, np.empty_like(b), Workspace(), state, chunks=1), scan(a, b, state)
+    )
 
 
 @given(seeds, st.integers(2, 100), st.integers(1, 99), st.integers(1, 100))
@@ -146,7 +152,10 @@ def test_scan_gradients(seed, kind, B, S, D, chunks):
     along = lambda e: np.sum(G * scan(a + e * tangent_a, b + e * tangent_b, state))  # noqa: E731
     slope = numeric_gradient(lambda e: along(e[0]), np.zeros(1))[0]
     assert_equiv(
-        np.sum(da * tangent_a) + np.sum(db * tangent_b), slope, c=3e7, scale=max(10.0, np.abs(da).sum())
+        np.sum(da * tangent_a) + np.sum(db * tangent_b),
+        slope,
+        c=3e7,
+        scale=max(10.0, np.abs(da).sum()),
     )
 
 
@@ -169,7 +178,9 @@ def test_scan_allocates_no_array():
     out, ws = np.empty_like(a), Workspace()
     for chunks in (1, 28, None):
         with unbuffered():
-            assert traced_peak(lambda k=chunks: scan_into(a, a, out, ws, chunks=k), warmup=2) < 4_000
+            assert (
+                traced_peak(lambda k=chunks: scan_into(a, a, out, ws, chunks=k), warmup=2) < 4_000
+            )
 
 
 # gates
@@ -193,7 +204,11 @@ def test_extreme_gates_have_finite_gradients(level, dtype, r):
     rng = np.random.default_rng(0)
     u, G = normal(rng, dtype, 2, 9, 3), normal(rng, dtype, 2, 9, 3)
     r, i, decay = np.full_like(u, r), sigmoid(u), np.full(3, level, dtype)
-    a, states, grads = np.empty_like(u), np.ones((2, 10, 3), dtype), [np.empty_like(u) for _ in "uri"]
+    a, states, grads = (
+        np.empty_like(u),
+        np.ones((2, 10, 3), dtype),
+        [np.empty_like(u) for _ in "uri"],
+    )
     rg_lru_into(u, r, i, decay, a, states, Workspace())
     grad_decay = np.empty(3, dtype)
     rg_lru_backward_into(u, r, i, decay, a, states, G.copy(), *grads, grad_decay, Workspace())
@@ -211,7 +226,9 @@ def test_initial_decay(seed):
 # the block
 
 
-@given(seeds, dtypes, small, st.integers(1, 200), st.integers(1, 12), st.integers(1, 20), st.booleans())
+@given(
+    seeds, dtypes, small, st.integers(1, 200), st.integers(1, 12), st.integers(1, 20), st.booleans()
+)
 def test_forward_is_the_reference(seed, dtype, B, S, D, F, from_state):
     block, x, other = block_and_data(seed, B, S, D, dtype, ffn_dim=F)
     state = other[:, 0].copy() if from_state else None
@@ -243,15 +260,22 @@ def test_steps_are_the_sequence(seed, B, S, D, prompt, mixes):
 
 
 @settings(max_examples=25)
-@given(seeds, st.integers(1, 3), st.integers(1, 5), st.integers(2, 5), st.integers(1, 5), st.booleans())
+@given(
+    seeds, st.integers(1, 3), st.integers(1, 5), st.integers(2, 5), st.integers(1, 5), st.booleans()
+)
 def test_gradients(seed, B, S, D, F, mixes):
     rng = np.random.default_rng(seed)
     context = mixing_context(rng, D, np.float64) if mixes else None
     block, x, G = block_and_data(seed, B, S, D, np.float64, context, ffn_dim=F)
     block.forward(x)
-    found = {"x": block.backward(G).copy()} | {name: g.copy() for name, g in block.gradients().items()}
+    found = {"x": block.backward(G).copy()} | {
+        name: g.copy() for name, g in block.gradients().items()
+    }
     parameters = {name: p.copy() for name, p in block.parameters().items()}
-    for name, gradient in found.items():  # along a random direction each; the notebook takes every entry
+    for (
+        name,
+        gradient,
+    ) in found.items():  # along a random direction each; the notebook takes every entry
         tangent = normal(rng, float, *gradient.shape)
 
         def along(e, name=name, tangent=tangent):
@@ -297,7 +321,12 @@ def test_the_workspace_does_not_matter(make):
         if workspace is not None:
             workspace.next_generation()
         y = block.forward(x, state=state).copy()
-        results = [y, state, block.backward(G).copy(), *(g.copy() for g in block.gradients().values())]
+        results = [
+            y,
+            state,
+            block.backward(G).copy(),
+            *(g.copy() for g in block.gradients().values()),
+        ]
         if workspace is not None:
             workspace.next_generation()
         return [*results, block.step(np.ascontiguousarray(x[:, 0]), state).copy(), state.copy()]
@@ -369,7 +398,11 @@ def test_threads_with_their_own_blocks():
         thread.join()
     for seed, runs in got.items():
         assert len(runs) == 20
-        assert all(np.array_equal(a, b) for results in runs for a, b in zip(results, want[seed], strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for results in runs
+            for a, b in zip(results, want[seed], strict=True)
+        )
 
 
 @pytest.mark.parametrize("B", [1, 3])
@@ -391,7 +424,11 @@ def test_states_travel():
     twin.load_state_dict(block.state_dict())
     assert np.array_equal(block.forward(x), twin.forward(x))
     before = twin.state_dict()
-    for bad in ({}, block.state_dict() | {"decay": np.zeros(5)}, block.state_dict() | {"extra": np.zeros(1)}):
+    for bad in (
+        {},
+        block.state_dict() | {"decay": np.zeros(5)},
+        block.state_dict() | {"extra": np.zeros(1)},
+    ):
         with pytest.raises(ValueError, match="state: "):
             twin.load_state_dict(bad)
     assert all(np.array_equal(before[name], p) for name, p in twin.state_dict().items())
@@ -410,7 +447,8 @@ def test_bad_sizes(options):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(dim=2.5), dict(dim="3"), dict(dim=3, dtype=np.int32), dict(dim=3, workspace={})]
+    "options",
+    [dict(dim=2.5), dict(dim="3"), dict(dim=3, dtype=np.int32), dict(dim=3, workspace={})],
 )
 def test_bad_kinds(options):
     with pytest.raises(TypeError):
@@ -452,7 +490,8 @@ def test_bad_states_change_nothing(bad):
 
 
 @pytest.mark.parametrize(
-    "bad", [*(np.zeros(shape, np.float32) for shape in [(2, 3), (0, 4), (2, 1, 4)]), np.zeros((2, 4))]
+    "bad",
+    [*(np.zeros(shape, np.float32) for shape in [(2, 3), (0, 4), (2, 1, 4)]), np.zeros((2, 4))],
 )
 def test_bad_tokens(bad):
     block = SSMBlock(4)

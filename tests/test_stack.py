@@ -87,7 +87,9 @@ def test_an_arena_planned_from_one_run_serves_the_next(kind, debug):
         x, G = inputs(seed=seed)
         assert np.array_equal(stack.step(x, G), plain.step(x, G))
     assert space.allocation_count == 1
-    assert space.nbytes < sum(int(np.prod(r.shape)) * np.dtype(r.dtype).itemsize for r in requests.values())
+    assert space.nbytes < sum(
+        int(np.prod(r.shape)) * np.dtype(r.dtype).itemsize for r in requests.values()
+    )
 
 
 @by_kind

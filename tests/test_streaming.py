@@ -80,7 +80,9 @@ def related(rng, n, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 63, 64, 65, 1023, 1025, SUB_ROWS, SUB_ROWS + 1, 2 * SUB_ROWS + 77])
+@pytest.mark.parametrize(
+    "n", [0, 1, 2, 3, 63, 64, 65, 1023, 1025, SUB_ROWS, SUB_ROWS + 1, 2 * SUB_ROWS + 77]
+)
 def test_any_number_of_rows(n, dtype):
     x, y = related(np.random.default_rng(n), n, 5, dtype)
     assert_exact(stats_of(x, y), x, y)
@@ -254,7 +256,9 @@ BAD_STATES = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD_STATES.items() for v in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(n, v) for n, values in BAD_STATES.items() for v in values]
+)
 def test_a_bad_state_changes_nothing(name, value):
     x, y = related(np.random.default_rng(10), 30, 5, np.float32)
     s = stats_of(x, y)
@@ -302,7 +306,21 @@ def test_parse_bytes():
     assert parse_bytes("1.5GiB") == 3 * 2**29
     assert parse_bytes("2GB") == 2 * 10**9
     assert parse_bytes(np.int64(5)) == 5
-    for bad in ("", "GB", "1 GBB", "1e400", "-3MB", "0", "inf", "1_000", "\u0661", "1 2", "9" * 400, 0, -1):
+    for bad in (
+        "",
+        "GB",
+        "1 GBB",
+        "1e400",
+        "-3MB",
+        "0",
+        "inf",
+        "1_000",
+        "\u0661",
+        "1 2",
+        "9" * 400,
+        0,
+        -1,
+    ):
         with pytest.raises(ValueError, match="memory"):
             parse_bytes(bad)
     for bad in (None, 1.0, True, [1]):
@@ -477,7 +495,9 @@ def test_any_bit_that_tips_in_an_archive_is_found(tmp_path, compressed):
         path.write_bytes(bad)
         message = ""
         try:
-            assert same(shard_stats(shards(path)[0], MEMORY), want)  # a byte that says nothing about the data
+            assert same(
+                shard_stats(shards(path)[0], MEMORY), want
+            )  # a byte that says nothing about the data
         except InputError as e:
             message = str(e)
         assert not message or "s.npz" in message
@@ -525,7 +545,9 @@ def test_resumed_to_the_bit(folder, tmp_path, monkeypatch, at, every, error):
 def test_a_run_goes_on_with_more_shards(folder, tmp_path):
     todo, path = shards(folder), tmp_path / "state"
     stream(todo[:3], memory=MEMORY, checkpoint=path)
-    assert same(stream(todo, memory=MEMORY, checkpoint=path, resume=True), stream(todo, memory=MEMORY))
+    assert same(
+        stream(todo, memory=MEMORY, checkpoint=path, resume=True), stream(todo, memory=MEMORY)
+    )
 
 
 def test_checkpoints_of_another_run_are_refused(folder, tmp_path):
@@ -587,7 +609,9 @@ def test_a_shard_that_changes_is_named(folder, tmp_path, monkeypatch):
         stream(todo, memory=MEMORY, checkpoint=path, resume=True)
     os.utime(folder / "1.npz", ns=(1, 1))
     with pytest.raises(InputError, match=r"1.npz: has changed since it went into the checkpoint"):
-        stream(shards([folder / s.name for s in todo[:3]]), memory=MEMORY, checkpoint=path, resume=True)
+        stream(
+            shards([folder / s.name for s in todo[:3]]), memory=MEMORY, checkpoint=path, resume=True
+        )
 
 
 def test_the_disk_is_full(folder, tmp_path, monkeypatch):
@@ -700,7 +724,9 @@ def test_noise_floor():
             noise_floor(bad)
 
 
-@pytest.mark.parametrize("shape", [(40, 90), (300, 12)])  # fewer rows than features: by Gram matrices
+@pytest.mark.parametrize(
+    "shape", [(40, 90), (300, 12)]
+)  # fewer rows than features: by Gram matrices
 def test_permutation_null_is_a_shuffle(shape):
     x, y = related(np.random.default_rng(16), *shape, np.float32)
     null = permutation_null(x, y, rounds=6, seed=3)

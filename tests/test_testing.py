@@ -8,7 +8,14 @@ from conftest import DTYPES, dtypes, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctxlab.testing import SPECIALS, assert_equiv, expect_fail, numeric_gradient, sprinkle, tolerance
+from ctxlab.testing import (
+    SPECIALS,
+    assert_equiv,
+    expect_fail,
+    numeric_gradient,
+    sprinkle,
+    tolerance,
+)
 
 
 @given(dtypes, st.integers(1, 10**6), st.floats(0.5, 100))
@@ -74,8 +81,12 @@ def test_the_bound_is_where_it_is_said_to_be(seed, dtype, depth):
     actual, at = expected.copy(), tuple(rng.integers(0, (4, 3)))
     actual[at] += 0.9 * tolerance(dtype, depth) * scale[at]
     assert_equiv(actual, expected, depth=depth, scale=scale)
-    actual[at] = expected[at] + 1.2 * tolerance(dtype, depth) * scale[at] + 2 * np.spacing(abs(expected[at]))
-    with pytest.raises(AssertionError, match=re.escape(f"1 of 12 differ; worst at {tuple(map(int, at))}")):
+    actual[at] = (
+        expected[at] + 1.2 * tolerance(dtype, depth) * scale[at] + 2 * np.spacing(abs(expected[at]))
+    )
+    with pytest.raises(
+        AssertionError, match=re.escape(f"1 of 12 differ; worst at {tuple(map(int, at))}")
+    ):
         assert_equiv(actual, expected, depth=depth, scale=scale)
 
 

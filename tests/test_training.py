@@ -141,7 +141,16 @@ def test_the_model_is_the_reference(strength, dtype):
 def test_gradients_of_every_parameter(strength):
     rng = np.random.default_rng(2)
     model = LanguageModel(
-        4, 2, 6, 2, max_len=4, vocab=5, dtype=np.float64, strength=strength, update_rate=1.0, rng=rng
+        4,
+        2,
+        6,
+        2,
+        max_len=4,
+        vocab=5,
+        dtype=np.float64,
+        strength=strength,
+        update_rate=1.0,
+        rng=rng,
     )
     for p in model.parameters().values():
         p += 0.2 * rng.standard_normal(p.shape)
@@ -271,7 +280,12 @@ def test_a_strength_that_nothing_comes_in_for_has_no_gradient():
 
 ids = np.zeros((2, 5), int)
 BAD = {
-    "too long": (np.zeros((1, 9), int), np.zeros((1, 9), int), ValueError, "ids: 9 tokens.*max_len is 8"),
+    "too long": (
+        np.zeros((1, 9), int),
+        np.zeros((1, 9), int),
+        ValueError,
+        "ids: 9 tokens.*max_len is 8",
+    ),
     "too large": (ids + 23, ids, ValueError, r"ids: 23\.\.23, needed 0\.\.22"),
     "negative": (ids - 1, ids, ValueError, r"ids: -1\.\.-1"),
     "bad target": (ids, ids + 23, ValueError, "targets: 23"),
@@ -339,7 +353,11 @@ def test_bad_settings_are_refused(bad):
 
 def test_bad_texts_are_refused():
     empty = np.zeros(0, np.uint8)
-    for text in (Text(empty, TEXT.valid), Text(TEXT.train, empty), Text(TEXT.train[:8], TEXT.valid)):
+    for text in (
+        Text(empty, TEXT.valid),
+        Text(TEXT.train, empty),
+        Text(TEXT.train[:8], TEXT.valid),
+    ):
         with pytest.raises(ValueError, match=r"^text: "):
             new(text=text)
     for train_part in (TEXT.train / 2, TEXT.train[None], b"text"):
@@ -422,7 +440,11 @@ def test_gradients_that_are_not_finite_stop_the_run():
 @given(st.sampled_from([None, 0.0, 0.7]), st.integers(0, 6), st.integers(1, 3))
 def test_a_resumed_run_is_the_uninterrupted_one(strength, at, judge_every):
     options = dict(strength=strength, changed=dict(judge_every=judge_every))
-    straight, halted, resumed = advanced(6, **options), advanced(at, **options), new(seed=5, **options)
+    straight, halted, resumed = (
+        advanced(6, **options),
+        advanced(at, **options),
+        new(seed=5, **options),
+    )
     resumed.load_state_dict(halted.state_dict())
     assert resumed.step == at
     for _ in range(6 - at):
@@ -511,7 +533,16 @@ def refuse(path, data):
 
 
 def test_a_file_that_is_cut_short_is_refused(checkpoint, tmp_path):
-    for length in (0, 1, 31, 32, 33, len(checkpoint) // 2, len(checkpoint) - 33, len(checkpoint) - 1):
+    for length in (
+        0,
+        1,
+        31,
+        32,
+        33,
+        len(checkpoint) // 2,
+        len(checkpoint) - 33,
+        len(checkpoint) - 1,
+    ):
         refuse(tmp_path / "bad.ckpt", checkpoint[:length])
     refuse(tmp_path / "bad.ckpt", checkpoint + b"\0")
 
@@ -558,7 +589,9 @@ def test_the_one_before_is_kept_and_named(tmp_path):
         run.advance()
         save_checkpoint(path, run)
         assert load_checkpoint(path, new()).step == step
-        assert not previous(path).exists() or load_checkpoint(previous(path), new()).step == step - 1
+        assert (
+            not previous(path).exists() or load_checkpoint(previous(path), new()).step == step - 1
+        )
     assert {p.name for p in tmp_path.iterdir()} == {"run.ckpt", "run.ckpt.previous"}
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"the one before it is .*run\.ckpt\.previous$"):

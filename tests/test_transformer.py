@@ -87,14 +87,20 @@ def reference(block, x, G, keep=None):
     """The same as `run` by the allocating functions, the context included."""
     p, ctx, D = block.parameters(), block.context, block.dim
     options = dict(
-        causal=block.causal, norm_first=block.norm_first, approximate=block.approximate, eps=block.eps
+        causal=block.causal,
+        norm_first=block.norm_first,
+        approximate=block.approximate,
+        eps=block.eps,
     )
     C = None if ctx is None else ctx.incoming
     s = 0.0 if ctx is None else float(p["context.strength"][0])
     h = apply_context(x.reshape(-1, D), C, s).reshape(x.shape)
     y, dh, grads = transformer_vjp(p, h, G, block.n_heads, keep=keep, **options)
     assert_equiv(
-        y, transformer(p, h, block.n_heads, keep=keep, **options), depth=200, scale=1 + np.abs(y).max()
+        y,
+        transformer(p, h, block.n_heads, keep=keep, **options),
+        depth=200,
+        scale=1 + np.abs(y).max(),
     )
     dx, ds = apply_context_vjp(x.reshape(-1, D), C, s, dh.reshape(-1, D))
     strength = {} if ctx is None else {"context.strength": np.array([ds], x.dtype)}
@@ -120,11 +126,15 @@ def reference(block, x, G, keep=None):
     st.sampled_from(["none", "padding", "nothing"]),
     st.booleans(),
 )
-def test_the_block_is_the_reference(seed, B, S, width, F, form, approximate, keep_weights, mask, mixes):
+def test_the_block_is_the_reference(
+    seed, B, S, width, F, form, approximate, keep_weights, mask, mixes
+):
     (D, H), (causal, norm_first) = width, form
     x, G = batch(B, S, D, np.float64, seed)
     keep = {"none": None, "padding": padded(B, S), "nothing": np.zeros((B, S), bool)}[mask]
-    options = dict(dtype=np.float64, causal=causal, norm_first=norm_first, approximate=approximate, eps=0.1)
+    options = dict(
+        dtype=np.float64, causal=causal, norm_first=norm_first, approximate=approximate, eps=0.1
+    )
     block = block_of(
         D,
         H,
@@ -153,8 +163,14 @@ def test_many_panels_and_blocks_are_the_reference(shape, keep_weights, causal, n
     x, G = batch(*shape, dtype)
     assert B * S == 1 or B * S * F * x.itemsize > PANEL_BYTES
     keep = padded(B, S) if keep_weights ^ causal else None
-    block = block_of(D, 4, F, causal=causal, norm_first=norm_first, dtype=dtype, keep_weights=keep_weights)
-    close(run(block, x, G, keep=keep), reference(block, x, G, keep), 1e-5 if dtype == np.float32 else 1e-13)
+    block = block_of(
+        D, 4, F, causal=causal, norm_first=norm_first, dtype=dtype, keep_weights=keep_weights
+    )
+    close(
+        run(block, x, G, keep=keep),
+        reference(block, x, G, keep),
+        1e-5 if dtype == np.float32 else 1e-13,
+    )
 
 
 @forms
@@ -163,7 +179,9 @@ def test_gradients_of_everything(causal, norm_first):
     x, G = batch(2, 3, D, np.float64)
     keep = padded(2, 3)
     ctx = context(D, dtype=np.float64) if causal == norm_first else None
-    block = block_of(D, H, F, causal=causal, norm_first=norm_first, dtype=np.float64, context=ctx, eps=0.01)
+    block = block_of(
+        D, H, F, causal=causal, norm_first=norm_first, dtype=np.float64, context=ctx, eps=0.01
+    )
     found = run(block, x, G, keep=keep)
     del found["y"]
     assert found.keys() - {"dx"} == block.parameters().keys()
@@ -178,7 +196,10 @@ def test_gradients_of_everything(causal, norm_first):
             return total
 
         assert_equiv(
-            gradient, numeric_gradient(loss, place.copy()), c=1e8, scale=max(1.0, np.abs(gradient).max())
+            gradient,
+            numeric_gradient(loss, place.copy()),
+            c=1e8,
+            scale=max(1.0, np.abs(gradient).max()),
         )
 
 
@@ -225,7 +246,9 @@ def layer_of(torch, block):
 @both
 @forms
 @pytest.mark.parametrize("mask", ["no mask", "padding"])
-@pytest.mark.parametrize("shape", [(2, 7, 12, 3, 20), (2, 260, 32, 4, 64), (1, 1, 8, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 7, 12, 3, 20), (2, 260, 32, 4, 64), (1, 1, 8, 1, 1)], ids=str
+)
 def test_the_block_is_that_of_pytorch(torch, shape, mask, causal, norm_first, dtype):
     B, S, D, H, F = shape
     x, G = batch(B, S, D, dtype)
@@ -234,7 +257,9 @@ def test_the_block_is_that_of_pytorch(torch, shape, mask, causal, norm_first, dt
     block = block_of(D, H, F, **options)
     layer, tensor = layer_of(torch, block), torch.tensor(x, requires_grad=True)
     later = torch.triu(torch.ones(S, S, dtype=torch.bool), 1) if causal else None
-    y = layer(tensor, src_mask=later, src_key_padding_mask=None if keep is None else torch.tensor(~keep))
+    y = layer(
+        tensor, src_mask=later, src_key_padding_mask=None if keep is None else torch.tensor(~keep)
+    )
     (y * torch.tensor(G)).sum().backward()
     want = {"y": y.detach().numpy(), "dx": tensor.grad.numpy()}
     want |= {name: p.grad.numpy() for name, p in layer.named_parameters()}
@@ -272,7 +297,9 @@ def test_training_is_that_of_pytorch(torch, norm_first):
         for name, p in block.parameters().items():
             adam_into(p, block.gradients()[name], *moments[name], t, ws, lr=0.01, weight_decay=0.1)
     # Adam divides by the root of a gradient's square, and the gradient of the keys' bias is rounding alone.
-    close(block.parameters(), {name: p.detach().numpy() for name, p in layer.named_parameters()}, 1e-7)
+    close(
+        block.parameters(), {name: p.detach().numpy() for name, p in layer.named_parameters()}, 1e-7
+    )
 
 
 # --- published weights ---
@@ -380,7 +407,11 @@ def test_minilm_embeds_the_text(minilm, alice):
     words, places, kinds = (minilm[f"embeddings.{name}.weight"] for name in names)
     weight, bias = (minilm[f"embeddings.LayerNorm.{kind}"] for kind in ("weight", "bias"))
     ids, want = alice["token_ids"], alice["hidden"][0]
-    x = embedding_into(words, ids, np.empty((len(ids), 384), np.float32)) + places[: len(ids)] + kinds[0]
+    x = (
+        embedding_into(words, ids, np.empty((len(ids), 384), np.float32))
+        + places[: len(ids)]
+        + kinds[0]
+    )
     for eps, right in ((1e-12, True), (1e-6, False), (1e-5, False)):
         y = norm_into(x, weight, bias, np.empty_like(x), np.empty((2, len(x)), np.float32), eps)
         near = np.abs(y - want) <= spacing(want) / 2 + tolerance(np.float32) * np.abs(want).max()
@@ -398,7 +429,9 @@ def test_blocks_on_one_workspace_are_blocks_on_their_own(causal, norm_first, dty
     apart = [block_of(seed=i, **options) for i in range(3)]
     fresh = [block_of(seed=i, workspace=FreshWorkspace(), **options) for i in range(3)]
     pool, debug = Workspace(), Workspace(debug=True)
-    shared, watched = ([block_of(seed=i, workspace=w, **options) for i in range(3)] for w in (pool, debug))
+    shared, watched = (
+        [block_of(seed=i, workspace=w, **options) for i in range(3)] for w in (pool, debug)
+    )
 
     def chain(blocks):
         if blocks[0].workspace is blocks[1].workspace:
@@ -444,7 +477,9 @@ def test_a_chain_of_contexts_is_the_reference(causal, norm_first, pooled):
     # Each block's context learns from its input and output; the next block's is given what it learned.
     D, n, dtype = 6, 3, np.float64
     pool = Workspace(debug=True) if pooled else None
-    contexts = [context(D, strength=0.4 + i, incoming=False, dtype=dtype, workspace=pool) for i in range(n)]
+    contexts = [
+        context(D, strength=0.4 + i, incoming=False, dtype=dtype, workspace=pool) for i in range(n)
+    ]
     options = dict(causal=causal, norm_first=norm_first, dtype=dtype, workspace=pool, eps=0.01)
     blocks = [block_of(D, 2, 8, seed=i, context=c, **options) for i, c in enumerate(contexts)]
     learned = [None] * n
@@ -485,8 +520,14 @@ def test_a_strength_that_mixed_nothing_has_no_gradient():
 
 def test_a_context_that_two_blocks_share_is_refused_or_right():
     # Each block has a strength of its own; the one that goes forward last must not decide for the other.
-    (x, G), pool, ctx = batch(2, 5, 6, np.float64), Workspace(), context(6, rate=0.0, dtype=np.float64)
-    first, second = (block_of(6, 2, 8, seed=i, dtype=np.float64, context=ctx, workspace=pool) for i in (1, 2))
+    (x, G), pool, ctx = (
+        batch(2, 5, 6, np.float64),
+        Workspace(),
+        context(6, rate=0.0, dtype=np.float64),
+    )
+    first, second = (
+        block_of(6, 2, 8, seed=i, dtype=np.float64, context=ctx, workspace=pool) for i in (1, 2)
+    )
     second.parameters()["context.strength"][0] = 2
     middle = first.forward(x)
     second.forward(middle)
@@ -548,12 +589,18 @@ def test_bytes_are_known_beforehand(
 ):
     (D, H), (causal, norm_first) = size, form
     rows = B * S if max_rows is None else min(B * S, max_rows)
-    assume(not (rows == 1 and dtype == np.float64 and mixes.startswith("shared")))  # has a test of its own
+    assume(
+        not (rows == 1 and dtype == np.float64 and mixes.startswith("shared"))
+    )  # has a test of its own
     ws, ctx = Workspace(growth="exact", debug=debug), None
     if mixes != "none":
         pool = ws if mixes.startswith("shared") else None
-        ctx = context(D, dtype=dtype, incoming="nothing" not in mixes, max_rows=max_rows, workspace=pool)
-    options = dict(causal=causal, norm_first=norm_first, approximate=approximate, keep_weights=keep_weights)
+        ctx = context(
+            D, dtype=dtype, incoming="nothing" not in mixes, max_rows=max_rows, workspace=pool
+        )
+    options = dict(
+        causal=causal, norm_first=norm_first, approximate=approximate, keep_weights=keep_weights
+    )
     block = TransformerBlock(D, H, F, dtype=dtype, context=ctx, workspace=ws, **options)
     x, G = batch(B, S, D, dtype)
     known = block.workspace_bytes(B, S)
@@ -643,7 +690,9 @@ def test_the_steady_state_allocates_no_array(kind, causal, norm_first):
     B, S, D, F = 2, 300, 64, 256
     x, _ = batch(B, S, D, dtype)
     pool = Workspace(growth="exact")
-    options = dict(keep_weights=kind == "kept weights", approximate="tanh" if kind == "tanh" else "none")
+    options = dict(
+        keep_weights=kind == "kept weights", approximate="tanh" if kind == "tanh" else "none"
+    )
     if kind == "context":
         options["context"] = context(D, dtype=dtype, workspace=pool)
     block = TransformerBlock(
@@ -705,7 +754,11 @@ BAD_MODELS = {
     "no heads": (lambda: TransformerBlock(12, 0, 8), ValueError, "^n_heads: "),
     "less than no heads": (lambda: TransformerBlock(12, -3, 8), ValueError, "^n_heads: "),
     "more heads than columns": (lambda: TransformerBlock(4, 8, 8), ValueError, "^n_heads: "),
-    "form": (lambda: TransformerBlock(12, 3, 8, approximate="fast"), ValueError, "^approximate: 'fast'"),
+    "form": (
+        lambda: TransformerBlock(12, 3, 8, approximate="fast"),
+        ValueError,
+        "^approximate: 'fast'",
+    ),
     "float16": (lambda: TransformerBlock(12, 3, 8, dtype=np.float16), TypeError, "^dtype: float16"),
     "integers": (lambda: TransformerBlock(12, 3, 8, dtype=int), TypeError, "^dtype: int64"),
     "dtype of the context": (
@@ -713,7 +766,11 @@ BAD_MODELS = {
         TypeError,
         "^context: float64, but the block is float32",
     ),
-    "workspace": (lambda: TransformerBlock(12, 3, 8, workspace={}), TypeError, "^workspace: dict is no"),
+    "workspace": (
+        lambda: TransformerBlock(12, 3, 8, workspace={}),
+        TypeError,
+        "^workspace: dict is no",
+    ),
 }
 BAD_SIZES = {
     "negative width": (lambda: TransformerBlock(-12, 3, 8), "^dim: "),
@@ -751,21 +808,37 @@ BAD_CALLS = {
     "integers": (lambda b: b.forward(X.astype(int)), TypeError, "^x: int64"),
     "one sequence": (lambda b: b.forward(X[0]), ValueError, "^x: .* 2 dimensions, needed 3"),
     "width": (lambda b: b.forward(X[:, :, :6].copy()), ValueError, r"^x: .*, needed \(B, S, 12\)"),
-    "no tokens": (lambda b: b.forward(X[:, :0]), ValueError, r"^x: .* is empty; needed at least one token"),
+    "no tokens": (
+        lambda b: b.forward(X[:, :0]),
+        ValueError,
+        r"^x: .* is empty; needed at least one token",
+    ),
     "no sequences": (lambda b: b.forward(X[:0]), ValueError, "^x: .* is empty"),
     "too long": (
         lambda b: b.forward(np.zeros((1, 9, 12), np.float32)),
         ValueError,
         "^x: 9 tokens in a sequence, at most 8 were declared",
     ),
-    "not contiguous": (lambda b: b.forward(X[:, ::2]), ValueError, "^x: is not C-contiguous; pass np.ascont"),
+    "not contiguous": (
+        lambda b: b.forward(X[:, ::2]),
+        ValueError,
+        "^x: is not C-contiguous; pass np.ascont",
+    ),
     "mask: shape": (
         lambda b: b.forward(X, keep=np.ones((2, 6), bool)),
         ValueError,
         r"^keep: shape \(2, 6\), needed \(B, S\) = \(2, 7\)",
     ),
-    "mask: one sequence": (lambda b: b.forward(X, keep=np.ones(7, bool)), ValueError, "^keep: shape"),
-    "mask: of scores": (lambda b: b.forward(X, keep=np.ones((2, 7, 7), bool)), ValueError, "^keep: shape"),
+    "mask: one sequence": (
+        lambda b: b.forward(X, keep=np.ones(7, bool)),
+        ValueError,
+        "^keep: shape",
+    ),
+    "mask: of scores": (
+        lambda b: b.forward(X, keep=np.ones((2, 7, 7), bool)),
+        ValueError,
+        "^keep: shape",
+    ),
     "mask: numbers": (
         lambda b: b.forward(X, keep=np.ones((2, 7))),
         TypeError,
@@ -774,10 +847,18 @@ BAD_CALLS = {
     "mask: integers": (lambda b: b.forward(X, keep=np.ones((2, 7), int)), TypeError, "^keep: "),
     "mask: a list": (lambda b: b.forward(X, keep=ONES.tolist()), TypeError, "^keep: "),
     "mask: its name": (lambda b: b.forward(X, mask=ONES), TypeError, "mask"),
-    "out: shape": (lambda b: b.forward(X, out=np.empty((2, 6, 12), np.float32)), ValueError, "^out: shape"),
+    "out: shape": (
+        lambda b: b.forward(X, out=np.empty((2, 6, 12), np.float32)),
+        ValueError,
+        "^out: shape",
+    ),
     "out: dtype": (lambda b: b.forward(X, out=np.empty((2, 7, 12))), TypeError, "^out: float64"),
     "out: x": (lambda b: b.forward(X, out=X), ValueError, "^out: overlaps x"),
-    "out: read-only": (lambda b: b.forward(X, out=read_only(X.copy())), ValueError, "^out: is read-only"),
+    "out: read-only": (
+        lambda b: b.forward(X, out=read_only(X.copy())),
+        ValueError,
+        "^out: is read-only",
+    ),
     "out: a list": (lambda b: b.forward(X, out=[]), TypeError, "^out: "),
     "out: not contiguous": (
         lambda b: b.forward(X, out=np.empty((2, 14, 12), np.float32)[:, ::2]),
@@ -786,8 +867,16 @@ BAD_CALLS = {
     ),
     "gradient: a list": (lambda b: b.backward(GRAD.tolist()), TypeError, "^grad_out: "),
     "gradient: dtype": (lambda b: b.backward(GRAD.astype(float)), TypeError, "^grad_out: float64"),
-    "gradient: shape": (lambda b: b.backward(GRAD[:1]), ValueError, "^grad_out: shape .* does not match x"),
-    "gradient: rows": (lambda b: b.backward(GRAD.reshape(-1, 12)), ValueError, "^grad_out: .* 2 dimensions"),
+    "gradient: shape": (
+        lambda b: b.backward(GRAD[:1]),
+        ValueError,
+        "^grad_out: shape .* does not match x",
+    ),
+    "gradient: rows": (
+        lambda b: b.backward(GRAD.reshape(-1, 12)),
+        ValueError,
+        "^grad_out: .* 2 dimensions",
+    ),
     "gradient: not contiguous": (
         lambda b: b.backward(GRAD.transpose(0, 2, 1).copy().transpose(0, 2, 1)),
         ValueError,
@@ -795,7 +884,11 @@ BAD_CALLS = {
     ),
     "gradient: out": (lambda b: b.backward(GRAD, out=GRAD), ValueError, "^out: overlaps grad_out"),
     "gradient: out is x": (lambda b: b.backward(GRAD, out=X), ValueError, "^out: overlaps x"),
-    "gradient: shape of out": (lambda b: b.backward(GRAD, out=np.empty(3, np.float32)), ValueError, "^out: "),
+    "gradient: shape of out": (
+        lambda b: b.backward(GRAD, out=np.empty(3, np.float32)),
+        ValueError,
+        "^out: ",
+    ),
 }
 
 
@@ -853,7 +946,8 @@ def test_backward_follows_forward_once():
         block.forward(X)
         block.workspace.next_generation()
         with pytest.raises(
-            RuntimeError, match=r"^backward: the forward pass was in generation .* of the workspace, now is"
+            RuntimeError,
+            match=r"^backward: the forward pass was in generation .* of the workspace, now is",
         ):
             block.backward(GRAD)
         same(run(block, X, GRAD), want)
@@ -871,7 +965,8 @@ def test_a_block_is_not_fed_with_its_own_buffers():
     block = block_of(workspace=Workspace())
     y = block.forward(X)
     with pytest.raises(
-        ValueError, match=r"^x: is this block's own buffer of this generation; pass another, or `out`"
+        ValueError,
+        match=r"^x: is this block's own buffer of this generation; pass another, or `out`",
     ):
         block.forward(y)
     block.forward(y.copy())
@@ -944,7 +1039,9 @@ def test_a_context_of_another_width_is_refused_and_can_be_replaced():
     want = run(block_of(context=context(12)), X, GRAD)
     right = block.context.incoming.copy()
     block.context.set_incoming(np.eye(5, dtype=np.float32))
-    with pytest.raises(ValueError, match=r"^x: shape .* does not fit the incoming context: \(5, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"^x: shape .* does not fit the incoming context: \(5, 5\)"
+    ):
         block.forward(X)
     block.context.set_incoming(right)
     same(run(block, X, GRAD), want)
@@ -1095,7 +1192,11 @@ def test_what_is_no_state_is_refused(state):
 def test_a_state_without_contexts_clears_them():
     block = block_of(context=context(12))
     block.forward(X)
-    state = {n: a for n, a in block.state_dict().items() if n not in ("context.incoming", "context.outgoing")}
+    state = {
+        n: a
+        for n, a in block.state_dict().items()
+        if n not in ("context.incoming", "context.outgoing")
+    }
     block.load_state_dict(state)
     assert block.context.incoming is None
     assert block.context.outgoing is None
@@ -1120,6 +1221,8 @@ def test_parameters_are_one_array_and_start_as_they_should():
             assert a.flags.c_contiguous
             assert a.ctypes.data == start
             start += a.nbytes
-    assert all(a is b for a, b in zip(parameters.values(), block.parameters().values(), strict=True))
+    assert all(
+        a is b for a, b in zip(parameters.values(), block.parameters().values(), strict=True)
+    )
     parameters.clear()
     assert len(block.parameters()) == 12

@@ -26,16 +26,27 @@ def run(*command, cwd, **options):
     """The output of a command; what it printed is in the error if it fails."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True, timeout=900, **options
+        list(map(str, command)),
+        cwd=cwd,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        **options,
     )
-    assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, (
+        f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
     return done.stdout
 
 
 def interpreters(version):
     """Pythons of this version: on the path, or where pyenv keeps them."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    places = [*os.environ["PATH"].split(os.pathsep), *map(str, root.glob(f"versions/{version}.*/bin"))]
+    places = [
+        *os.environ["PATH"].split(os.pathsep),
+        *map(str, root.glob(f"versions/{version}.*/bin")),
+    ]
     found = (shutil.which(f"python{version}", path=place) for place in places)
     for python in filter(None, found):
         asked = subprocess.run([python, "-c", "import venv, ensurepip"], capture_output=True)
@@ -47,7 +58,9 @@ def interpreters(version):
 def archives(tmp_path_factory):
     """A source archive made from what git knows or would add, and a wheel made from that archive."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines():
+    for name in run(
+        "git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT
+    ).splitlines():
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name)
@@ -62,7 +75,9 @@ def test_the_wheel_holds_the_package(archives):
     wanted |= {f"ctxlab/assets/{p.name}" for p in (ROOT / "ctxlab/assets").iterdir() if p.is_file()}
     assert held == wanted | {"ctxlab/py.typed", "ctxlab/notebook.mplstyle"}
     assert not [
-        name for name in names if not name.startswith(("ctxlab/", f"ctxlab-{__version__}.dist-info/"))
+        name
+        for name in names
+        if not name.startswith(("ctxlab/", f"ctxlab-{__version__}.dist-info/"))
     ]
 
 
@@ -82,7 +97,9 @@ def test_the_wheel_runs_where_nothing_else_is(archives, tmp_path, version):
     scripts = tmp_path / "new" / "bin"
     run(scripts / "pip", "install", "-q", next(archives.glob("*.whl")), cwd=tmp_path)
     assert run(scripts / "ctxlab", "--version", cwd=tmp_path).split() == ["ctxlab", __version__]
-    assert "confirmed" in run(scripts / "ctxlab", "report", "--quick", "--no-progress", cwd=tmp_path)
+    assert "confirmed" in run(
+        scripts / "ctxlab", "report", "--quick", "--no-progress", cwd=tmp_path
+    )
     data = json.loads((tmp_path / "ctxlab-report" / "claims.json").read_text())
     assert data["ctxlab"] == __version__
     assert data["machine"]["python"].startswith(version)

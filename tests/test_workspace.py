@@ -69,7 +69,11 @@ KINDS += [np.dtype([("a", "f8", (2,)), ("b", "?")], align=True), np.dtype("f4,f4
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
-@given(st.lists(st.tuples(shapes, st.sampled_from(KINDS)), min_size=1, max_size=12), policies, st.booleans())
+@given(
+    st.lists(st.tuples(shapes, st.sampled_from(KINDS)), min_size=1, max_size=12),
+    policies,
+    st.booleans(),
+)
 def test_a_view_is_exactly_what_was_asked_for(stream, growth, debug):
     ws, capacity, address = Workspace(growth=growth, debug=debug), -1, None
     for shape, dtype in stream:
@@ -154,7 +158,10 @@ def test_a_steady_state_allocates_nothing(growth, debug):
     count = ws.allocation_count
     # A debug workspace compares all bytes with the poison: an array of flags, and it is gone.
     allowed = 2_500 + debug * 600_000
-    assert max(traced_peak(lambda rows=rows: one_pass(rows)) for rows in (201, 3, 200, 0, 201)) < allowed
+    assert (
+        max(traced_peak(lambda rows=rows: one_pass(rows)) for rows in (201, 3, 200, 0, 201))
+        < allowed
+    )
     assert ws.allocation_count == count == 4
 
 
@@ -194,7 +201,10 @@ BAD_DTYPES = {
 BAD = (
     {f"shape: {k}": (("x", shape, f4), error, "shape") for k, (shape, error) in BAD_SHAPES.items()}
     | {f"dtype: {k}": (("x", (2, 3), dtype), TypeError, "dtype") for k, dtype in BAD_DTYPES.items()}
-    | {f"name: {n!r}": ((n, (2, 3), f4), TypeError, "name") for n in (None, 3, b"x", ("x",), np.float64(1))}
+    | {
+        f"name: {n!r}": ((n, (2, 3), f4), TypeError, "name")
+        for n in (None, 3, b"x", ("x",), np.float64(1))
+    }
 )
 
 
@@ -236,7 +246,11 @@ def test_another_shape_in_the_same_generation_is_refused(debug):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"growth": "double"}, ValueError, "growth: 'double', needed one of 'exact', 'pow2', 'geometric'"),
+        (
+            {"growth": "double"},
+            ValueError,
+            "growth: 'double', needed one of 'exact', 'pow2', 'geometric'",
+        ),
         ({"growth": None}, ValueError, "growth: None"),
         ({"limit_bytes": -1}, ValueError, "limit_bytes: -1"),
     ],
@@ -256,7 +270,9 @@ def test_capacity_follows_the_policy_and_never_shrinks(growth, needs):
     ws, held = Workspace(growth=growth), None
     for need in needs:
         ws.take("x", need, u1)
-        want = {"exact": need, "geometric": max(need, 3 * (held or 0) // 2), "pow2": ws.nbytes}[growth]
+        want = {"exact": need, "geometric": max(need, 3 * (held or 0) // 2), "pow2": ws.nbytes}[
+            growth
+        ]
         if held is None or need > held:
             assert need <= ws.nbytes == want
             if growth == "pow2" and need:
@@ -304,7 +320,9 @@ class Model:
         return error
 
     def ensure(self, requests):
-        need = self.lacking({n: count * np.dtype(dtype).itemsize for n, (count, dtype) in requests.items()})
+        need = self.lacking(
+            {n: count * np.dtype(dtype).itemsize for n, (count, dtype) in requests.items()}
+        )
         return RuntimeError if need.keys() & self.live.keys() else self.grow(need)
 
     def scope(self):
@@ -339,14 +357,26 @@ steps = st.one_of(
     takes,
     takes,  # as often as all the rest
     st.tuples(st.just("ensure"), st.dictionaries(names, st.tuples(counts, kinds_of), max_size=3)),
-    st.sampled_from([("scope",), ("leave",), ("leave",), ("next_generation",), ("clear",), ("release",)]),
+    st.sampled_from(
+        [("scope",), ("leave",), ("leave",), ("next_generation",), ("clear",), ("release",)]
+    ),
 )
 
 
 @settings(max_examples=150)
 @given(st.lists(steps, max_size=30), policies, st.none() | st.integers(0, 3000), st.booleans())
-@example([("take", "a", 100, "u1"), ("next_generation",), ("take", "a", 110, "u1")], "geometric", 149, False)
-@example([("take", "a", 100, "u1"), ("next_generation",), ("take", "a", 110, "u1")], "geometric", 150, True)
+@example(
+    [("take", "a", 100, "u1"), ("next_generation",), ("take", "a", 110, "u1")],
+    "geometric",
+    149,
+    False,
+)
+@example(
+    [("take", "a", 100, "u1"), ("next_generation",), ("take", "a", 110, "u1")],
+    "geometric",
+    150,
+    True,
+)
 @example([("take", "a", 8, "u1"), ("take", "b", 9, "u1")], "pow2", 16, False)
 def test_a_workspace_is_its_model(program, growth, limit, debug):
     ws, model = Workspace(growth=growth, limit_bytes=limit, debug=debug), Model(growth, limit)
@@ -360,7 +390,9 @@ def test_a_workspace_is_its_model(program, growth, limit, debug):
         if what == "take":
             return ws.take(args[0], (args[1],), args[2])
         if what == "ensure":
-            return ws.ensure_capacity({name: ((count,), dtype) for name, (count, dtype) in args[0].items()})
+            return ws.ensure_capacity(
+                {name: ((count,), dtype) for name, (count, dtype) in args[0].items()}
+            )
         if what == "scope":
             scopes.append(ws.scope())
             assert scopes[-1].__enter__() is ws
@@ -376,7 +408,9 @@ def test_a_workspace_is_its_model(program, growth, limit, debug):
             if what == "leave" and not scopes:
                 continue
             known = getattr(model, what, None)
-            error = known(*args) if known and what != "next_generation" else model.next_generation(what)
+            error = (
+                known(*args) if known and what != "next_generation" else model.next_generation(what)
+            )
             if error is not None:
                 with pytest.raises(error):
                     call(what, *args)
@@ -407,7 +441,9 @@ def test_growth_beyond_the_limit_is_trimmed_to_the_need():
         lambda: ws.take("more", 305, u1),
         lambda: ws.ensure_capacity({"a": (4, u1), "b": (301, u1)}),
     ):
-        with refused(ws, MemoryError, "^workspace: .* would need .* bytes in all, limit_bytes is 10000$"):
+        with refused(
+            ws, MemoryError, "^workspace: .* would need .* bytes in all, limit_bytes is 10000$"
+        ):
             growing()
     assert ws.take("rest", 304, u1).nbytes == 304
     assert ws.nbytes == ws.limit_bytes
@@ -553,7 +589,10 @@ def test_ensure_capacity_is_all_or_nothing():
 
 def test_repr_and_summary():
     ws = Workspace(limit_bytes=10_000_000)
-    assert repr(Workspace()) == "Workspace(0 buffers, 0 MB held, 0 MB in use, generation 1, 0 allocations)"
+    assert (
+        repr(Workspace())
+        == "Workspace(0 buffers, 0 MB held, 0 MB in use, generation 1, 0 allocations)"
+    )
     ws.take("small", (3,), np.int16)
     ws.next_generation()
     ws.take("large", (1000, 250))
@@ -562,7 +601,16 @@ def test_repr_and_summary():
     )
     head, large, small, total = ws.summary().splitlines()
     assert head.split() == ["name", "capacity,", "B", "view,", "B", "shape", "and", "dtype"]
-    assert large.split() == ["large", "1,048,576", "1,000,000", "(1000,", "250)", "float32,", "in", "use"]
+    assert large.split() == [
+        "large",
+        "1,048,576",
+        "1,000,000",
+        "(1000,",
+        "250)",
+        "float32,",
+        "in",
+        "use",
+    ]
     assert small.split() == ["small", "8", "6", "(3,)", "int16,", "idle"]
     assert total.split()[:3] == ["held", "1,048,584", "1,000,000"]
 
@@ -741,7 +789,9 @@ def test_a_stale_view_is_found_after_its_scope():
         with ws.scope():
             assert np.all(ws.take("inner", (3,)) == 2)
         assert np.all(inner == 2)
-    with pytest.raises(RuntimeError, match=r"^buffer 'inner' of generation 3 is stale: its scope has ended"):
+    with pytest.raises(
+        RuntimeError, match=r"^buffer 'inner' of generation 3 is stale: its scope has ended"
+    ):
         inner + outer
     with ws.scope():
         again = ws.take("inner", (3,))
@@ -899,7 +949,9 @@ def test_everything_given_back_is_poisoned():
     assert np.isnan(ws.take("y", (7, 7))).all()
 
 
-@pytest.mark.parametrize("write", [lambda a: a.fill(0), lambda a: operator.setitem(a.reshape(-1), -1, 0)])
+@pytest.mark.parametrize(
+    "write", [lambda a: a.fill(0), lambda a: operator.setitem(a.reshape(-1), -1, 0)]
+)
 @pytest.mark.parametrize(
     "escape", [np.asarray, lambda v: v.view(np.ndarray), memoryview, np.ascontiguousarray]
 )
@@ -986,7 +1038,11 @@ def pipeline(ws, seed):
         note(*np.divmod(q, k, out=(None, take("m", (6, 8)))), *np.modf(q))
         note(*np.frexp(q, take("f", (6, 8)), take("e", (6, 8), np.int32)))
         positive = np.greater(q, 0, out=take("positive", (6, 8), bool))
-        note(np.sqrt(q, out=h, where=positive), np.sum(q, axis=1, where=positive), np.where(positive, q, k))
+        note(
+            np.sqrt(q, out=h, where=positive),
+            np.sum(q, axis=1, where=positive),
+            np.where(positive, q, k),
+        )
         note(
             q.std(axis=0, out=take("std", (8,))),
             np.linalg.norm(q),
@@ -1002,7 +1058,13 @@ def pipeline(ws, seed):
         gemm(q, w[0], k, alpha=0.5, beta=-1.0)
         gemm(q.T, k, take("square", (8, 8)))
         note(
-            v, k, take("square", (8, 8)), *(a.copy() for a in (q, h)), q.tolist(), float(q[0, 0]), q.dot(w[1])
+            v,
+            k,
+            take("square", (8, 8)),
+            *(a.copy() for a in (q, h)),
+            q.tolist(),
+            float(q[0, 0]),
+            q.dot(w[1]),
         )
         note(reference.similarity(q, k), reference.apply_context(q, take("square", (8, 8)), 0.5))
         note(
@@ -1050,7 +1112,8 @@ def test_every_ufunc_gives_the_same_bits_in_debug_mode():
                 outs = tuple(ws.take(f"out {i}", r.shape, r.dtype) for i, r in enumerate(wants))
                 returned = ufunc(*inputs, out=outs)
                 assert all(
-                    r is o for r, o in zip(returned if ufunc.nout > 1 else (returned,), outs, strict=True)
+                    r is o
+                    for r, o in zip(returned if ufunc.nout > 1 else (returned,), outs, strict=True)
                 )
             for a, b, out in zip(wants, gots, outs, strict=True):
                 assert type(b) is type(a)
@@ -1079,7 +1142,9 @@ def in_threads(*functions):
         thread.join(60)
         assert not thread.is_alive()
     if errors:
-        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        raise next(
+            (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
+        )
 
 
 @contextmanager
@@ -1132,7 +1197,12 @@ def test_exactly_one_thread_wins(way, debug):
                 if FOREIGN not in str(e):
                     raise
                 refusals[me] += 1
-                for forbidden in (ws.next_generation, ws.clear, ws.release, lambda: ws.ensure_capacity({})):
+                for forbidden in (
+                    ws.next_generation,
+                    ws.clear,
+                    ws.release,
+                    lambda: ws.ensure_capacity({}),
+                ):
                     with pytest.raises(RuntimeError, match=FOREIGN):
                         forbidden()
                 tried.wait()
@@ -1162,7 +1232,9 @@ def test_no_two_threads_hold_the_same_memory(debug):
     def worker(me):
         rng = np.random.default_rng(me)
         start.wait()
-        for shape, how in zip(rng.integers(0, 50, (150, 2)).tolist(), rng.integers(0, 4, 150), strict=True):
+        for shape, how in zip(
+            rng.integers(0, 50, (150, 2)).tolist(), rng.integers(0, 4, 150), strict=True
+        ):
             with unless_foreign():
                 if how == 0:
                     with ws.scope(), ws.scope():
@@ -1185,7 +1257,9 @@ def test_no_two_threads_hold_the_same_memory(debug):
 
 
 @debugging
-@pytest.mark.parametrize("how", ["next_generation", "scope", "exception in a scope", "clear", "release"])
+@pytest.mark.parametrize(
+    "how", ["next_generation", "scope", "exception in a scope", "clear", "release"]
+)
 def test_a_workspace_moves_from_thread_to_thread(how, debug):
     ws, turns = Workspace(debug=debug), []
 
@@ -1259,11 +1333,18 @@ def test_one_workspace_for_each_thread():
 
 # --- bytes before running ---
 
-letters = {"B": st.integers(0, 4), "S": st.integers(0, 4), "D": st.integers(1, 5), "d_k": st.integers(1, 3)}
+letters = {
+    "B": st.integers(0, 4),
+    "S": st.integers(0, 4),
+    "D": st.integers(1, 5),
+    "d_k": st.integers(1, 3),
+}
 sizes_of_letters = st.fixed_dictionaries(letters)
 dims = st.integers(0, 5) | st.sampled_from([*letters, "2 D", "B S", "3 d_k D", "2 2", "B B B"])
 leaves = st.tuples(
-    st.just("buffer"), st.lists(dims, max_size=3).map(tuple), st.sampled_from([f4, "f8", bool, "u2"])
+    st.just("buffer"),
+    st.lists(dims, max_size=3).map(tuple),
+    st.sampled_from([f4, "f8", bool, "u2"]),
 )
 trees = st.recursive(
     leaves,
@@ -1343,7 +1424,9 @@ def test_formulas_read_well():
     stream, qkv = Buffer("stream", ("B", "S", "D")), Buffer("qkv", ("3 B", "S", "D"))
     scores = Buffer("scores", ("B", "H", "S", "S"), "f2")
     need = all_of(
-        stream, any_of(all_of(qkv, scores), Buffer("hidden", ("B", "S", 7), bool)), Buffer("one", ())
+        stream,
+        any_of(all_of(qkv, scores), Buffer("hidden", ("B", "S", 7), bool)),
+        Buffer("one", ()),
     )
     assert str(need) == "4 B S D + max(12 B S D + 2 B H S^2, 7 B S) + 4"
     assert [b.name for b in need.buffers()] == ["stream", "qkv", "scores", "hidden", "one"]
@@ -1356,7 +1439,10 @@ def test_formulas_read_well():
 
 @pytest.mark.parametrize(
     ("sizes", "match"),
-    [({}, "^sizes: B is missing, given are none$"), ({"B": 2}, "^sizes: S is missing, given are B$")],
+    [
+        ({}, "^sizes: B is missing, given are none$"),
+        ({"B": 2}, "^sizes: S is missing, given are B$"),
+    ],
 )
 def test_missing_sizes_are_named(sizes, match):
     need = all_of(Buffer("a", ("2 B",)), any_of(Buffer("b", ("B", "S"))))
@@ -1382,13 +1468,18 @@ def units(nbytes):
 
 def as_numbers(requests):
     """(size, first, last) by name, without the planner's help."""
-    return {n: (units(math.prod(s) * np.dtype(d).itemsize), a, b) for n, (s, d, a, b) in requests.items()}
+    return {
+        n: (units(math.prod(s) * np.dtype(d).itemsize), a, b)
+        for n, (s, d, a, b) in requests.items()
+    }
 
 
 def live_maximum(requests):
     items = as_numbers(requests).values()
     moments = {t for _, first, last in items for t in range(first, last + 1)}
-    return max((sum(n for n, first, last in items if first <= t <= last) for t in moments), default=0)
+    return max(
+        (sum(n for n, first, last in items if first <= t <= last) for t in moments), default=0
+    )
 
 
 def smallest(requests):
@@ -1415,12 +1506,18 @@ def assert_valid(p, requests):
     numbers = as_numbers(requests)
     assert list(p.offsets) == list(p.requests) == list(requests)
     assert all(p.size(name) == size for name, (size, *_) in numbers.items())
-    assert all(at % 64 == 0 and 0 <= at <= at + numbers[n][0] <= p.nbytes for n, at in p.offsets.items())
-    for (a, (m, first_a, last_a)), (b, (n, first_b, last_b)) in itertools.combinations(numbers.items(), 2):
+    assert all(
+        at % 64 == 0 and 0 <= at <= at + numbers[n][0] <= p.nbytes for n, at in p.offsets.items()
+    )
+    for (a, (m, first_a, last_a)), (b, (n, first_b, last_b)) in itertools.combinations(
+        numbers.items(), 2
+    ):
         if first_a <= last_b and first_b <= last_a:
             assert p.offsets[a] + m <= p.offsets[b] or p.offsets[b] + n <= p.offsets[a], (a, b)
     assert live_maximum(requests) == p.bound <= p.nbytes
-    assert p.nbytes == max((p.offsets[name] + size for name, (size, *_) in numbers.items()), default=0)
+    assert p.nbytes == max(
+        (p.offsets[name] + size for name, (size, *_) in numbers.items()), default=0
+    )
 
 
 spans = st.tuples(st.integers(-5, 15), st.integers(0, 8)).map(lambda s: (s[0], s[0] + s[1]))
@@ -1456,7 +1553,9 @@ small_units = st.tuples(st.integers(1, 6), spans).map(lambda r: ((64 * r[0],), u
 
 @few
 @given(
-    st.lists(small_units, min_size=5, max_size=EXACT).map(lambda rs: {f"r{i}": r for i, r in enumerate(rs)})
+    st.lists(small_units, min_size=5, max_size=EXACT).map(
+        lambda rs: {f"r{i}": r for i, r in enumerate(rs)}
+    )
 )
 def test_small_plans_of_few_sizes_are_the_smallest(requests):
     p = plan(requests)
@@ -1501,7 +1600,11 @@ def test_plans_of_little():
 @pytest.mark.parametrize(
     ("request_", "error", "match"),
     [
-        (((3,), f4, 5, 4), ValueError, "^requests: 'x' ends at step 4, before its first use at step 5$"),
+        (
+            ((3,), f4, 5, 4),
+            ValueError,
+            "^requests: 'x' ends at step 4, before its first use at step 5$",
+        ),
         (((3,), f4, 0.5, 4), TypeError, "^requests: steps 0.5 and 4 of 'x' are not integers$"),
         (((3,), f4, 0, None), TypeError, "^requests: steps 0 and None of 'x'"),
         (((3,), f4, 0), TypeError, "^requests: 'x' is .* needed "),
@@ -1521,7 +1624,9 @@ def test_bad_requests_are_named_by_the_planner(request_, error, match):
 
 
 def test_bad_orders_and_names_are_refused():
-    with pytest.raises(ValueError, match=r"^order: 'alphabet', needed one of 'size', 'breadth', 'length'$"):
+    with pytest.raises(
+        ValueError, match=r"^order: 'alphabet', needed one of 'size', 'breadth', 'length'$"
+    ):
         plan({}, "alphabet")
     with pytest.raises(TypeError, match=r"^name: 3 "):
         plan({3: ((3,), f4, 0, 1)})
@@ -1561,7 +1666,9 @@ def transformer(layers, S, D, H, F):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6])
-@pytest.mark.parametrize("sizes", [(512, 768, 12, 3072), (128, 512, 8, 2048), (1000, 300, 5, 1111)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(512, 768, 12, 3072), (128, 512, 8, 2048), (1000, 300, 5, 1111)], ids=str
+)
 def test_plans_of_transformers_are_close_to_the_bound(sizes, layers):
     requests = transformer(layers, *sizes)
     p = plan(requests)
@@ -1659,7 +1766,9 @@ def test_a_rehearsal_is_right_or_raises(program, retake, wrong):
     except RuntimeError as e:
         got, error = None, str(e)
     if got is None:
-        assert re.match(r"buffer '\w+' of generation 1 is stale: the plan gave its memory to '\w+'", error)
+        assert re.match(
+            r"buffer '\w+' of generation 1 is stale: the plan gave its memory to '\w+'", error
+        )
     else:
         assert same_bits(got, run(Workspace()))
 
@@ -1700,7 +1809,9 @@ def test_every_shortened_lifetime_of_a_chain_is_found():
     assert all_short.nbytes == 512
     rehearsal = Workspace(debug=True)
     rehearsal.arrange(all_short)
-    with pytest.raises(RuntimeError, match="'h0' of generation 1 is stale: the plan gave its memory to 'h1'"):
+    with pytest.raises(
+        RuntimeError, match="'h0' of generation 1 is stale: the plan gave its memory to 'h1'"
+    ):
         chain(rehearsal)
 
 
@@ -1714,8 +1825,14 @@ def test_a_recorder_notes_first_and_last_use():
             recorder.take("tick", (1,))
             part += 1
     found = recorder.requests()
-    assert {n: r.shape for n, r in found.items()} == {"a": (4,), "b": (5, 4), "tick": (1,)}  # the largest
-    assert found["a"].first < found["tick"].first < found["b"].first < found["a"].last  # first to last
+    assert {n: r.shape for n, r in found.items()} == {
+        "a": (4,),
+        "b": (5, 4),
+        "tick": (1,),
+    }  # the largest
+    assert (
+        found["a"].first < found["tick"].first < found["b"].first < found["a"].last
+    )  # first to last
     assert found["a"].last < found["tick"].last < found["b"].last
     assert plan(found).bound == 64 + 128 + 64
     with pytest.raises(RuntimeError, match="is stale: its scope has ended"):
@@ -1730,7 +1847,9 @@ def test_a_buffer_that_lost_its_memory_to_the_plan_is_not_handed_out_again():
         a, b = ws.take("a", (3,)), ws.take("b", (3,))
         b.fill(1)
         for use in (lambda: ws.take("a", (3,)), lambda a=a: a.fill(2)):
-            with pytest.raises(RuntimeError, match=r"'a' of generation .* the plan gave its memory to 'b'"):
+            with pytest.raises(
+                RuntimeError, match=r"'a' of generation .* the plan gave its memory to 'b'"
+            ):
                 use()
         assert np.all(b == 1)
         ws.next_generation()
@@ -1796,7 +1915,9 @@ def test_a_plan_waits_until_everything_is_given_back(debug):
     p, ws = plan(record(chain)), Workspace(debug=debug)
     view = ws.take("x", (3,))
     view.fill(1)
-    with refused(ws, RuntimeError, r"^arrange: buffers are handed out; call next_generation\(\) first$"):
+    with refused(
+        ws, RuntimeError, r"^arrange: buffers are handed out; call next_generation\(\) first$"
+    ):
         ws.arrange(p)
     assert np.all(view == 1)
     ws.next_generation()
@@ -1893,7 +2014,9 @@ def test_as_many_bytes_as_can_be_counted():
 def test_empty_buffers_are_aligned_as_well(growth):
     # `aligned_empty` of 0 bytes: a slice of no length forgets its offset.
     ws = Workspace(growth=growth)
-    assert all(ws.take(f"x{i}", (0, 3)).ctypes.data % 64 == 0 for i in range(40))  # by chance some are
+    assert all(
+        ws.take(f"x{i}", (0, 3)).ctypes.data % 64 == 0 for i in range(40)
+    )  # by chance some are
 
 
 def test_ensure_capacity_is_all_or_nothing_when_memory_runs_out():
@@ -2059,7 +2182,13 @@ def test_steps_may_be_of_any_integer_type(kind):
 
 def test_steps_may_be_any_integers():
     # In one array, -1 and 2**63 become floating point, and 2**63 + 1 is the same as 2**63.
-    p = plan({"z": ((3,), f4, -1, -1), "x": ((3,), f4, 2**63, 2**63), "y": ((3,), f4, 2**63 + 1, 2**63 + 1)})
+    p = plan(
+        {
+            "z": ((3,), f4, -1, -1),
+            "x": ((3,), f4, 2**63, 2**63),
+            "y": ((3,), f4, 2**63 + 1, 2**63 + 1),
+        }
+    )
     assert p.nbytes == p.bound == 64
 
 

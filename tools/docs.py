@@ -3,6 +3,7 @@
 Nothing is executed: a page shows what the notebook stores. The reference is read from the sources of the
 modules, where a comment behind a parameter says what it means.
 """
+
 import argparse
 import ast
 import importlib
@@ -28,15 +29,28 @@ NOTEBOOKS, PACKAGE, CONFIG = ROOT / "nbs", ROOT / "ctxlab", ROOT / "docs"
 INDEX = NOTEBOOKS / "index.ipynb"
 
 # The sidebar. A notebook goes by the number in its name to the first group whose limit is not below it.
-GROUPS = {"Foundations": 3, "Memory": 4, "Context": 5, "Layers and blocks": 9, "Experiments": 11,
-          "Audit": 14, "Benchmarks": math.inf}
-PROJECT = ["CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"]  # with a page each; so has what a notebook links to
+GROUPS = {
+    "Foundations": 3,
+    "Memory": 4,
+    "Context": 5,
+    "Layers and blocks": 9,
+    "Experiments": 11,
+    "Audit": 14,
+    "Benchmarks": math.inf,
+}
+PROJECT = [
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "LICENSE",
+]  # with a page each; so has what a notebook links to
 
 HIDDEN = {"hide", "default_exp"}  # cells with one of these have no place on a page
 DIRECTIVES = re.compile(r"\A(?:[ \t]*#[ \t]*\|.*\n?|\s*\n)+")
 DIRECTIVE = re.compile(r"#[ \t]*\|[ \t]*([\w-]+):?[ \t]*(.*)")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
-NAME = re.compile(r"(?<![`\[{}\\])`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])")  # in inline code, and not in a link
+NAME = re.compile(
+    r"(?<![`\[{}\\])`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])"
+)  # in inline code, and not in a link
 LABEL = re.compile(r"\b(?:set_)?(title|xlabel|ylabel)(?:=|\()f?'([^']+)'")
 IMAGES = {".png", ".svg", ".jpg"}
 
@@ -46,6 +60,7 @@ class Fault(Exception):
 
 
 # ---- What the sources say
+
 
 class Param(NamedTuple):
     """A row in a table of parameters or fields."""
@@ -68,7 +83,9 @@ class Source:
         self.says = ast.get_docstring(self.tree) or ""
         self.notebook = re.search(r"File to edit: .*/(\S+)\.ipynb", text)[1]
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-        self.comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        self.comments = {
+            t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT
+        }
 
     def definition(self, name: str) -> ast.stmt:
         found = [node for node in self.tree.body if name in defined(node)]
@@ -121,7 +138,9 @@ class Reference:
             for name in source.public:
                 self.targets.add(f"{source.name}.{name}")
                 if isinstance(source.definition(name), ast.ClassDef):
-                    self.targets |= {f"{source.name}.{name}.{m}" for m, _, _ in self.members(name, source)}
+                    self.targets |= {
+                        f"{source.name}.{name}.{m}" for m, _, _ in self.members(name, source)
+                    }
 
     def explains(self, notebook: str) -> Source | None:
         """The module that a notebook exports to."""
@@ -140,6 +159,7 @@ class Reference:
 
         Plain lower-case words stay as they are: in a text about norms, `scale` is rarely a function.
         """
+
         def role(match: re.Match) -> str:
             name, call = match[1], match[2] or ""
             found = [t for t in self.targets if t == name or t.endswith("." + name)]
@@ -168,7 +188,9 @@ class Reference:
         """A type as text; `full` for a signature, where Sphinx needs full names to link them."""
         if node is None:
             return ""
-        text = re.sub(r"'([A-Z]\w*)'", r"\1", ast.unparse(node))  # in quotes: a name that is defined later
+        text = re.sub(
+            r"'([A-Z]\w*)'", r"\1", ast.unparse(node)
+        )  # in quotes: a name that is defined later
         if not full:
             return text
         return re.sub(r"(?<![\w.'])[A-Z]\w*(?![\w'])", lambda m: self.full_name(m[0], source), text)
@@ -177,7 +199,9 @@ class Reference:
         """The parameters of a function, each with the comment behind it."""
         args = node.args
         plain = args.posonlyargs + args.args
-        rows = list(zip(plain, [None] * (len(plain) - len(args.defaults)) + args.defaults, strict=True))
+        rows = list(
+            zip(plain, [None] * (len(plain) - len(args.defaults)) + args.defaults, strict=True)
+        )
         rows += [(args.vararg, None)] * bool(args.vararg)
         rows += zip(args.kwonlyargs, args.kw_defaults, strict=True)
         rows += [(args.kwarg, None)] * bool(args.kwarg)
@@ -186,10 +210,16 @@ class Reference:
         if node.returns is not None:
             last[node.returns.end_lineno] = node.returns
         stars = {args.vararg: "*", args.kwarg: "**"}
-        return [Param(stars.get(arg, "") + arg.arg, self.type(arg.annotation, source),
-                      "" if default is None else ast.unparse(default),
-                      source.comment(default or arg) if arg in last.values() else "")
-                for arg, default in rows if arg.arg not in ("self", "cls")]
+        return [
+            Param(
+                stars.get(arg, "") + arg.arg,
+                self.type(arg.annotation, source),
+                "" if default is None else ast.unparse(default),
+                source.comment(default or arg) if arg in last.values() else "",
+            )
+            for arg, default in rows
+            if arg.arg not in ("self", "cls")
+        ]
 
     def signature(self, node: ast.FunctionDef, source: Source) -> str:
         args = ast.parse(ast.unparse(node)).body[0].args  # a copy, to write the full names into
@@ -198,7 +228,9 @@ class Reference:
                 arg.annotation = ast.Name(self.type(arg.annotation, source, full=True))
         args.args = [arg for arg in args.args if arg.arg not in ("self", "cls")]
         returns = self.type(node.returns, source, full=True)
-        return f"({ast.unparse(args)})" + (f" -> {returns}" if returns and node.name != "__init__" else "")
+        return f"({ast.unparse(args)})" + (
+            f" -> {returns}" if returns and node.name != "__init__" else ""
+        )
 
     def bases(self, name: str, source: Source) -> Iterator[tuple[str, Source]]:
         """A class of this package and those that it inherits from."""
@@ -226,9 +258,15 @@ class Reference:
                     return self.params(node, home), self.signature(node, home)
             nodes = [node for node in body if isinstance(node, ast.AnnAssign)]
             if nodes:
-                fields = [Param(node.target.id, self.type(node.annotation, home),
-                                "" if node.value is None else ast.unparse(node.value), home.comment(node))
-                          for node in nodes]
+                fields = [
+                    Param(
+                        node.target.id,
+                        self.type(node.annotation, home),
+                        "" if node.value is None else ast.unparse(node.value),
+                        home.comment(node),
+                    )
+                    for node in nodes
+                ]
                 args = (f"{p.name}: {p.type}" + f" = {p.default}" * bool(p.default) for p in fields)
                 return fields, f"({', '.join(args)})"
         return [], "()"
@@ -241,11 +279,14 @@ class Reference:
             yield f"| name | type |{' default |' * default} meaning |\n|---|---|---|{'---|' * default}"
             for p in params:
                 name = p.name if p.name == "returns" else code(p.name)
-                yield (f"| {name} | {code(p.type)} |{f' {code(p.default)} |' * default} "
-                       f"{self.prose(p.says, source)} |")
+                yield (
+                    f"| {name} | {code(p.type)} |{f' {code(p.default)} |' * default} "
+                    f"{self.prose(p.says, source)} |"
+                )
 
-    def function(self, kind: str, name: str, node: ast.FunctionDef, source: Source,
-                 fence: str) -> Iterator[str]:
+    def function(
+        self, kind: str, name: str, node: ast.FunctionDef, source: Source, fence: str
+    ) -> Iterator[str]:
         marks = {ast.unparse(decorator) for decorator in node.decorator_list}
         if "property" in marks:
             yield f"{fence}{{py:property}} {name}"
@@ -265,8 +306,9 @@ class Reference:
         yield from self.table(params, source)
         yield fence
 
-    def value(self, kind: str, name: str, node: ast.Assign | ast.AnnAssign, source: Source,
-              fence: str) -> Iterator[str]:
+    def value(
+        self, kind: str, name: str, node: ast.Assign | ast.AnnAssign, source: Source, fence: str
+    ) -> Iterator[str]:
         """A constant, a type alias, or an attribute of a class."""
         yield f"{fence}{{py:{kind}}} {name}"
         if isinstance(node, ast.AnnAssign):
@@ -284,8 +326,11 @@ class Reference:
         else:
             yield f"`````{{py:class}} {name}{signature}\n"
         yield self.prose(ast.get_docstring(node) or "", source) + "\n"
-        bases = [f"{{py:obj}}`{base} <{home.name}.{base}>`" for base, home in self.bases(name, source)
-                 if base != name and base in home.public]
+        bases = [
+            f"{{py:obj}}`{base} <{home.name}.{base}>`"
+            for base, home in self.bases(name, source)
+            if base != name and base in home.public
+        ]
         if bases:
             yield f"Inherits from {', '.join(bases)}.\n"
         yield from self.table(params, source)
@@ -298,11 +343,13 @@ class Reference:
 
     def page(self, source: Source) -> str:
         """All public names of a module, in the order of the notebook."""
-        lines = [f"# {source.name}\n",
-                 f"> {self.prose(source.says, source)}\n",
-                 f"```{{py:module}} {source.name}\n```\n",
-                 f"Explained in [{source.notebook}](../{source.notebook}.ipynb). Source: "
-                 f'<a href="../_modules/ctxlab/{source.stem}.html">ctxlab/{source.stem}.py</a>.\n']
+        lines = [
+            f"# {source.name}\n",
+            f"> {self.prose(source.says, source)}\n",
+            f"```{{py:module}} {source.name}\n```\n",
+            f"Explained in [{source.notebook}](../{source.notebook}.ipynb). Source: "
+            f'<a href="../_modules/ctxlab/{source.stem}.html">ctxlab/{source.stem}.py</a>.\n',
+        ]
         for name in source.public:
             node = source.definition(name)
             if isinstance(node, ast.ClassDef):
@@ -317,18 +364,23 @@ class Reference:
     def contents(self) -> str:
         """The page of all modules, in the order of their notebooks."""
         sources = sorted(self.sources.values(), key=lambda source: source.notebook)
-        lines = ["# Modules\n",
-                 "> Every public name, by module\n",
-                 "All names in the order of the alphabet are in the {ref}`index <genindex>`; "
-                 'all sources are <a href="../_modules/index.html">here</a>.\n',
-                 "| module | says | explained in |\n|---|---|---|"]
+        lines = [
+            "# Modules\n",
+            "> Every public name, by module\n",
+            "All names in the order of the alphabet are in the {ref}`index <genindex>`; "
+            'all sources are <a href="../_modules/index.html">here</a>.\n',
+            "| module | says | explained in |\n|---|---|---|",
+        ]
         for source in sources:
-            lines.append(f"| [`{source.name}`]({source.stem}.md) | {self.prose(source.says, source)} "
-                         f"| [{source.notebook}](../{source.notebook}.ipynb) |")
+            lines.append(
+                f"| [`{source.name}`]({source.stem}.md) | {self.prose(source.says, source)} "
+                f"| [{source.notebook}](../{source.notebook}.ipynb) |"
+            )
         return "\n".join([*lines, "", toctree("", [source.stem for source in sources])]) + "\n"
 
 
 # ---- Notebooks and other files as pages
+
 
 def toctree(caption: str, pages: list[str]) -> str:
     options = [":hidden:"] + [f":caption: {caption}"] * bool(caption)
@@ -340,8 +392,12 @@ def sidebar(notebooks: list[Path], project: list[str]) -> str:
     for path in notebooks:
         number = re.match(r"\d+", path.stem)
         if not number:
-            raise Fault(f"{path.name}: the name must begin with a number, which gives the notebook its place")
-        groups[next(name for name, limit in GROUPS.items() if int(number[0]) <= limit)].append(path.stem)
+            raise Fault(
+                f"{path.name}: the name must begin with a number, which gives the notebook its place"
+            )
+        groups[next(name for name, limit in GROUPS.items() if int(number[0]) <= limit)].append(
+            path.stem
+        )
     groups |= {"Reference": ["api/index"], "Project": project}
     return "\n\n".join(toctree(name, pages) for name, pages in groups.items() if pages)
 
@@ -349,7 +405,11 @@ def sidebar(notebooks: list[Path], project: list[str]) -> str:
 def split_directives(source: str) -> tuple[dict[str, str], str]:
     """The `#|` lines at the head of a cell as {name: value}, and the rest of it."""
     head = DIRECTIVES.match(source)
-    return (dict(DIRECTIVE.findall(head[0])), source[head.end():].strip()) if head else ({}, source.strip())
+    return (
+        (dict(DIRECTIVE.findall(head[0])), source[head.end() :].strip())
+        if head
+        else ({}, source.strip())
+    )
 
 
 def alt_text(source: str, heading: str) -> str:
@@ -357,12 +417,17 @@ def alt_text(source: str, heading: str) -> str:
     words: dict[str, list[str]] = {"title": [], "xlabel": [], "ylabel": []}
     for kind, text in LABEL.findall(source):
         # Of an f-string, the parts between commas and colons that hold no value.
-        text = ", ".join(part for part in re.split(r"[,:] *", text.replace("\\n", " ")) if "{" not in part)
+        text = ", ".join(
+            part for part in re.split(r"[,:] *", text.replace("\\n", " ")) if "{" not in part
+        )
         if text and text not in words[kind]:
             words[kind].append(text)
     parts = ["Plot: " + "; ".join(words["title"] or [heading])]
-    parts += [f"{axis}: {'; '.join(words[kind])}" for kind, axis in (("xlabel", "across"), ("ylabel", "up"))
-              if words[kind]]
+    parts += [
+        f"{axis}: {'; '.join(words[kind])}"
+        for kind, axis in (("xlabel", "across"), ("ylabel", "up"))
+        if words[kind]
+    ]
     return ". ".join(parts)
 
 
@@ -398,7 +463,9 @@ class Site:
         blocks = re.split(r"(^```.*?^```|^#.*?$)", text, flags=re.MULTILINE | re.DOTALL)
         for i in range(0, len(blocks), 2):
             spans = re.split(r"(`[^`]*`)", blocks[i])
-            spans[::2] = [LINK.sub(lambda match: self.retarget(match, origin), span) for span in spans[::2]]
+            spans[::2] = [
+                LINK.sub(lambda match: self.retarget(match, origin), span) for span in spans[::2]
+            ]
             blocks[i] = self.reference.link("".join(spans), source)
         return "".join(blocks)
 
@@ -407,14 +474,19 @@ class Site:
         directives, cell.source = split_directives(cell.source)
         if not cell.source or HIDDEN & directives.keys():
             return False
-        tags = ["export"] * ("export" in directives) + ["remove-input"] * (directives.get("echo") == "false")
+        tags = ["export"] * ("export" in directives) + ["remove-input"] * (
+            directives.get("echo") == "false"
+        )
         cell.metadata = nbformat.from_dict({"tags": tags})
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 alt = directives.get("fig-alt", "").strip("'\"") or alt_text(
-                    cell.source, self.reference.drawn(cell.source) or heading)
+                    cell.source, self.reference.drawn(cell.source) or heading
+                )
                 width = output.metadata.get("image/png", {}).get("width")
-                cell.metadata.mystnb = {"image": {"alt": alt} | ({"width": f"{width}px"} if width else {})}
+                cell.metadata.mystnb = {
+                    "image": {"alt": alt} | ({"width": f"{width}px"} if width else {})
+                }
         return True
 
     def notebook(self, path: Path) -> NotebookNode:
@@ -450,7 +522,9 @@ class Site:
         notebooks = {path: self.notebook(path) for path in (INDEX, *self.notebooks)}
         files: dict[str, str] = {}
         while todo := [path for path, page in self.project.items() if page not in files]:
-            files |= {self.project[path]: self.file(path) for path in todo}  # which may link to more files
+            files |= {
+                self.project[path]: self.file(path) for path in todo
+            }  # which may link to more files
         for source in self.reference.sources.values():
             files[f"api/{source.stem}"] = self.reference.page(source)
         files["api/index"] = self.reference.contents()
@@ -473,7 +547,15 @@ def build(out: Path) -> None:
         pages, made = Path(scratch) / "pages", Path(scratch) / "site"
         pages.mkdir()
         Site(pages).write()
-        options = ["-q", "-W", "--keep-going", "-c", str(CONFIG), "-d", str(Path(scratch) / "doctrees")]
+        options = [
+            "-q",
+            "-W",
+            "--keep-going",
+            "-c",
+            str(CONFIG),
+            "-d",
+            str(Path(scratch) / "doctrees"),
+        ]
         if build_main([*options, str(pages), str(made)]):
             raise Fault("Sphinx found what is listed above")
         shutil.rmtree(out, ignore_errors=True)
@@ -485,7 +567,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="write the site from what the notebooks store")
-    command.add_argument("--out", type=Path, default=ROOT / "_site", help="the folder (default: _site)")
+    command.add_argument(
+        "--out", type=Path, default=ROOT / "_site", help="the folder (default: _site)"
+    )
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     out = args.out.resolve()

@@ -2,6 +2,7 @@
 
 nbdev_test runs every notebook but stores no output, and nbdev_readme needs Quarto: this fills both gaps.
 """
+
 import argparse
 import os
 import re
@@ -23,14 +24,23 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 README, IMAGES = ROOT / "README.md", ROOT / "docs/readme"
-HIDDEN = {"hide", "default_exp", "export", "exporti"}  # cells with one of these are not for the README
+HIDDEN = {
+    "hide",
+    "default_exp",
+    "export",
+    "exporti",
+}  # cells with one of these are not for the README
 DIRECTIVES = re.compile(r"\A(\s*#\s*\|.*\n?)+")
-LINK = re.compile(r"(?<=\]\()(?!/)[^)\s#:]+")  # the target without its anchor; no URL, no absolute path
-EXPORT = Config({
-    # An HTML table would not survive in the README, and a second image format would be a second file.
-    "NbConvertBase": {"display_data_priority": ["text/markdown", "image/png", "text/plain"]},
-    "ExtractOutputPreprocessor": {"extract_output_types": {"image/png"}},
-})
+LINK = re.compile(
+    r"(?<=\]\()(?!/)[^)\s#:]+"
+)  # the target without its anchor; no URL, no absolute path
+EXPORT = Config(
+    {
+        # An HTML table would not survive in the README, and a second image format would be a second file.
+        "NbConvertBase": {"display_data_priority": ["text/markdown", "image/png", "text/plain"]},
+        "ExtractOutputPreprocessor": {"extract_output_types": {"image/png"}},
+    }
+)
 
 
 def notebooks():
@@ -53,8 +63,12 @@ def says(directives, name, value):
 def is_skipped(cell, flags):
     """Does nbdev_test pass this cell over?"""
     directives = extract_directives(cell, remove=False)
-    return (cell.cell_type != "code" or "nbdev_export" + "(" in cell.source
-            or says(directives, "eval", "false") or bool(flags & directives.keys()))
+    return (
+        cell.cell_type != "code"
+        or "nbdev_export" + "(" in cell.source
+        or says(directives, "eval", "false")
+        or bool(flags & directives.keys())
+    )
 
 
 def is_excluded(path):
@@ -68,7 +82,9 @@ def run_notebook(path, flags):
     start, nb = time.time(), read_nb(path)
     os.chdir(path.parent)
     sys.path.insert(0, str(ROOT))
-    shell = CaptureShell(path, mpl_format="png")  # Jupyter's default; execnb's would be twice as wide
+    shell = CaptureShell(
+        path, mpl_format="png"
+    )  # Jupyter's default; execnb's would be twice as wide
     for cell in nb.cells:
         if is_skipped(cell, flags):
             continue  # with the outputs of the last time it ran
@@ -102,7 +118,11 @@ def shown(cells):
     """The cells that the README shows, without their directives."""
     for cell in cells:
         directives = extract_directives(cell, remove=False) if cell.cell_type == "code" else {}
-        if cell.cell_type == "raw" or HIDDEN & directives.keys() or "nbdev_export" + "(" in cell.source:
+        if (
+            cell.cell_type == "raw"
+            or HIDDEN & directives.keys()
+            or "nbdev_export" + "(" in cell.source
+        ):
             continue
         if cell.cell_type == "code":
             cell.source = DIRECTIVES.sub("", cell.source).strip()
@@ -125,7 +145,9 @@ def build_readme():
                 output.metadata["filename"] = name = f"{source.stem}-{len(alts) + 1}.png"
                 alts[name] = cell.metadata["alt"]
     folder = IMAGES.relative_to(ROOT).as_posix()
-    text, resources = MarkdownExporter(config=EXPORT).from_notebook_node(nb, {"output_files_dir": folder})
+    text, resources = MarkdownExporter(config=EXPORT).from_notebook_node(
+        nb, {"output_files_dir": folder}
+    )
     for name, alt in alts.items():
         text = text.replace(f"![png]({folder}/{name})", f"![{alt}]({folder}/{name})")
 
@@ -183,7 +205,9 @@ def readme_faults():
 def check():
     """Print every fault, one a line, and exit with 1 when there is one."""
     paths = notebooks()
-    faults = [(path, fault) for path in paths for fault in notebook_faults(path)] + list(readme_faults())
+    faults = [(path, fault) for path in paths for fault in notebook_faults(path)] + list(
+        readme_faults()
+    )
     for path, fault in faults:
         print(f"{path.relative_to(ROOT)}: {fault}")
     if faults:
@@ -195,10 +219,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("execute", help="run notebooks and store their outputs")
-    run.add_argument("names", nargs="*", metavar="NOTEBOOK", help="default: all, in the order of their names")
+    run.add_argument(
+        "names", nargs="*", metavar="NOTEBOOK", help="default: all, in the order of their names"
+    )
     run.add_argument("--slow", action="store_true", help="run the cells marked slow as well")
     commands.add_parser("readme", help="write README.md from the index notebook")
-    commands.add_parser("check", help="fail if a notebook or README.md is not clean, executed and current")
+    commands.add_parser(
+        "check", help="fail if a notebook or README.md is not clean, executed and current"
+    )
     args = parser.parse_args()
     names = [Path(name).resolve() for name in getattr(args, "names", [])]
     for name in names:
