@@ -822,7 +822,7 @@ BAD_CALLS = {
     "not contiguous": (
         lambda b: b.forward(X[:, ::2]),
         ValueError,
-        "^x: is not C-contiguous; pass np.ascont",
+        r"^x: is not C-contiguous; pass x.copy\(\)",
     ),
     "mask: shape": (
         lambda b: b.forward(X, keep=np.ones((2, 6), bool)),
