@@ -77,18 +77,30 @@ def backward(q, k, v, G, ws, *, keep_weights=False, where="apart", **case):
     return grads, out
 
 
-def sizes(q, k, v, G=None, **case):
-    """Size of the terms: a result is an average of values, and gradients are sums over keys and queries."""
-    S, E = q.shape[2:]
-    V = max(1.0, float(np.abs(v).max(initial=0)))
+def sizes(q, k, v, G=None, *, causal=False, keep=None):
+    """Size of the terms behind each entry: of the result, or of dq, dk and dv; absolute values throughout."""
+    seen, root, tiny = (
+        visible(q.shape[2], causal, keep),
+        np.sqrt(q.shape[3]),
+        np.finfo(q.dtype).tiny,
+    )
+    Q, K, V = (np.abs(a, dtype=np.float64) for a in (q, k, v))
+    scores = q.astype(np.float64) @ k.swapaxes(-1, -2).astype(np.float64) / root
+    weights = np.exp(
+        np.where(
+            seen, scores - scores.max(axis=-1, keepdims=True, where=seen, initial=-1e300), -np.inf
+        )
+    )
+    weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1)
+    # An error of a score is a relative one of its exponential.
+    weights *= 1 + (Q @ K.swapaxes(-1, -2)).max(axis=-1, keepdims=True, initial=0) / root
     if G is None:
-        return V
-    norm = lambda a: float(
-        np.sqrt(np.max(np.sum(np.square(a, dtype=np.float64), axis=-1), initial=0))
-    )  # noqa: E731
-    score = norm(q) * norm(k) / np.sqrt(E)  # an error of a score is one of its exponential
-    ds = 2 * norm(G) * norm(v) * (1 + score) / np.sqrt(E)
-    return max(ds * norm(k), ds * norm(q) * min(S, 50), norm(G) * min(S, 50) * (1 + score), 1.0)
+        return weights @ V + tiny
+    G = np.abs(G, dtype=np.float64)
+    pull = G @ V.swapaxes(-1, -2)
+    slope = weights * (pull + np.sum(weights * pull, axis=-1, keepdims=True)) / root
+    back, along = slope.swapaxes(-1, -2), weights.swapaxes(-1, -2)
+    return slope @ K + tiny, back @ Q + tiny, along @ G + tiny
 
 
 # --- against the reference ---
@@ -114,9 +126,9 @@ def test_attention_is_the_reference(seed, B, H, S, E, dtype, causal, mask, where
     wants = attention_vjp(q, k, v, G, **case) if S else [want] * 3
     for keep_weights in (False, True):
         grads, out = backward(q, k, v, G, ws, keep_weights=keep_weights, where=where, **case)
-        assert_equiv(out, want, depth=S + E, scale=sizes(q, k, v))
-        for grad, expected in zip(grads, wants, strict=True):
-            assert_equiv(grad, expected, depth=S + E, scale=sizes(q, k, v, G))
+        assert_equiv(out, want, depth=S + E, scale=sizes(q, k, v, **case))
+        for grad, expected, size in zip(grads, wants, sizes(q, k, v, G, **case), strict=True):
+            assert_equiv(grad, expected, depth=S + E, scale=size)
     assert all(map(np.array_equal, (q, k, v, G), kept))
     assert ws.used_bytes == 0
 
@@ -136,9 +148,9 @@ def test_many_blocks_are_the_reference(where, causal, mask, dtype):
         for kept in (False, True)
     }
     for grads, out in results.values():
-        assert_equiv(out, want, depth=8, scale=sizes(q, k, v))
-        for grad, expected in zip(grads, wants, strict=True):
-            assert_equiv(grad, expected, depth=8, scale=sizes(q, k, v, G))
+        assert_equiv(out, want, depth=8, scale=sizes(q, k, v, **case))
+        for grad, expected, size in zip(grads, wants, sizes(q, k, v, G, **case), strict=True):
+            assert_equiv(grad, expected, depth=8, scale=size)
 
 
 @pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 362, 363, 513])
@@ -148,9 +160,12 @@ def test_lengths_around_the_edges_of_a_block(length):
     q, k, v, G = make(rng, (4, 1, 1, length, 4))
     for causal in (False, True):
         grads, out = backward(q, k, v, G, ws, causal=causal)
-        assert_equiv(out, attention(q, k, v, causal=causal), depth=8, scale=sizes(q, k, v))
-        for grad, expected in zip(grads, attention_vjp(q, k, v, G, causal=causal), strict=True):
-            assert_equiv(grad, expected, depth=8, scale=sizes(q, k, v, G))
+        want, wants = attention(q, k, v, causal=causal), attention_vjp(q, k, v, G, causal=causal)
+        assert_equiv(out, want, depth=8, scale=sizes(q, k, v, causal=causal))
+        for grad, expected, size in zip(
+            grads, wants, sizes(q, k, v, G, causal=causal), strict=True
+        ):
+            assert_equiv(grad, expected, depth=8, scale=size)
 
 
 def test_one_row_may_be_more_than_a_panel():
@@ -181,8 +196,11 @@ def test_blocks_agree_with_each_other(dtype, monkeypatch):
                 grads, out = backward(
                     q, k, v, G, Workspace(debug=True), keep_weights=kept, causal=causal, keep=keep
                 )
-                for a, b in zip((*grads, out), (*want[causal][0], want[causal][1]), strict=True):
-                    assert_equiv(a, b, depth=10, scale=sizes(q, k, v, G))
+                case = dict(causal=causal, keep=keep)
+                assert_equiv(out, want[causal][1], depth=10, scale=sizes(q, k, v, **case))
+                size = sizes(q, k, v, G, **case)
+                for a, b, terms in zip(grads, want[causal][0], size, strict=True):
+                    assert_equiv(a, b, depth=10, scale=terms)
 
 
 @given(seeds, st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), dtypes, st.booleans(), masks)
@@ -207,7 +225,8 @@ def test_kept_weights_and_sums_are_what_they_claim(seed, B, S, E, dtype, causal,
         scale=1 + np.abs(scores[seen]).max(initial=0),
     )
     assert np.isfinite(lse).all()
-    assert_equiv(out, weights @ v, depth=S, scale=sizes(q, k, v))
+    size = sizes(q, k, v, causal=causal, keep=keep)
+    assert_equiv(out, weights @ v, depth=S, scale=size)
 
 
 def test_kept_weights_are_zero_where_no_block_reaches():
@@ -263,11 +282,12 @@ def test_who_sees_nothing_gets_nothing(S, causal, kept, dtype):
     if causal:
         assert not out[1, :, : S // 2].any()
         assert not grads[0][1, :, : S // 2].any()
-        alone, _ = backward(
-            *(a[1:, :, S // 2 :].copy() for a in (q, k, v, G)), ws, keep_weights=kept, causal=True
-        )
-        for grad, want in zip(grads, alone, strict=True):  # as if the padding had not been there
-            assert_equiv(grad[1:, :, S // 2 :], want, depth=8, scale=sizes(q, k, v, G))
+        seen = [a[1:, :, S // 2 :].copy() for a in (q, k, v, G)]
+        alone, _ = backward(*seen, ws, keep_weights=kept, causal=True)
+        size = sizes(*seen, causal=True)
+        for grad, want, terms in zip(grads, alone, size, strict=True):
+            # as if the padding had not been there
+            assert_equiv(grad[1:, :, S // 2 :], want, depth=8, scale=terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -289,7 +309,7 @@ def test_what_is_hidden_has_no_influence(kept, dtype):
         forward(*later, ws, causal=True)[0][:, :, :150],
         first[:, :, :150],
         depth=8,
-        scale=sizes(q, k, v),
+        scale=sizes(*(a[:, :, :150] for a in later), causal=True),
     )
     k[:, :, 200:] = np.nan
     assert np.array_equal(
@@ -308,9 +328,10 @@ def test_large_scores_do_no_harm(causal, kept, dtype):
         assert np.isfinite(a).all()  # one key takes it all
     q, k = 100 * q, 100 * k  # scores of 10^4
     (dq, dk, dv), out = backward(q, k, v, G, ws, keep_weights=kept, causal=causal)
-    assert_equiv(out, attention(q, k, v, causal=causal), depth=8, scale=1e4 * sizes(q, k, v))
-    for grad, want in zip((dq, dk, dv), attention_vjp(q, k, v, G, causal=causal), strict=True):
-        assert_equiv(grad, want, depth=8, scale=sizes(q, k, v, G))
+    want, wants = attention(q, k, v, causal=causal), attention_vjp(q, k, v, G, causal=causal)
+    assert_equiv(out, want, depth=8, scale=sizes(q, k, v, causal=causal))
+    for got, grad, size in zip((dq, dk, dv), wants, sizes(q, k, v, G, causal=causal), strict=True):
+        assert_equiv(got, grad, depth=8, scale=size)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

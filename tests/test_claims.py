@@ -287,18 +287,25 @@ def test_together(n):
 def test_the_paths_compute_what_the_reference_says(form, real):
     for w in real.workloads:
         D, twice = len(w.C), range(2)  # a buffer that is used again must not bring anything along
+        X, C, G = (a.astype(np.float64) for a in (w.X, w.C, w.G))
+        out_size = np.sqrt(X**2 + (w.s / D) ** 2 * (X**2 @ C**2))
+        grad_size = np.sqrt(G**2 + (w.s / D) ** 2 * (G**2 @ C.T**2))
         run = real.paths(w, "forward")[form]
         for _ in twice:
-            assert_equiv(run(), apply_context(w.X, w.C, w.s), depth=D)
-        run, (grad_x, grad_s) = (
+            assert_equiv(run(), apply_context(w.X, w.C, w.s), depth=D, scale=out_size)
+        run, (grad_x, _) = (
             real.paths(w, "backward")[form],
             apply_context_vjp(w.X, w.C, w.s, w.G),
         )
-        terms = np.sum(np.abs(w.G) * (np.abs(w.X) @ np.abs(w.C))) / D
+        grad_s, terms = (
+            apply_context_vjp(X, C, w.s, G)[1],
+            np.sqrt(np.sum(G**2 * (X**2 @ C**2))) / D,
+        )
+        length = D + int(np.sqrt(X.size))  # sums of D products, and a sum of all made in blocks
         for _ in twice:
             got_x, got_s = run()
-            assert_equiv(got_x, grad_x, depth=D)
-            assert_equiv(np.float32(got_s), np.float32(grad_s), depth=D, scale=terms)
+            assert_equiv(got_x, grad_x, depth=D, scale=grad_size)
+            assert_equiv(np.float32(got_s), np.float32(grad_s), depth=length, scale=terms)
         product, batch, step = forms()[form], w.C.copy(), w.C.copy()
         update(product, w.X, w.Y, batch, 0.1)
         assert_equiv(batch, ema(w.C, similarity(w.X, w.Y), 0.1), depth=32, scale=1.0)
