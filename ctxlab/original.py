@@ -8,8 +8,8 @@ __all__ = ['forward', 'backward', 'update', 'update_step', 'sites']
 # %% ../nbs/03a_original.ipynb #456a915b
 import numpy as np
 
-from .gemm import Product
-from .reference import NORM_FLOOR, sample_rows
+from .gemm import Product, check_out
+from .reference import NORM_FLOOR, check_array, check_same_shape, sample_rows
 
 # %% ../nbs/03a_original.ipynb #5623ca9d
 def forward(
@@ -41,6 +41,14 @@ def backward(
     return grad_x, grad_s
 
 # %% ../nbs/03a_original.ipynb #157317ab
+def _check(X: np.ndarray, Y: np.ndarray, C: np.ndarray, ndim: int) -> None:
+    "An error, before `C` changes, for arrays that `_blend` could not take."
+    x = check_array("X", X, (ndim,))
+    y = check_array("Y", Y, (ndim,), x.dtype)
+    check_same_shape("Y", y, "X", x)
+    check_out(C, 2 * x.shape[-1:], x.dtype, {"X": x, "Y": y}, name="C")
+
+
 def _blend(cov: np.ndarray, denom: np.ndarray, C: np.ndarray, rate: float) -> None:
     "`C = (1 - rate) C + rate tanh(cov / denom)`, with 0 where the denominator vanishes."
     sim = np.divide(cov, denom, out=cov, where=denom > NORM_FLOOR)
@@ -58,6 +66,7 @@ def update(
     rate: float,
 ) -> None:
     "Blend the batch statistic into C."
+    _check(X, Y, C, 2)
     rows = sample_rows(len(X))
     x, y = X[rows] - X[rows].mean(axis=0), Y[rows] - Y[rows].mean(axis=0)
     cov = product("cov", x.T, y)
@@ -73,6 +82,7 @@ def update_step(
     rate: float,
 ) -> None:
     "Blend the token statistic into C: an outer product of two vectors."
+    _check(x, y, C, 1)
     x, y = x - x.mean(), y - y.mean()
     cov = product("step", x[:, None], y[None, :])
     _blend(cov, np.full_like(cov, np.linalg.norm(x) * np.linalg.norm(y)), C, rate)

@@ -9,32 +9,36 @@ __all__ = ['NORM_FLOOR', 'check_array', 'check_same_shape', 'sample_rows', 'chec
 
 # %% ../nbs/02_reference.ipynb #a0f14039
 import operator
+from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 # %% ../nbs/02_reference.ipynb #a32fab12
+_SUPPORTED = (np.dtype(np.float32), np.dtype(np.float64))  # in the byte order of this machine
+
+
 def check_array(
     name: str,  # the argument's name, for the message
     a: object,  # what the caller passed
-    ndim: tuple[int, ...] = (2,),  # numbers of dimensions that are allowed
+    ndim: tuple[int, ...] | None = (2,),  # numbers of dimensions that are allowed; None: any
     dtype: DTypeLike | None = None,  # required dtype; default: float32 or float64
 ) -> np.ndarray:  # `a`; a view of it as a plain ndarray when it is a subclass (a memory map, say)
     "Return `a` without a copy, or raise a TypeError or ValueError that names it."
-    if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
-        raise TypeError(f"{name}: a NumPy array is needed, not {type(a).__name__}")
-    wanted = (
-        (np.dtype(dtype),) if dtype is not None else (np.dtype(np.float32), np.dtype(np.float64))
-    )
+    if type(a) is not np.ndarray:
+        if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
+            raise TypeError(f"{name}: a NumPy array is needed, not {type(a).__name__}")
+        a = a.view(np.ndarray)
+    wanted = _SUPPORTED if dtype is None else (np.dtype(dtype),)
     if a.dtype not in wanted:
         raise TypeError(
             f"{name}: {a.dtype} is not supported here; use {' or '.join(d.name for d in wanted)}"
         )
-    if a.ndim not in ndim:
+    if ndim is not None and a.ndim not in ndim:
         raise ValueError(
             f"{name}: shape {a.shape} has {a.ndim} dimensions, needed {' or '.join(map(str, ndim))}"
         )
-    return a if type(a) is np.ndarray else a.view(np.ndarray)
+    return a
 
 # %% ../nbs/02_reference.ipynb #dd6e2a08
 def check_same_shape(name: str, a: np.ndarray, like_name: str, like: np.ndarray) -> None:
@@ -48,6 +52,7 @@ def sample_rows(
     max_rows: int | None = 32,  # None takes every row
 ) -> np.ndarray:  # (n,) intp, increasing
     "Evenly spread rows: `floor(i * S / n)` for `n = min(S, max_rows)`."
+    n_rows = operator.index(n_rows)
     if n_rows < 0:
         raise ValueError(f"n_rows: {n_rows} is negative")
     if max_rows is not None and operator.index(max_rows) < 1:
@@ -109,11 +114,27 @@ def similarity(
     return _tanh_correlation(X.T @ Y, d, norms).astype(x.dtype)
 
 # %% ../nbs/02_reference.ipynb #5e2e71f1
+def _real(
+    name: str,  # the argument's name, for the message
+    value: object,  # what the caller passed
+) -> float:
+    "A real number as a float, or a TypeError or ValueError that names it."
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: a real number is needed, not {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: the number is beyond the range of float64") from None
+
+
 def check_rate(rate: float) -> float:  # clipped to [0, 1]
     "The update rate as the moving average uses it; NaN is a ValueError."
+    rate = _real("update_rate", rate)
     if np.isnan(rate):
         raise ValueError("update_rate: NaN is not a rate; needed a number in [0, 1]")
-    return float(min(max(rate, 0.0), 1.0))
+    return min(max(rate, 0.0), 1.0)
 
 
 def ema(
@@ -122,10 +143,11 @@ def ema(
     rate: float,  # weight of `new`, clipped to [0, 1]
 ) -> np.ndarray:  # (D, D), a new array
     "`(1 - rate) * previous + rate * new`."
+    new = check_array("new", new, None)
     r = new.dtype.type(check_rate(rate))
     if previous is None:
         return r * new
-    check_array("previous", previous, (new.ndim,), new.dtype)
+    previous = check_array("previous", previous, (new.ndim,), new.dtype)
     check_same_shape("previous", previous, "new", new)
     return (1 - r) * previous + r * new
 
@@ -148,9 +170,10 @@ def similarity_step(
 # %% ../nbs/02_reference.ipynb #aae04e10
 def check_strength(strength: float) -> float:
     "The strength as a float; NaN and infinities are a ValueError."
-    if not np.isfinite(strength):
+    s = _real("strength", strength)
+    if not np.isfinite(s):
         raise ValueError(f"strength: {strength} is not a finite number")
-    return float(strength)
+    return s
 
 
 def _finite(a: np.ndarray) -> np.ndarray:
