@@ -11,14 +11,19 @@ import bisect
 import itertools
 import math
 import operator
+import os
 import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from functools import partial
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from threading import current_thread
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -221,45 +226,174 @@ NOTHING = np.empty(0, np.uint8)
 POISON = 0xFF  # in every byte: NaN as floating point, -1 as a signed integer
 
 # %% ../nbs/04_workspace.ipynb #fe4bc903
+_SUSPENDABLE = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
+
+
+def _in_contextlib(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
+
+
+def _sleeper(frame: FrameType | None) -> FrameType | None:
+    "The generator or coroutine that can be suspended with a scope open; None for a function."
+    while frame is not None and frame.f_code.co_flags & _SUSPENDABLE:
+        if not _in_contextlib(frame.f_back):
+            return frame
+        frame = frame.f_back  # the body of a `@contextmanager` serves whoever enters it
+        while _in_contextlib(frame):
+            frame = frame.f_back
+    return None
+
+
+# %% ../nbs/04_workspace.ipynb #5c0be001
+class _Scope:
+    "What is first taken inside is given back at the end, also after an error."
+
+    __slots__ = (
+        *("ws", "name", "code", "at", "frame", "over"),
+        *("parent", "slept", "plain", "taken", "token"),
+    )
+
+    def __init__(self, ws: "Workspace", name: str, frame: FrameType) -> None:
+        self.ws, self.name, self.over = ws, name, ""  # over: why it is not open any more
+        self.code, self.at = frame.f_code, frame.f_lasti  # the line is found when it is needed
+        self.frame = _sleeper(frame) if self.code.co_flags & _SUSPENDABLE else None
+        self.taken: list[_Buffer] = []
+        self.token: Token | None = None
+
+    def __str__(self) -> str:
+        lines = (line for start, end, line in self.code.co_lines() if start <= self.at < end)
+        where = f"{self.code.co_filename}:{next(lines, '?')}, in {self.code.co_name}"
+        return f"scope {self.name!r} ({where})" if self.name else f"scope ({where})"
+
+    def suspended(self) -> bool:
+        return self.frame is not None and self.frame.f_back is None  # it has no caller
+
+    def __enter__(self) -> "Workspace":
+        ws = self.ws
+        if self.over or self.token is not None:
+            raise RuntimeError(f"{self} was entered before; call scope() again")
+        ws._claim(new=self)
+        parent = self.parent = ws._innermost
+        self.slept = parent is not None and parent.suspended()  # on its opening
+        self.plain = self.frame is None and (parent is None or parent.plain)
+        self.token = ws._here.set(self)
+        ws._innermost, ws._taken = self, self.taken
+        ws._quick = self if self.plain else NEVER
+        return ws
+
+    def __exit__(self, *_: object) -> None:
+        ws = self.ws
+        if self.over or self.token is None:
+            raise RuntimeError(f"{self} cannot be left: {self.over or 'it was never entered'}")
+        latest = _open_one(ws._innermost)
+        self.over, self.frame = "it was left before", None
+        if ws._owner is not current_thread() or latest is not self:
+            ws._quick = NEVER  # the next request looks
+            raise _overlap(self, latest)
+        if ws._here.get() is self:
+            try:
+                ws._here.reset(self.token)
+            except ValueError:  # in a copy of the context
+                ws._here.set(self.parent)
+        ws._close()
+        ws._disown()
+
+
+def _open_one(scope: _Scope | None) -> _Scope | None:
+    "The first of a scope and those around it that is still open."
+    while scope is not None and scope.over:
+        scope = scope.parent
+    return scope
+
+
+def _overlap(new: object, scope: _Scope | None) -> RuntimeError:
+    return RuntimeError(
+        f"workspace: {new} overlaps {scope}, which is open; scopes nest, "
+        "so give each task or generator a workspace of its own"
+    )
+
+# %% ../nbs/04_workspace.ipynb #c0a1d5e2
+_claims = threading.RLock()  # held while a workspace changes hands
+if hasattr(os, "register_at_fork"):  # no child is born while it is held
+    os.register_at_fork(
+        before=_claims.acquire, after_in_parent=_claims.release, after_in_child=_claims.release
+    )
+
+
 class _Owned:
     "One thread at a time: whoever takes first owns it, until everything is given back."
 
     def __init__(self) -> None:
         self._owner: threading.Thread | None = None
-        self._lock, self._scopes, self._generation = threading.Lock(), 0, 1
-        self._taken: list[_Buffer] = []  # in this generation, in order
+        self._generation = 1
+        self._base: list[_Buffer] = []  # taken in this generation outside of all scopes
+        self._taken = self._base  # where the next one is noted
+        self._innermost: _Scope | None = None  # of all tasks
+        self._here: ContextVar[_Scope | None] = ContextVar("scope", default=None)  # of this task
+        self._quick: object = None  # whoever is here may take without a further look
 
-    def _claim(self) -> None:
-        "Make this thread the owner; a RuntimeError if another one is. The claim of a thread that has ended is void."
+    def _claim(self, name: object = None, new: object = None) -> None:
+        "Make this thread the owner; a RuntimeError if another thread or task is in the way."
         me = current_thread()
-        with self._lock:
-            owner = self._owner
-            if (
-                owner is not None
-                and owner is not me
-                and owner.is_alive()
-                and owner.ident in sys._current_frames()
-            ):
+        if self._owner is not me:
+            with _claims:
+                self._take_over(me)
+        if self._quick is not None and self._here.get() is not self._quick:
+            self._look(name, new)
+
+    def _take_over(self, me: threading.Thread) -> None:
+        owner = self._owner
+        if owner is not None:
+            if owner.is_alive() and owner.ident in sys._current_frames():
                 raise RuntimeError(
-                    "workspace: in use by another thread; give each thread a workspace of its own, "
+                    "workspace: in use by another thread; give each thread one of its own, "
                     "or let the other one finish its scope or call next_generation()"
                 )
-            self._owner = me
+            self._abandon()
+        self._owner = me
+
+    def _abandon(self) -> None:
+        "The scopes of a thread that has ended are void; what it took stays for this generation."
+        while self._innermost is not None:
+            scope = self._innermost
+            self._base += scope.taken
+            scope.over = scope.over or "the thread that opened it has ended"
+            self._innermost = scope.parent
+        self._point()
+
+    def _look(self, name: object, new: object = None) -> None:
+        "Find where the next buffer is noted; a RuntimeError if a scope in the way is not ours."
+        self._close()
+        top, here = self._innermost, _open_one(self._here.get())
+        if here is not top:
+            raise _overlap(new or here or "a request from outside of scopes", top)
+        self._here.set(here)
+        self._taken, later, scope = self._base, None, top
+        while scope is not None:
+            asleep = scope.suspended()
+            if later is not None and later.slept and not (asleep or scope.over):
+                raise _overlap(scope, later)
+            if asleep and any(b.name == name for b in scope.taken):
+                raise RuntimeError(f"name: {name!r} is in use in {scope}, which is suspended")
+            if not (asleep or scope.over) and self._taken is self._base:
+                self._taken = scope.taken
+            later, scope = scope, scope.parent
+
+    def _close(self) -> None:
+        "Give back what was taken in scopes that have been left, unless a later one is still open."
+        while self._innermost is not None and self._innermost.over:
+            _give_back(self, self._innermost.taken, "its scope has ended; take it again")
+            self._innermost = self._innermost.parent
+        self._point()
+
+    def _point(self) -> None:
+        scope = self._innermost
+        self._taken = self._base if scope is None else scope.taken
+        self._quick = scope if scope is None or scope.plain else NEVER
 
     def _disown(self) -> None:
-        if not self._taken and not self._scopes:
+        if not self._base and self._innermost is None:
             self._owner = None
-
-    @contextmanager
-    def _between(self, what: str) -> Iterator[None]:
-        "For changes that must not meet an open scope."
-        self._claim()
-        try:
-            if self._scopes:
-                raise RuntimeError(f"{what}: the workspace is inside a scope; leave it first")
-            yield
-        finally:
-            self._disown()
 
 # %% ../nbs/04_workspace.ipynb #0d6e7717
 class _Storage(_Owned):
@@ -329,8 +463,9 @@ class Workspace(_Storage):
         super().__init__(growth, limit_bytes, debug)
 
     def __reduce__(self) -> tuple:
-        "A copy (`copy`, `pickle`) is an empty workspace with the same settings: contents are never state."
-        return _empty_workspace, (self.growth, self.limit_bytes, self.debug)
+        "A copy (`copy`, `pickle`) is empty and has the same settings: contents are never state."
+        settings = {"growth": self.growth, "limit_bytes": self.limit_bytes, "debug": self.debug}
+        return partial(type(self), **settings), ()
 
     def take(
         self,
@@ -343,27 +478,26 @@ class Workspace(_Storage):
         "A view of exactly this shape; allocates only when the name has never been as large."
         if self._owner is not current_thread():
             return self._take_new(name, shape, dtype)
+        if self._quick is not None and self._here.get() is not self._quick:
+            self._look(name)
         try:
             b = self._buffers[name]
-            known = b.asked is dtype and type(shape) is tuple and b.shape == shape
-            view = np.ndarray(shape, b.dtype, b.flat) if known else None
+            if b.asked is dtype and type(shape) is tuple and b.shape == shape:
+                view = np.ndarray(shape, b.dtype, b.flat)
+                if b.generation != self._generation:
+                    self._taken.append(b)
+                    b.generation = self._generation
+                    self._used += b.used
+                return view
         except (KeyError, TypeError):
-            view = None
-        if view is None:
-            return self._take_new(
-                name, shape, dtype
-            )  # outside of `except`, so that an error stands alone
-        if b.generation != self._generation:
-            b.generation = self._generation
-            self._taken.append(b)
-            self._used += b.used
-        return view
+            pass  # what is wrong is said outside, so that the error stands alone
+        return self._take_new(name, shape, dtype)
 
     def _take_new(
         self, name: str, shape: Any, dtype: Any
     ) -> np.ndarray:  # whatever is not a repetition
         shape, found, needed = _check_request(name, shape, dtype)
-        self._claim()
+        self._claim(name)
         try:
             b = self._buffers.get(name)
             if b is None or b.generation != self._generation:
@@ -371,8 +505,8 @@ class Workspace(_Storage):
                     b = _grow(self, {name: needed})[name]
                 if self.debug:
                     _lend(self, b)
-                b.shape, b.dtype, b.used, b.generation = shape, found, needed, self._generation
                 self._taken.append(b)
+                b.shape, b.dtype, b.used, b.generation = shape, found, needed, self._generation
                 self._used += needed
             elif (b.shape, b.dtype) != (shape, found):
                 raise ValueError(
@@ -413,17 +547,22 @@ class Workspace(_Storage):
         finally:
             self._disown()
 
-    @contextmanager
-    def scope(self) -> Iterator["Workspace"]:
+    def scope(
+        self,
+        name: str = "",  # for messages
+    ) -> _Scope:  # to be entered with `with`, once; gives the workspace
         "What is first taken inside is given back at the end, also after an error; its names may then have other shapes."
+        return _Scope(self, name, sys._getframe(1))
+
+    @contextmanager
+    def _between(self, what: str) -> Iterator[None]:
+        "For changes that must not meet an open scope."
         self._claim()
-        mark = len(self._taken)
-        self._scopes += 1
         try:
-            yield self
+            if self._innermost is not None:
+                raise RuntimeError(f"{what}: inside a {self._innermost}; leave it first")
+            yield
         finally:
-            self._scopes -= 1
-            _give_back(self, mark, "its scope has ended; take it again")
             self._disown()
 
     def next_generation(self) -> None:
@@ -446,13 +585,9 @@ class Workspace(_Storage):
     def arrange(self, plan: "Plan") -> None:
         "Lay the plan's buffers out in one arena. Its lifetimes are trusted; a debug workspace checks them as it runs."
         with self._between("arrange"):
-            if self._taken:
+            if self._base:
                 raise RuntimeError("arrange: buffers are handed out; call next_generation() first")
             _arrange(self, plan)
-
-
-def _empty_workspace(growth: str, limit_bytes: int | None, debug: bool) -> Workspace:
-    return Workspace(growth=growth, limit_bytes=limit_bytes, debug=debug)
 
 # %% ../nbs/04_workspace.ipynb #d6f2dc74
 def _grow(
@@ -485,19 +620,20 @@ def _grow(
     return old
 
 
-def _give_back(ws: Workspace, mark: int, why: str) -> None:
-    "End the use of all buffers that were taken after the first `mark`."
-    ws._peak = ws.peak_bytes
-    for b in ws._taken[mark:]:
+def _give_back(ws: Workspace, taken: list[_Buffer], why: str) -> None:
+    "End the use of buffers."
+    if ws._used > ws._peak:
+        ws._peak = ws._used
+    for b in taken:
         b.generation = 0
         ws._used -= b.used
         if ws.debug:
             _end(b, why)
-    del ws._taken[mark:]
+    taken.clear()
 
 
 def _start_again(ws: Workspace) -> None:
-    _give_back(ws, 0, f"the workspace is in generation {ws.generation + 1}; take it again")
+    _give_back(ws, ws._base, f"the workspace is in generation {ws.generation + 1}; take it again")
     ws._generation += 1
 
 # %% ../nbs/04_workspace.ipynb #1265d448
@@ -518,8 +654,8 @@ def _lend(ws: Workspace, b: _Buffer) -> None:
             "through a view that escaped (np.asarray, a C pointer, or an ordinary array made from it)"
         )
     if not b.held:
-        for other in ws._taken:
-            if other is not b and np.may_share_memory(other.flat, b.flat):
+        for other in ws._buffers.values():
+            if other.generation == ws.generation and np.may_share_memory(other.flat, b.flat):
                 _end(other, f"the plan gave its memory to {b.name!r}; record the lifetimes anew")
         b.flat.fill(POISON)
     b.lease = _Lease(b.name, ws.generation, b.flat, getattr(ws, "clock", None))
@@ -876,6 +1012,10 @@ class Recorder(Workspace):
         super().__init__(growth="exact", debug=True)
         self.clock: Iterator[int] = itertools.count()
         self._leases: list[tuple[_Lease, tuple[int, ...], np.dtype]] = []
+
+    def __reduce__(self) -> tuple:
+        "A copy has recorded nothing."
+        return Recorder, ()
 
     def take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
         "As `Workspace.take`; the view notes its uses."
