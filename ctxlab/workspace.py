@@ -243,7 +243,6 @@ def _sleeper(frame: FrameType | None) -> FrameType | None:
             frame = frame.f_back
     return None
 
-
 # %% ../nbs/04_workspace.ipynb #5c0be001
 class _Scope:
     "What is first taken inside is given back at the end, also after an error."
@@ -997,12 +996,14 @@ def _arrange(ws: Workspace, plan: Plan) -> None:
     "One arena in place of what the workspace holds."
     if ws.limit_bytes is not None and plan.nbytes > ws.limit_bytes:
         raise MemoryError(f"plan: {plan.nbytes} bytes, limit_bytes is {ws.limit_bytes}")
-    ws._buffers, ws._arena = {}, NOTHING
-    ws._arena = aligned_empty((plan.nbytes,), np.uint8)
-    ws._allocations += 1
+    try:
+        arena = aligned_empty((plan.nbytes,), np.uint8)
+    except (MemoryError, ValueError):
+        raise MemoryError(f"plan: no memory for {plan.nbytes} bytes") from None
     ws._buffers = {
-        n: _Buffer(n, ws._arena[at : at + plan.size(n)], 0) for n, at in plan.offsets.items()
+        n: _Buffer(n, arena[at : at + plan.size(n)], 0) for n, at in plan.offsets.items()
     }
+    ws._arena, ws._allocations = arena, ws._allocations + 1
 
 # %% ../nbs/04_workspace.ipynb #1fdb8fc5
 class Recorder(Workspace):
