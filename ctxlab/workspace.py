@@ -24,7 +24,7 @@ from functools import partial
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from threading import current_thread
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -225,181 +225,11 @@ class _Buffer:
 NOTHING = np.empty(0, np.uint8)
 POISON = 0xFF  # in every byte: NaN as floating point, -1 as a signed integer
 
-# %% ../nbs/04_workspace.ipynb #fe4bc903
-_SUSPENDABLE = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
-
-
-def _in_contextlib(frame: FrameType | None) -> bool:
-    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
-
-
-def _sleeper(frame: FrameType | None) -> FrameType | None:
-    "The generator or coroutine that can be suspended with a scope open; None for a function."
-    while frame is not None and frame.f_code.co_flags & _SUSPENDABLE:
-        if not _in_contextlib(frame.f_back):
-            return frame
-        frame = frame.f_back  # the body of a `@contextmanager` serves whoever enters it
-        while _in_contextlib(frame):
-            frame = frame.f_back
-    return None
-
-# %% ../nbs/04_workspace.ipynb #5c0be001
-class _Scope:
-    "What is first taken inside is given back at the end, also after an error."
-
-    __slots__ = (
-        *("ws", "name", "code", "at", "frame", "over"),
-        *("parent", "slept", "plain", "taken", "token"),
-    )
-
-    def __init__(self, ws: "Workspace", name: str, frame: FrameType) -> None:
-        self.ws, self.name, self.over = ws, name, ""  # over: why it is not open any more
-        self.code, self.at = frame.f_code, frame.f_lasti  # the line is found when it is needed
-        self.frame = _sleeper(frame) if self.code.co_flags & _SUSPENDABLE else None
-        self.taken: list[_Buffer] = []
-        self.token: Token | None = None
-
-    def __str__(self) -> str:
-        lines = (line for start, end, line in self.code.co_lines() if start <= self.at < end)
-        where = f"{self.code.co_filename}:{next(lines, '?')}, in {self.code.co_name}"
-        return f"scope {self.name!r} ({where})" if self.name else f"scope ({where})"
-
-    def suspended(self) -> bool:
-        return self.frame is not None and self.frame.f_back is None  # it has no caller
-
-    def __enter__(self) -> "Workspace":
-        ws = self.ws
-        if self.over or self.token is not None:
-            raise RuntimeError(f"{self} was entered before; call scope() again")
-        ws._claim(new=self)
-        parent = self.parent = ws._innermost
-        self.slept = parent is not None and parent.suspended()  # on its opening
-        self.plain = self.frame is None and (parent is None or parent.plain)
-        self.token = ws._here.set(self)
-        ws._innermost, ws._taken = self, self.taken
-        ws._quick = self if self.plain else NEVER
-        return ws
-
-    def __exit__(self, *_: object) -> None:
-        ws = self.ws
-        if self.over or self.token is None:
-            raise RuntimeError(f"{self} cannot be left: {self.over or 'it was never entered'}")
-        latest = _open_one(ws._innermost)
-        self.over, self.frame = "it was left before", None
-        if ws._owner is not current_thread() or latest is not self:
-            ws._quick = NEVER  # the next request looks
-            raise _overlap(self, latest)
-        if ws._here.get() is self:
-            try:
-                ws._here.reset(self.token)
-            except ValueError:  # in a copy of the context
-                ws._here.set(self.parent)
-        ws._close()
-        ws._disown()
-
-
-def _open_one(scope: _Scope | None) -> _Scope | None:
-    "The first of a scope and those around it that is still open."
-    while scope is not None and scope.over:
-        scope = scope.parent
-    return scope
-
-
-def _overlap(new: object, scope: _Scope | None) -> RuntimeError:
-    return RuntimeError(
-        f"workspace: {new} overlaps {scope}, which is open; scopes nest, "
-        "so give each task or generator a workspace of its own"
-    )
-
-# %% ../nbs/04_workspace.ipynb #c0a1d5e2
-_claims = threading.RLock()  # held while a workspace changes hands
-if hasattr(os, "register_at_fork"):  # no child is born while it is held
-    os.register_at_fork(
-        before=_claims.acquire, after_in_parent=_claims.release, after_in_child=_claims.release
-    )
-
-
-class _Owned:
-    "One thread at a time: whoever takes first owns it, until everything is given back."
-
-    def __init__(self) -> None:
-        self._owner: threading.Thread | None = None
-        self._generation = 1
-        self._base: list[_Buffer] = []  # taken in this generation outside of all scopes
-        self._taken = self._base  # where the next one is noted
-        self._innermost: _Scope | None = None  # of all tasks
-        self._here: ContextVar[_Scope | None] = ContextVar("scope", default=None)  # of this task
-        self._quick: object = None  # whoever is here may take without a further look
-
-    def _claim(self, name: object = None, new: object = None) -> None:
-        "Make this thread the owner; a RuntimeError if another thread or task is in the way."
-        me = current_thread()
-        if self._owner is not me:
-            with _claims:
-                self._take_over(me)
-        if self._quick is not None and self._here.get() is not self._quick:
-            self._look(name, new)
-
-    def _take_over(self, me: threading.Thread) -> None:
-        owner = self._owner
-        if owner is not None:
-            if owner.is_alive() and owner.ident in sys._current_frames():
-                raise RuntimeError(
-                    "workspace: in use by another thread; give each thread one of its own, "
-                    "or let the other one finish its scope or call next_generation()"
-                )
-            self._abandon()
-        self._owner = me
-
-    def _abandon(self) -> None:
-        "The scopes of a thread that has ended are void; what it took stays for this generation."
-        while self._innermost is not None:
-            scope = self._innermost
-            self._base += scope.taken
-            scope.over = scope.over or "the thread that opened it has ended"
-            self._innermost = scope.parent
-        self._point()
-
-    def _look(self, name: object, new: object = None) -> None:
-        "Find where the next buffer is noted; a RuntimeError if a scope in the way is not ours."
-        self._close()
-        top, here = self._innermost, _open_one(self._here.get())
-        if here is not top:
-            raise _overlap(new or here or "a request from outside of scopes", top)
-        self._here.set(here)
-        self._taken, later, scope = self._base, None, top
-        while scope is not None:
-            asleep = scope.suspended()
-            if later is not None and later.slept and not (asleep or scope.over):
-                raise _overlap(scope, later)
-            if asleep and any(b.name == name for b in scope.taken):
-                raise RuntimeError(f"name: {name!r} is in use in {scope}, which is suspended")
-            if not (asleep or scope.over) and self._taken is self._base:
-                self._taken = scope.taken
-            later, scope = scope, scope.parent
-
-    def _close(self) -> None:
-        "Give back what was taken in scopes that have been left, unless a later one is still open."
-        while self._innermost is not None and self._innermost.over:
-            _give_back(self, self._innermost.taken, "its scope has ended; take it again")
-            self._innermost = self._innermost.parent
-        self._point()
-
-    def _point(self) -> None:
-        scope = self._innermost
-        self._taken = self._base if scope is None else scope.taken
-        self._quick = scope if scope is None or scope.plain else NEVER
-
-    def _disown(self) -> None:
-        if not self._base and self._innermost is None:
-            self._owner = None
-
 # %% ../nbs/04_workspace.ipynb #0d6e7717
-class _Storage(_Owned):
+class _Storage:
     "What a workspace holds, and how to read it."
 
     def __init__(self, growth: str, limit_bytes: int | None, debug: bool) -> None:
-        super().__init__()
         if not isinstance(growth, str) or growth not in GROWTH:
             raise ValueError(f"growth: {growth!r}, needed one of {', '.join(map(repr, GROWTH))}")
         if limit_bytes is not None and not isinstance(limit_bytes, int | np.integer):
@@ -410,6 +240,7 @@ class _Storage(_Owned):
         self.limit_bytes = None if limit_bytes is None else int(limit_bytes)
         self._buffers: dict[str, _Buffer] = {}
         self._arena, self._allocations, self._used, self._peak = NOTHING, 0, 0, 0
+        self._generation = 1
 
     @property
     def generation(self) -> int:
@@ -448,8 +279,182 @@ class _Storage(_Owned):
             lines.append(f"{b.name:24}{len(b.flat):12,}{b.used:12,}  {b.shape} {b.dtype}, {state}")
         return "\n".join([*lines, f"{'held':24}{self.nbytes:12,}{self.used_bytes:12,}  taken now"])
 
+# %% ../nbs/04_workspace.ipynb #fe4bc903
+_SUSPENDABLE = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
+
+
+def _in_contextlib(frame: FrameType | None) -> TypeGuard[FrameType]:
+    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
+
+
+def _sleeper(frame: FrameType | None) -> FrameType | None:
+    "The generator or coroutine that can be suspended with a scope open; None for a function."
+    while frame is not None and frame.f_code.co_flags & _SUSPENDABLE:
+        if not _in_contextlib(frame.f_back):
+            return frame
+        frame = frame.f_back  # the body of a `@contextmanager` serves whoever enters it
+        while _in_contextlib(frame):
+            frame = frame.f_back
+    return None
+
+# %% ../nbs/04_workspace.ipynb #5c0be001
+class _Scope:
+    "What is first taken inside is given back at the end, also after an error."
+
+    __slots__ = (
+        *("ws", "name", "code", "at", "frame", "over"),
+        *("parent", "slept", "plain", "taken", "token"),
+    )
+
+    def __init__(self, ws: "Workspace", name: str, frame: FrameType) -> None:
+        self.ws, self.name, self.over = ws, name, ""  # over: why it is not open any more
+        self.code, self.at = frame.f_code, frame.f_lasti  # the line is found when it is needed
+        self.frame = _sleeper(frame) if self.code.co_flags & _SUSPENDABLE else None
+        self.parent: _Scope | None = None  # the scope around it
+        self.slept = False  # was that one suspended when this one was opened?
+        self.plain = True  # can neither this one nor one around it be suspended?
+        self.taken: list[_Buffer] = []
+        self.token: Token | None = None
+
+    def __str__(self) -> str:
+        lines = (line for start, end, line in self.code.co_lines() if start <= self.at < end)
+        where = f"{self.code.co_filename}:{next(lines, '?')}, in {self.code.co_name}"
+        return f"scope {self.name!r} ({where})" if self.name else f"scope ({where})"
+
+    def suspended(self) -> bool:
+        return self.frame is not None and self.frame.f_back is None  # it has no caller
+
+    def __enter__(self) -> "Workspace":
+        ws = self.ws
+        if self.over or self.token is not None:
+            raise RuntimeError(f"{self} was entered before; call scope() again")
+        ws._claim(new=self)
+        parent = self.parent = ws._innermost
+        self.slept = parent is not None and parent.suspended()
+        self.plain = self.frame is None and (parent is None or parent.plain)
+        self.token = ws._here.set(self)
+        ws._innermost, ws._taken = self, self.taken
+        ws._quick = self if self.plain else NEVER
+        return ws
+
+    def __exit__(self, *_: object) -> None:
+        ws = self.ws
+        if self.over or self.token is None:
+            raise RuntimeError(f"{self} cannot be left: {self.over or 'it was never entered'}")
+        latest = _open_one(ws._innermost)
+        self.over, self.frame = "it was left before", None
+        if ws._owner is not current_thread():
+            ws._quick = NEVER  # the owner's next request looks
+            raise RuntimeError(f"{self} cannot be left by another thread than its own")
+        if latest is not self:
+            raise _overlap(self, latest)
+        if ws._here.get() is self:
+            try:
+                ws._here.reset(self.token)
+            except ValueError:  # in a copy of the context
+                ws._here.set(self.parent)
+        ws._close()
+        ws._disown()
+
+
+def _open_one(scope: _Scope | None) -> _Scope | None:
+    "The first of a scope and those around it that is still open."
+    while scope is not None and scope.over:
+        scope = scope.parent
+    return scope
+
+
+def _overlap(new: object, scope: _Scope | None) -> RuntimeError:
+    return RuntimeError(
+        f"workspace: {new} overlaps {scope}, which is open; scopes nest, "
+        "so give each task or generator a workspace of its own"
+    )
+
+# %% ../nbs/04_workspace.ipynb #c0a1d5e2
+_claims = threading.RLock()  # held while a workspace changes hands
+if hasattr(os, "register_at_fork"):  # no child is born while it is held
+    os.register_at_fork(
+        before=_claims.acquire, after_in_parent=_claims.release, after_in_child=_claims.release
+    )
+
+
+class _Owned(_Storage):
+    "One thread at a time: whoever takes first owns it, until everything is given back."
+
+    def __init__(self, growth: str, limit_bytes: int | None, debug: bool) -> None:
+        super().__init__(growth, limit_bytes, debug)
+        self._owner: threading.Thread | None = None
+        self._base: list[_Buffer] = []  # taken in this generation outside of all scopes
+        self._taken = self._base  # where the next one is noted
+        self._innermost: _Scope | None = None  # of all tasks
+        self._here: ContextVar[_Scope | None] = ContextVar("scope", default=None)  # of this task
+        self._quick: object = None  # whoever is here may take without a further look
+
+    def _claim(self, name: object = None, new: object = None) -> None:
+        "Make this thread the owner; a RuntimeError if another thread or task is in the way."
+        me = current_thread()
+        if self._owner is not me:
+            with _claims:
+                self._take_over(me)
+        if self._here.get() is not self._quick:
+            self._look(name, new)
+
+    def _take_over(self, me: threading.Thread) -> None:
+        owner = self._owner
+        if owner is not None:
+            if owner.is_alive() and owner.ident in sys._current_frames():
+                raise RuntimeError(
+                    "workspace: in use by another thread; give each thread one of its own, "
+                    "or let the other one finish its scope or call next_generation()"
+                )
+            self._abandon()
+        self._owner = me
+
+    def _abandon(self) -> None:
+        "The scopes of a thread that has ended are void; what it took stays for this generation."
+        while self._innermost is not None:
+            scope = self._innermost
+            self._base += scope.taken
+            scope.over, scope.frame = scope.over or "the thread that opened it has ended", None
+            self._innermost = scope.parent
+        self._point()
+
+    def _look(self, name: object, new: object = None) -> None:
+        "Find where the next buffer is noted; a RuntimeError if a scope in the way is not ours."
+        self._close()
+        top, here = self._innermost, _open_one(self._here.get())
+        if here is not top:
+            raise _overlap(new or here or "a request from outside of scopes", top)
+        self._here.set(here)
+        self._taken, later, scope = self._base, None, top
+        while scope is not None:
+            asleep = scope.suspended()
+            if later is not None and later.slept and not (asleep or scope.over):
+                raise _overlap(scope, later)
+            if asleep and any(b.name == name for b in scope.taken):
+                raise RuntimeError(f"name: {name!r} is in use in {scope}, which is suspended")
+            if not (asleep or scope.over) and self._taken is self._base:
+                self._taken = scope.taken
+            later, scope = scope, scope.parent
+
+    def _close(self) -> None:
+        "Give back what was taken in scopes that have been left, unless a later one is still open."
+        while self._innermost is not None and self._innermost.over:
+            _give_back(self, self._innermost.taken, "its scope has ended; take it again")
+            self._innermost = self._innermost.parent
+        self._point()
+
+    def _point(self) -> None:
+        scope = self._innermost
+        self._taken = self._base if scope is None else scope.taken
+        self._quick = scope if scope is None or scope.plain else NEVER
+
+    def _disown(self) -> None:
+        if not self._base and self._innermost is None:
+            self._owner = None
+
 # %% ../nbs/04_workspace.ipynb #9a46f5c6
-class Workspace(_Storage):
+class Workspace(_Owned):
     "Named buffers that are reused: exact shapes, 64-byte aligned, uninitialised, valid for one generation."
 
     def __init__(
@@ -463,8 +468,10 @@ class Workspace(_Storage):
 
     def __reduce__(self) -> tuple:
         "A copy (`copy`, `pickle`) is empty and has the same settings: contents are never state."
-        settings = {"growth": self.growth, "limit_bytes": self.limit_bytes, "debug": self.debug}
-        return partial(type(self), **settings), ()
+        new = partial(
+            type(self), growth=self.growth, limit_bytes=self.limit_bytes, debug=self.debug
+        )
+        return new, ()
 
     def take(
         self,
@@ -477,7 +484,8 @@ class Workspace(_Storage):
         "A view of exactly this shape; allocates only when the name has never been as large."
         if self._owner is not current_thread():
             return self._take_new(name, shape, dtype)
-        if self._quick is not None and self._here.get() is not self._quick:
+        quick = self._quick
+        if quick is not None and self._here.get() is not quick:
             self._look(name)
         try:
             b = self._buffers[name]
@@ -619,7 +627,7 @@ def _grow(
     return old
 
 
-def _give_back(ws: Workspace, taken: list[_Buffer], why: str) -> None:
+def _give_back(ws: _Storage, taken: list[_Buffer], why: str) -> None:
     "End the use of buffers."
     if ws._used > ws._peak:
         ws._peak = ws._used
