@@ -48,9 +48,10 @@ def _check_shape(name: str, shape: Any) -> tuple[int, ...]:
 def _check_dtype(name: str, dtype: Any) -> np.dtype:
     try:
         found = np.dtype(dtype)
-    except (TypeError, ValueError, SyntaxError):
+    except (TypeError, ValueError, SyntaxError, DeprecationWarning):
         raise TypeError(f"dtype: {dtype!r} of {name!r} is no NumPy dtype") from None
-    if dtype is None or found.hasobject or not found.itemsize or found.subdtype:
+    abstract = isinstance(dtype, type) and issubclass(dtype, np.generic) and found.type != dtype
+    if abstract or dtype is None or found.hasobject or not found.itemsize or found.subdtype:
         raise TypeError(
             f"dtype: {dtype} of {name!r} has no plain bytes to reuse; use numbers, bool or a record of them"
         )
