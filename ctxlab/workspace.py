@@ -53,7 +53,8 @@ def _check_dtype(name: str, dtype: Any) -> np.dtype:
     abstract = isinstance(dtype, type) and issubclass(dtype, np.generic) and found.type != dtype
     if abstract or dtype is None or found.hasobject or not found.itemsize or found.subdtype:
         raise TypeError(
-            f"dtype: {dtype} of {name!r} has no plain bytes to reuse; use numbers, bool or a record of them"
+            f"dtype: {dtype} of {name!r} has no plain bytes to reuse; "
+            "use numbers, bool or a record of them"
         )
     return found
 
@@ -120,7 +121,7 @@ def _inherit(view: "Watched", source: object) -> None:
 
 
 def _ask(a: object) -> None:
-    "Check the lease of `a`, if it has one; look into lists and tuples, which NumPy's functions take."
+    "Check the lease of `a`, if it has one, and of what lists, tuples and dicts hold."
     lease = _lease(a)
     if lease is not None:
         lease.use()
@@ -147,7 +148,7 @@ def _asking(name: str) -> Callable:
 
 # %% ../nbs/04_workspace.ipynb #748c8406
 class Watched(np.ndarray):
-    "What a debug workspace hands out: its methods, operators and NumPy's functions check first that the buffer is still on loan."
+    "What a debug workspace hands out: every use checks first that the buffer is still on loan."
 
     def __array_finalize__(
         self, source: np.ndarray | None
@@ -268,8 +269,9 @@ class _Storage:
     def __repr__(self) -> str:
         limit = "" if self.limit_bytes is None else f" of at most {megabytes(self.limit_bytes)}"
         return (
-            f"Workspace({len(self._buffers)} buffers, {megabytes(self.nbytes)} held{limit}, {megabytes(self.used_bytes)} in use, "
-            f"generation {self.generation}, {self.allocation_count} allocations)"
+            f"Workspace({len(self._buffers)} buffers, {megabytes(self.nbytes)} held{limit}, "
+            f"{megabytes(self.used_bytes)} in use, generation {self.generation}, "
+            f"{self.allocation_count} allocations)"
         )
 
     def summary(self) -> str:  # a table, the largest first
@@ -456,7 +458,7 @@ class _Owned(_Storage):
 
 # %% ../nbs/04_workspace.ipynb #9a46f5c6
 class Workspace(_Owned):
-    "Named buffers that are reused: exact shapes, 64-byte aligned, uninitialised, valid for one generation."
+    "Named buffers that are reused: exact shapes, aligned, uninitialised, for one generation."
 
     def __init__(
         self,
@@ -518,8 +520,8 @@ class Workspace(_Owned):
                 self._used += needed
             elif (b.shape, b.dtype) != (shape, found):
                 raise ValueError(
-                    f"name: {name!r} is {b.shape} {b.dtype} in this generation, asked for as {shape} {found}; "
-                    "use another name, or a scope"
+                    f"name: {name!r} is {b.shape} {b.dtype} in this generation, "
+                    f"asked for as {shape} {found}; use another name, or a scope"
                 )
         finally:
             self._disown()
@@ -559,7 +561,7 @@ class Workspace(_Owned):
         self,
         name: str = "",  # for messages
     ) -> _Scope:  # to be entered with `with`, once; gives the workspace
-        "What is first taken inside is given back at the end, also after an error; its names may then have other shapes."
+        "Give back at the end, also after an error, what is first taken inside."
         return _Scope(self, name, sys._getframe(1))
 
     @contextmanager
@@ -585,13 +587,13 @@ class Workspace(_Owned):
             self._peak = 0
 
     def release(self) -> None:
-        "`clear`, and free all storage. A view that is still alive keeps its own memory until it goes."
+        "`clear`, and free all storage. A view that is still alive keeps its memory until it goes."
         with self._between("release"):
             _start_again(self)
             self._peak, self._buffers, self._arena = 0, {}, NOTHING
 
     def arrange(self, plan: "Plan") -> None:
-        "Lay the plan's buffers out in one arena. Its lifetimes are trusted; a debug workspace checks them as it runs."
+        "Lay the plan's buffers out in one arena. Only a debug workspace checks its lifetimes."
         with self._between("arrange"):
             if self._base:
                 raise RuntimeError("arrange: buffers are handed out; call next_generation() first")
@@ -611,8 +613,8 @@ def _grow(
     if others + sum(sizes.values()) > limit:
         bound = "the end of all addresses" if ws.limit_bytes is None else "limit_bytes"
         raise MemoryError(
-            f"workspace: {', '.join(map(repr, needed))} would need {others + sum(sizes.values())} bytes in all, "
-            f"{bound} is {limit}"
+            f"workspace: {', '.join(map(repr, needed))} would need "
+            f"{others + sum(sizes.values())} bytes in all, {bound} is {limit}"
         )
     new = {}
     for name, size in sizes.items():
@@ -646,7 +648,7 @@ def _start_again(ws: Workspace) -> None:
 
 # %% ../nbs/04_workspace.ipynb #1265d448
 def _end(b: _Buffer, why: str) -> None:
-    "End a lease. Storage inside an arena is not poisoned here: a neighbour in time may own it by now."
+    "End a lease. An arena is not poisoned here: a neighbour in time may own the place by now."
     if b.lease is not None:
         b.lease.over = why
     if b.held:
@@ -654,12 +656,12 @@ def _end(b: _Buffer, why: str) -> None:
 
 
 def _lend(ws: Workspace, b: _Buffer) -> None:
-    "A new lease for a buffer that is about to be handed out, after a look at what happened to it meanwhile."
+    "A new lease for a buffer, after a look at what happened to it meanwhile."
     if b.held and b.lease is not None and not np.all(b.flat == POISON):
         b.flat.fill(POISON)
         raise RuntimeError(
-            f"buffer {b.name!r} was written to after generation {b.lease.generation} had given it back, "
-            "through a view that escaped (np.asarray, a C pointer, or an ordinary array made from it)"
+            f"buffer {b.name!r} was written to after generation {b.lease.generation} had given it "
+            "back, through a view that escaped (np.asarray, a C pointer, or an ordinary array)"
         )
     if not b.held:
         for other in ws._buffers.values():
@@ -717,7 +719,7 @@ def _evaluate(dim: Dim, sizes: Mapping[str, int]) -> int:
 
 
 class Requirement(ABC):
-    "Bytes that a computation takes from a workspace: a `Buffer`, or a combination by `all_of` and `any_of`; `str` is the formula."
+    "Bytes that a computation takes: a `Buffer`, or several by `all_of` and `any_of`."
 
     @abstractmethod
     def nbytes(self, **sizes: int) -> int:
@@ -803,7 +805,7 @@ class _AnyOf(_Combined):
 
 
 def _combine(kind: type[_Combined], parts: tuple[Requirement, ...]) -> Requirement:
-    "Parts of the same kind are opened up, repeated and empty ones left out; a single one needs no frame."
+    "Parts of the same kind are opened up, repeated and empty ones left out."
     flat = (p for part in parts for p in (part.parts if isinstance(part, kind) else (part,)))
     unique = tuple(dict.fromkeys(p for p in flat if not isinstance(p, _Combined) or p.parts))
     return unique[0] if len(unique) == 1 else kind(unique)
@@ -875,7 +877,7 @@ def _neighbours(
 
 
 def _place(size: int, occupied: list[tuple[int, int]], tight: bool) -> int:  # offset
-    "Where `size` bytes fit among occupied (start, end), sorted: the smallest gap that holds them, or the lowest."
+    "Where `size` bytes fit among sorted (start, end): the smallest gap (tight), or the lowest."
     best, smallest, top = -1, math.inf, 0
     for start, end in occupied:
         if size <= start - top < smallest:
@@ -922,7 +924,10 @@ def _by_size(items: list[_Item], live: Mapping[int, int]) -> list[_Item]:
 def _by_breadth(items: list[_Item], live: Mapping[int, int]) -> list[_Item]:
     steps, most_first = list(live), sorted(live, key=lambda t: -live[t])
     turn = {t: k for k, t in enumerate(most_first)}  # when a step has its turn
-    mine = lambda i: steps[bisect.bisect_left(steps, i.first) : bisect.bisect_right(steps, i.last)]
+
+    def mine(i: _Item) -> list[int]:  # its steps
+        return steps[bisect.bisect_left(steps, i.first) : bisect.bisect_right(steps, i.last)]
+
     return sorted(items, key=lambda i: (min(turn[t] for t in mine(i)), -i.size))
 
 
@@ -985,7 +990,7 @@ def plan(
     order: str
     | None = None,  # one of ORDERS; default: the best of all, and the optimum for up to 7 requests
 ) -> Plan:
-    "Pack buffers whose lifetimes do not meet into one arena (greedy, Pisarchyk and Lee 2020, arXiv:2001.03288)."
+    "Pack buffers into one arena by their lifetimes (Pisarchyk and Lee 2020, arXiv:2001.03288)."
     if order is not None and (not isinstance(order, str) or order not in ORDERS):
         raise ValueError(f"order: {order!r}, needed one of {', '.join(map(repr, ORDERS))}")
     checked = {name: _check_lifetime(name, r) for name, r in requests.items()}
@@ -1015,6 +1020,10 @@ def _arrange(ws: Workspace, plan: Plan) -> None:
     ws._arena, ws._allocations = arena, ws._allocations + 1
 
 # %% ../nbs/04_workspace.ipynb #1fdb8fc5
+def _nbytes(r: Lifetime) -> int:
+    return math.prod(r.shape) * np.dtype(r.dtype).itemsize
+
+
 class Recorder(Workspace):
     "A debug workspace with a clock: every take and every later use of a buffer is one tick."
 
@@ -1040,10 +1049,9 @@ class Recorder(Workspace):
         "Each name with its largest shape, from its first take to its last use."
         found: dict[str, Lifetime] = {}
         for lease, shape, dtype in self._leases:
-            size = lambda r: _check_request(lease.name, *r[:2])[2]
             new = Lifetime(shape, dtype, lease.first, lease.last)
             old = found.get(lease.name, new)
-            found[lease.name] = max(old, new, key=size)._replace(
+            found[lease.name] = max(old, new, key=_nbytes)._replace(
                 first=min(old.first, new.first), last=max(old.last, new.last)
             )
         return found

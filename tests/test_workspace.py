@@ -15,7 +15,14 @@ import sys
 import threading
 import tracemalloc
 import types
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 
 import numpy as np
 import pytest
@@ -1955,7 +1962,7 @@ def overlap(*names):
 
 
 def steps_alone(*coroutines):
-    """Coroutines, each with a context of its own, as a loop runs its tasks: one step of each in turn."""
+    """Run coroutines as a loop does: contexts of their own, one step of each in turn."""
     contexts = [contextvars.copy_context() for _ in coroutines]
     results = [None] * len(coroutines)
     left = dict(enumerate(coroutines))
@@ -2090,7 +2097,7 @@ def test_a_task_that_leaves_before_its_child_is_refused():
 
     async def main():
         go = asyncio.Event()
-        with pytest.raises(RuntimeError, match=overlap("parent", "child")):  # noqa: PT012
+        with pytest.raises(RuntimeError, match=overlap("parent", "child")):
             with ws.scope("parent"):
                 ws.take("parent.buf", (4,))
                 task = asyncio.create_task(child(go))
@@ -2124,7 +2131,7 @@ def test_generators_that_take_turns_are_refused_and_keep_their_buffers(debug):
     assert ws.used_bytes == 0
     if debug:
         for view in (first, second):
-            with pytest.raises(RuntimeError, match="stale: its scope has ended"):
+            with pytest.raises(RuntimeError, match=r"stale: its scope has ended"):
                 view + 1
     ws.next_generation()
     assert list(holder(ws, "a")) is not None
@@ -2253,7 +2260,7 @@ def test_an_exit_stack_in_the_wrong_order_is_refused():
 
 def test_an_error_inside_stays_the_context_of_a_refusal():
     ws = Workspace()
-    with pytest.raises(RuntimeError, match=overlap("a", "b")) as caught, ws.scope("a"):  # noqa: PT012
+    with pytest.raises(RuntimeError, match=overlap("a", "b")) as caught, ws.scope("a"):
         ws.scope("b").__enter__()
         1 / 0  # noqa: B018
     assert isinstance(caught.value.__context__, ZeroDivisionError)
@@ -2338,10 +2345,35 @@ def test_a_scope_that_another_thread_leaves_ends_with_the_owners_next_request():
     assert ws.used_bytes == 16
 
 
+def test_a_scope_that_has_ended_leaves_nothing_in_the_context():
+    ws = Workspace()
+    with ws.scope(), ws.scope():
+        assert ws._here in contextvars.copy_context()
+    assert ws._here not in contextvars.copy_context()
+
+
+def test_a_scope_may_be_left_in_a_copy_of_its_context():
+    ws = Workspace()
+    with ws.scope("outer"):
+        scope = ws.scope("inner")
+        scope.__enter__()
+        ws.take("x", (3,))
+
+        def leave():
+            scope.__exit__(None, None, None)
+            assert ws.take("y", (3,)).shape == (3,)
+
+        contextvars.copy_context().run(leave)
+        assert ws.used_bytes == 12
+        assert ws.take("x", (4,)).shape == (4,)
+    assert ws.used_bytes == 0
+
+
 def test_two_workspaces_do_not_mind_each_other():
     one, two = Workspace(), Workspace()
     a, b = holder(one, "a"), holder(two, "b")
-    next(a), next(b)  # noqa: B018
+    next(a)
+    next(b)
     with pytest.raises(StopIteration):
         next(a)
     with pytest.raises(StopIteration):
@@ -2416,7 +2448,7 @@ def test_a_forked_child_owns_what_its_lost_thread_held(how):
     ws, ready, done = Workspace(), threading.Event(), threading.Event()
 
     def hold():
-        with ws.scope("a") if how == "scope" else suppress():
+        with ws.scope("a") if how == "scope" else nullcontext():
             ws.take("x", (3,))
             if how == "claim":
                 with workspace._claims:
@@ -2478,7 +2510,7 @@ def test_memory_that_runs_out_in_the_middle_changes_nothing(what, inside, debug,
     ws = Workspace(debug=debug)
     with ws.scope():
         ws.take("idle", (5,))
-    with ws.scope() if inside else suppress():
+    with ws.scope() if inside else nullcontext():
         kept = ws.take("kept", (3,))
         kept.fill(1)
         with monkeypatch.context() as patch:
