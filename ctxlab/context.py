@@ -362,11 +362,9 @@ def _check_strength(value: Any, dtype: np.dtype) -> float:
 
 def _check_rate(value: Any, dtype: np.dtype) -> float:
     "The update rate, clipped to [0, 1]; a ValueError if only its rounding makes it 0."
-    rate, least = (
-        check_rate(_number("update_rate", value)),
-        np.nextafter(dtype.type(0), dtype.type(1)),
-    )
-    if 0 < rate < float(least):
+    rate, limits = check_rate(_number("update_rate", value)), np.finfo(dtype)
+    least = float(limits.tiny) * float(limits.eps)  # the smallest subnormal number
+    if 0 < rate < least:
         raise ValueError(
             f"update_rate: {rate:g} is too small for {dtype}; needed 0 or at least {least:.2g}"
         )
@@ -456,7 +454,7 @@ class _State:
         )
         self._arrivals = 0  # how often an incoming context was set
         self._parameter = np.zeros(1, self.dtype)  # the strength
-        self._strength = 0.0  # as it was set, and as it was folded
+        self._strength = self._rounded = 0.0  # as it was set and is folded; as the array holds it
         self._mixing, self._learning = Gate("the incoming context"), Gate("the outgoing context")
         self._folding = threading.Lock()  # the first reader folds, the others wait for it
         self.strength, self.update_rate, self.max_rows = strength, update_rate, max_rows
@@ -468,15 +466,14 @@ class _State:
     @property
     def strength(self) -> float:  # s; 0 leaves the input as it is
         held = self._parameter[0]
-        same = held == self.dtype.type(self._strength)
-        return self._strength if same else float(held)  # as it was set, with all its digits
+        return self._strength if held == self._rounded else float(held)  # with all its digits
 
     @strength.setter
     def strength(self, value: float) -> None:
         value = _check_strength(value, self.dtype)
         with self._mixing.writing():
             self._parameter[0] = value
-            self._strength, self._norm = value, None
+            self._strength, self._rounded, self._norm = value, self._parameter[0], None
 
     @property
     def update_rate(self) -> float:
