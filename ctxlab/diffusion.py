@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .attention import attention, attention_requirement, block_rows
-from .block import _buffer, _views, check_size, initialise
+from .block import Parametric, _buffer, _flat, check_size, initialise
 from .context import SharedAttentionContext
 from .gemm import check_out, panels, unbuffered
 from ctxlab.layers import (
@@ -636,7 +636,7 @@ class DiffusionBlock(_Modulated):
         )
 
 # %% ../nbs/08_diffusion.ipynb #17b948e0
-class Denoiser:
+class Denoiser(Parametric):
     "Linear in, blocks, linear out: says which noise is in `x`. All blocks share one workspace."
 
     def __init__(
@@ -681,17 +681,16 @@ class Denoiser:
             "out.weight": (features, dim),
             "out.bias": (features,),
         }
-        self._own, self._grads = (
-            _views(np.zeros(sum(map(math.prod, shapes.values())), dtype), shapes) for _ in range(2)
-        )
-        initialise(self._own, rng)
-        self._own["out.weight"].fill(0)
+        self._parameters, self._gradients = (_flat(shapes, dtype) for _ in range(2))
+        initialise(self._parameters, rng)
+        self._parameters["out.weight"].fill(0)
+        for g in self._gradients.values():
+            g.fill(0)
         self._positions = _embeddings(max_len, dim, self.dtype)
-        self._saved: Any = None  # rows, h and signal of a forward pass that backward may follow
 
     def parameters(self) -> dict[str, np.ndarray]:
         "Name -> array; the arrays themselves."
-        return self._own | {
+        return self._parameters | {
             f"{i}.{name}": p
             for i, block in enumerate(self.blocks)
             for name, p in block.parameters().items()
@@ -699,7 +698,7 @@ class Denoiser:
 
     def gradients(self) -> dict[str, np.ndarray]:
         "Name -> gradient of the last backward pass."
-        return self._grads | {
+        return self._gradients | {
             f"{i}.{name}": g
             for i, block in enumerate(self.blocks)
             for name, g in block.gradients().items()
@@ -720,7 +719,7 @@ class Denoiser:
             raise ValueError("x: is not C-contiguous; pass np.ascontiguousarray(x)")
         t, p, ws, rows = (
             check_levels(t, len(x), self.n_steps),
-            self._own,
+            self._parameters,
             self.workspace,
             x.reshape(-1, self.features),
         )
@@ -758,7 +757,7 @@ class Denoiser:
             raise RuntimeError(
                 "backward: there is no forward pass to follow; call forward() before each backward()"
             )
-        (rows, h, signal), p, g, ws = self._saved, self._own, self._grads, self.workspace
+        (rows, h, signal), p, g, ws = self._saved, self._parameters, self._gradients, self.workspace
         check_array("grad_out", grad_out, (3,), self.dtype)
         if grad_out.size != rows.size or len(grad_out) != len(signal):
             raise ValueError(f"grad_out: shape {grad_out.shape} is not that of x")

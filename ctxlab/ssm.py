@@ -10,6 +10,7 @@ __all__ = ['WIDE', 'SHORT', 'SHARPNESS', 'Tile', 'LEAST', 'MOST', 'KEPT', 'scan'
 # %% ../nbs/09_ssm.ipynb #4be87650
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -408,6 +409,12 @@ KEPT: dict[str, tuple[Dim, ...]] = {  # T = S + 1
 }
 
 
+@lru_cache(maxsize=256)  # a step of a small block takes hardly longer than making these
+def _kept_buffers(name: str, dtype: np.dtype) -> list[Buffer]:
+    "What a block of this name keeps until backward."
+    return [_buffer(kept, name, *shape, dtype=dtype) for kept, shape in KEPT.items()]
+
+
 def _check_state(
     state: Any, shape: tuple[int, int], dtype: np.dtype, others: dict[str, np.ndarray | None]
 ) -> None:
@@ -577,9 +584,6 @@ class SSMBlock(_Branches):
             max_len=max_len,
         )
         self._parameters["decay"][...] = initial_decay(dim, rng)
-        self._buffers = [
-            _buffer(name, self.name, *shape, dtype=self.dtype) for name, shape in KEPT.items()
-        ]
 
     def forward(
         self,
@@ -617,18 +621,11 @@ class SSMBlock(_Branches):
         if not x.flags.c_contiguous:
             raise ValueError("x: is not C-contiguous; pass np.ascontiguousarray(x)")
         _check_state(state, x.shape, self.dtype, {"x": x, "out": out})
-        self._saved = None
-        if self._owns:
-            self.workspace.next_generation()
+        self._begin()
         out = self._out("y", out, {"x": x})
         with unbuffered():
             self._forward(self._mix(x), out, (len(x), 1, self.dim), state)
-            if self.context is None:
-                pass
-            elif len(x) == 1:
-                self.context.update_step(x[0], out[0])
-            else:
-                self.context.update(x, out)
+            self._learn(x, out, tokens=True)
         return out
 
     def _norm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> np.ndarray:
@@ -690,7 +687,7 @@ class SSMBlock(_Branches):
             grad_h += dm
 
     def _kept(self) -> list[Buffer]:
-        return self._buffers
+        return _kept_buffers(self.name, self.dtype)
 
     def _sizes(self, batch: int, seq_len: int) -> dict[str, int]:
         g = lambda width: next(
