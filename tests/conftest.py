@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from ctxlab.testing import sprinkle
 
-# The same examples on every machine and every run, and no time limit that a busy machine could break.
+# The same examples in every run, and no time limit that a busy machine could break.
 # New examples: pytest -m hypothesis --hypothesis-profile=fresh (or thorough, for a hunt)
 settings.register_profile(
     "ctxlab",
@@ -51,7 +51,7 @@ def make(rng, shape, dtype=np.float32, kind="normal"):
 
 
 def lay(a, layout, fill=np.nan):
-    """A copy of matrix `a` in another layout that BLAS takes; panels lie in a buffer full of `fill`."""
+    """A copy of `a` in another layout that BLAS takes; panels lie in a buffer full of `fill`."""
     m, n = a.shape
     view = {
         "C": lambda: np.empty((m, n), a.dtype),
@@ -70,7 +70,7 @@ layouts = st.sampled_from(LAYOUTS)
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """These matrices are small: a second thread of BLAS would mostly wait, for others on a busy machine."""
+    """These matrices are small: a second thread of BLAS would mostly wait."""
     with threadpool_limits(1, user_api="blas"):
         yield
 

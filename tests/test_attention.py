@@ -85,7 +85,7 @@ def sizes(q, k, v, G=None, **case):
         return V
     norm = lambda a: float(
         np.sqrt(np.max(np.sum(np.square(a, dtype=np.float64), axis=-1), initial=0))
-    )  # noqa: E731
+    )
     score = norm(q) * norm(k) / np.sqrt(E)  # an error of a score is one of its exponential
     ds = 2 * norm(G) * norm(v) * (1 + score) / np.sqrt(E)
     return max(ds * norm(k), ds * norm(q) * min(S, 50), norm(G) * min(S, 50) * (1 + score), 1.0)

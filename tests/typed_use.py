@@ -8,4 +8,5 @@ context = ctxlab.SharedAttentionContext(0.5, workspace=ctxlab.Workspace(debug=Tr
 assert_type(context, ctxlab.context.SharedAttentionContext)
 assert_type(ctxlab.Workspace(), ctxlab.workspace.Workspace)
 assert_type(ctxlab.DerivedValue(float).get(), float)
-ctxlab.Worksapce  # type: ignore[attr-defined]  # unused where a checker believes in every name
+# Where a checker believes in every name, this comment is unused, which mypy reports.
+ctxlab.Worksapce  # type: ignore[attr-defined]  # noqa: B018
