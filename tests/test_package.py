@@ -127,7 +127,7 @@ def test_a_wrong_name_gets_the_near_ones(wrong, near):
         exec(f"from ctxlab import {wrong}")
 
 
-@pytest.mark.parametrize("wrong", ["xyzzy", "_modidy", "__wrapped__"])
+@pytest.mark.parametrize("wrong", ["xyzzy", "_workspace", "__wrapped__"])
 def test_a_name_like_no_other_gets_none(wrong):
     assert not hasattr(ctxlab, wrong)
     with pytest.raises(AttributeError, match=f"^module 'ctxlab' has no attribute '{wrong}'$"):

@@ -28,8 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, PACKAGE, CONFIG = ROOT / "nbs", ROOT / "ctxlab", ROOT / "docs"
 INDEX = NOTEBOOKS / "index.ipynb"
 
-# The sidebar. A notebook goes by the number in its name to the first group whose limit it is not
-# above.
+# The sidebar. A notebook goes by the number in its name to the first group with a limit not below.
 GROUPS = {
     "Foundations": 3,
     "Memory": 4,
@@ -158,8 +157,7 @@ class Reference:
     def link(self, text: str, source: Source | None) -> str:
         """Markdown whose inline code leads to the names of this package, those of `source` first.
 
-        Plain lower-case words stay as they are: in a text about norms, `scale` seldom is a
-        function.
+        Plain lower-case words stay as they are: in a text about norms, `scale` is no function.
         """
 
         def role(match: re.Match) -> str:
@@ -252,8 +250,7 @@ class Reference:
                             yield member, node, home
 
     def constructor(self, name: str, source: Source) -> tuple[list[Param], str]:
-        """What a class is made of: its fields, or the parameters of `__init__`, and the
-        signature."""
+        """What a class is made of: its fields, or its parameters, and the signature."""
         for base, home in self.bases(name, source):
             body = home.definition(base).body
             for node in body:
@@ -279,7 +276,8 @@ class Reference:
     def table(self, params: list[Param], source: Source) -> Iterator[str]:
         if any(p.says for p in params):
             default = any(p.default for p in params)
-            yield f"| name | type |{' default |' * default} meaning |\n|---|---|---|{'---|' * default}"
+            yield f"| name | type |{' default |' * default} meaning |"
+            yield f"|---|---|---|{'---|' * default}"
             for p in params:
                 name = p.name if p.name == "returns" else code(p.name)
                 yield (
@@ -395,9 +393,7 @@ def sidebar(notebooks: list[Path], project: list[str]) -> str:
     for path in notebooks:
         number = re.match(r"\d+", path.stem)
         if not number:
-            raise Fault(
-                f"{path.name}: the name must begin with a number, which gives the notebook its place"
-            )
+            raise Fault(f"{path.name}: its name must begin with the number of its place")
         groups[next(name for name, limit in GROUPS.items() if int(number[0]) <= limit)].append(
             path.stem
         )
