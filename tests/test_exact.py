@@ -189,7 +189,7 @@ def test_the_packaged_activations(layer, home, capsys):
 
 
 def test_a_run_of_another_layer_does_not_go_on(home):
-    hidden = np.random.default_rng(3).standard_normal((4, 90, 5)).astype(np.float16)
+    hidden = np.random.default_rng(3).standard_normal((4, 900, 5)).astype(np.float16)
     Path("h").mkdir()
     for i in range(3):
         np.savez(f"h/{i}.npz", hidden=hidden)
@@ -314,7 +314,7 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
             Path("x/1.npy").rename("x/10.npy"),
             *(Path(f"y/{i}.npy").rename(f"y/{j}.npy") for i, j in ((1, "010"), (2, "002"))),
         ],
-        "x/10.npy would be paired with y/002.npy",
+        "x/2.npy would be paired with y/010.npy",
     ),
     "a folder in a folder": (
         ["--x", "x", "--y", "y"],
