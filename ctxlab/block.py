@@ -325,7 +325,7 @@ class Block(_Stateful):
         G = check_array("grad_out", grad_out, ndim=(3,), dtype=self.dtype)
         check_same_shape("grad_out", G, "x", x)
         if not G.flags.c_contiguous:
-            raise ValueError("grad_out: is not C-contiguous; pass np.ascontiguousarray(grad_out)")
+            raise ValueError("grad_out: is not C-contiguous; pass grad_out.copy()")
         out, self._saved = self._out("dx", out, {"x": x, "grad_out": G}), None
         if self.context is not None:
             self._gradients["context.strength"].fill(0)
@@ -357,7 +357,7 @@ class Block(_Stateful):
                 f"x: {x.shape[1]} tokens in a sequence, at most {self.max_len} were declared"
             )
         if not x.flags.c_contiguous:
-            raise ValueError("x: is not C-contiguous; pass np.ascontiguousarray(x)")
+            raise ValueError("x: is not C-contiguous; pass x.copy()")
         return x
 
     def _out(self, name: str, out: np.ndarray | None, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -375,7 +375,9 @@ class Block(_Stateful):
     def _check_out(self, out: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
         out = check_out(out, inputs["x"].shape, self.dtype, inputs)
         if not out.flags.c_contiguous:
-            raise ValueError("out: is not C-contiguous")
+            raise ValueError(
+                "out: is not C-contiguous; pass `result = out.copy()`, then `out[...] = result`"
+            )
         return out
 
     def _mix(

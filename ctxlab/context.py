@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ctxlab.gemm import (
+    _needs_copy,
     PANEL_BYTES,
     aligned_empty,
     blas_layout,
@@ -332,9 +333,7 @@ def _check_operand(name: str, a: np.ndarray, ndim: tuple[int, ...], dtype: DType
     "An input of `apply` or `backward`: BLAS must be able to take it as it lies."
     a = check_array(name, a, ndim=ndim, dtype=dtype)
     if not (blas_layout(a) if a.ndim == 2 else a.flags.c_contiguous and a.flags.aligned):
-        raise ValueError(
-            f"{name}: strides {a.strides} of shape {a.shape} would need a copy; pass np.ascontiguousarray({name})"
-        )
+        raise _needs_copy(name, a)
     return a
 
 # %% ../nbs/05_context.ipynb #ea214422

@@ -716,7 +716,7 @@ class Denoiser(Parametric):
                 f"x: shape {x.shape}, needed (B, S, {self.features}) with S up to {most}, not empty"
             )
         if not x.flags.c_contiguous:
-            raise ValueError("x: is not C-contiguous; pass np.ascontiguousarray(x)")
+            raise ValueError("x: is not C-contiguous; pass x.copy()")
         t, p, ws, rows = (
             check_levels(t, len(x), self.n_steps),
             self._parameters,
@@ -894,7 +894,7 @@ def sample(
         raise ValueError(f"steps: {steps}, needed 1..{len(alpha_bar)}")
     check_out(x, np.shape(x), check_array("x", x, (3,)).dtype, {})
     if not x.flags.c_contiguous:
-        raise ValueError("x: is not C-contiguous; pass np.ascontiguousarray(x)")
+        raise ValueError("x: is not C-contiguous; pass `result = x.copy()`, then `x[...] = result`")
     ws, rows, t = (
         Workspace(growth="exact") if ws is None else ws,
         x.reshape(-1, x.shape[2]),

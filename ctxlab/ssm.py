@@ -619,7 +619,7 @@ class SSMBlock(_Branches):
                 f"x: shape {x.shape}, needed (B, {self.dim}) with at least one sequence"
             )
         if not x.flags.c_contiguous:
-            raise ValueError("x: is not C-contiguous; pass np.ascontiguousarray(x)")
+            raise ValueError("x: is not C-contiguous; pass x.copy()")
         _check_state(state, x.shape, self.dtype, {"x": x, "out": out})
         self._begin()
         out = self._out("y", out, {"x": x})

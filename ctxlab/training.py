@@ -13,7 +13,6 @@ import io
 import itertools
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,8 @@ from numpy.typing import DTypeLike
 
 from .block import Parametric, Shapes, _flat, check_state, converted, initialise
 from .context import SharedAttentionContext, frobenius, panel_shape, update_requirement
-from .gemm import unbuffered
+from .files import link_or_copy, whole_files
+from .gemm import aligned_empty, unbuffered
 from ctxlab.layers import (
     adam_into,
     check_ids,
@@ -674,47 +674,18 @@ def previous(path: str | Path) -> Path:
     return Path(path).with_name(Path(path).name + ".previous")
 
 
-def _sync(path: Path) -> None:  # a file or, where the system lets one open it, a folder
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
-
-
-def _keep_previous(path: Path, link: Path) -> None:  # while `path` stays where it is
-    try:
-        os.link(path, link)
-    except OSError:
-        shutil.copyfile(path, link)  # no hard links here
-    os.replace(link, previous(path))
-
-
 def save_checkpoint(path: str | Path, run: Run) -> None:
     "Write a run's state; the file under `path` is whole at every moment, and the one before is kept."
-    path = Path(path)
-    part, link = (path.with_name(f"{path.name}.{kind}") for kind in ("part", "link"))
-    try:
+    with whole_files(path) as (part,):
         with open(part, "w+b") as f:
             np.savez(f, **run.state_dict())  # type: ignore[arg-type]
             f.seek(0)
             digest = hashlib.file_digest(f, "sha256").digest()
             f.seek(0, os.SEEK_END)
             f.write(digest)
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists():
-            _keep_previous(path, link)
-        os.replace(part, path)
-        _sync(path.parent)
-    finally:
-        for rest in (part, link):
-            rest.unlink(missing_ok=True)
+        if Path(path).exists():
+            with whole_files(previous(path)) as (old,):
+                link_or_copy(path, old)
 
 # %% ../nbs/07a_training.ipynb #d4621215
 def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:  # for `Run.load_state_dict`
