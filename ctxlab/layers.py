@@ -741,7 +741,8 @@ def cross_entropy(
     targets, _ = _check_targets(targets, np.shape(logits), ignore_index)
     rows = np.arange(len(targets)) if ignore_index is None else targets != ignore_index
     z, t = logits[rows].astype(np.float64), targets[rows]
-    shifted = z - z.max(axis=1, keepdims=True)
+    with np.errstate(over="ignore"):  # a difference beyond the range is a weight of 0
+        shifted = z - z.max(axis=1, keepdims=True)
     return float(np.mean(np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(t)), t]))
 
 # %% ../nbs/06_layers.ipynb #1bb53499

@@ -691,7 +691,7 @@ def test_huge_logits_and_tokens_that_are_ruled_out(dtype):
     z = np.array([[big, -big, 0.0], [-np.inf, 1.0, 1.0], [5.0, -np.inf, 3.0]], dtype)
     targets, ws = np.array([1, 2, 0]), Workspace()
     dz, want = z.copy(), cross_entropy(z, targets)
-    assert abs(cross_entropy_into(dz, targets, ws) / want - 1) < 1e-6
+    assert_equiv(cross_entropy_into(dz, targets, ws), want)  # inf in float64, not in float32
     assert np.isfinite(dz).all()
     assert dz[0].tolist() == [dtype(1 / 3), dtype(-1 / 3), 0]
     assert_equiv(dz.sum(axis=1), np.zeros(3, dtype), scale=1.0)
@@ -1206,7 +1206,8 @@ def test_a_norm_needs_a_positive_eps(eps):
 
 @given(
     st.integers(1, 900),
-    st.floats(-1e30, 1e30, width=32) | st.sampled_from([333.33334, 3333333.25, 0.1, 7e-3, 1e-45]),
+    st.floats(-(2.0**100), 2.0**100, width=32)
+    | st.sampled_from([333.33334, 3333333.25, 0.1, 7e-3, 1e-45]),
     dtypes,
 )
 def test_a_constant_row_has_no_spread(D, value, dtype):
@@ -1257,7 +1258,7 @@ def test_gelu_keeps_its_tails(form, dtype):
 @pytest.mark.parametrize("form", APPROXIMATE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_gelu_are_finite_everywhere(form, dtype):
-    x = np.geomspace(1e-40, np.finfo(dtype).max, 300).astype(dtype)
+    x = np.append(np.geomspace(1e-40, 1e38, 300), np.finfo(dtype).max)
     x = np.concatenate([-x[::-1], [0], x])[:, None].astype(dtype)
     for got in (slope_of(form, x), gelu_vjp(x, np.ones_like(x), form)):
         assert np.isfinite(got).all()
