@@ -275,6 +275,7 @@ class Block(_Stateful):
         self._check_options(x.shape, **options)
         self._begin()
         out = self._out("y", out, {"x": x})
+        x = self._without_padding(x, **options)
         with unbuffered():
             h = self._mix(x)
             kept = self._forward(self._rows(h), self._rows(out), x.shape, **options)
@@ -391,6 +392,9 @@ class Block(_Stateful):
 
     def _rows(self, a: np.ndarray) -> np.ndarray:
         return a.reshape(-1, self.dim)  # (B, S, D) -> (N, D), never a copy
+
+    def _without_padding(self, x: np.ndarray, *args: Any, **options: Any) -> np.ndarray:
+        return x  # a copy with zeros in place of padding, where a kind of block knows of any
 
     def _check_options(self, *args: Any, **options: Any) -> None:  # before anything changes
         pass
