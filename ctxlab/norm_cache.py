@@ -226,7 +226,7 @@ class DerivedValue(Cached[T]):
         *,
         once: bool = True,  # readers of an empty cell compute once and share the value
     ):
-        self._compute: Callable[..., T] = _Guarded(compute)
+        self._compute: _Guarded[T] = _Guarded(compute)
         self._once, self._attribute = once, ""
         self.invalidate()
 
