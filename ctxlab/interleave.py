@@ -247,32 +247,33 @@ class Schedule:
     def _next(self, me: int | None) -> int | None:  # who moves
         "Choose the next thread, and wake it where it is not the one that asks."
         able = [t for t, ready in self._ready.items() if ready()]
-        if me is not None and (problem := self._unseen()):
-            return self._stop(problem)
+        key, at = _situation(self._history, self._shared), len(self.path)
+        if able:
+            self._link(key)
+        known = at >= len(self.prefix) and self.prune and key in self.graph
+        chosen = me if me in able else min(able, default=None)
+        if at < len(self.prefix):
+            chosen = self.prefix[at]
+        if known or chosen != me:  # another thread may see what this one has done
+            problem = self._unseen()
+            if problem is not None:
+                return self._stop(problem)
         if not able:
             if not self._ready:
                 self._complete()
             self._finish(Deadlock("every thread waits") if self._ready else self.failure)
             return None
-        key, at = _situation(self._history, self._shared), len(self.path)
-        self._link(key)
-        if at < len(self.prefix) and self.prefix[at] not in able:
-            wanted = self.prefix[at]
-            text = f"path: thread {wanted} cannot make step {at}; able: {able}"
+        if chosen is None or chosen not in able:
+            text = f"path: thread {chosen} cannot make step {at}; able: {able}"
             return self._stop(Impossible(text))
         if at == self.most_steps:
             threads = ", ".join(map(_letter, sorted(self._ready)))
             text = f"steps: {at} were not enough for one run; threads {threads} have not ended"
             return self._stop(Endless(text))
-        if at >= len(self.prefix) and self.prune and key in self.graph:
+        if known:
             self._finish(None, key)
             return None
-        chosen = able[0]
-        if me in able:
-            chosen = me
-        if at < len(self.prefix):
-            chosen = self.prefix[at]
-        else:
+        if at >= len(self.prefix):
             self.graph.setdefault(key, {})
             self.branches += [(*self.path, t) for t in able if t != chosen]
         self._before = key, chosen
@@ -329,9 +330,9 @@ class Schedule:
         finally:
             self._who.pop(get_ident())
         if self._ready.pop(me, None) is None:
-            if not self._over and (problem := self._unseen()):
-                self._problem = self._problem or problem
-            self._done.release()  # ended without a step
+            if not self._over:
+                self._problem = self._problem or self._unseen()
+                self._done.release()  # ended without a step
         elif self._over:
             pass
         elif self.failure is not None:
@@ -653,6 +654,8 @@ class _Array(NDArrayOperatorsMixin, _Contents):
     def __getattr__(self, name: str) -> Any:
         if name in _SHAPES:
             return getattr(self._raw, name)
+        if name.startswith("__"):  # what NumPy looks for to get at the memory itself
+            raise AttributeError(name)
         found = getattr(np.ndarray, name)
         if not callable(found):
             if name not in _VIEWS:
@@ -987,7 +990,7 @@ class _Outside:
         def watch() -> Callable[[], bool]:
             before = look()
             for key, part in before.items():
-                self.add(f"{name}.{key}", part)
+                self.add(f"{name}.{key}" if key != "" else name, part)
             return partial(_same_objects, before, look)
 
         self._remember(id(value), name, watch)
@@ -1072,7 +1075,7 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, types.CellTy
 
 def _contents_of(cell: types.CellType) -> dict[str, Any]:
     try:
-        return {"cell_contents": cell.cell_contents}
+        return {"": cell.cell_contents}
     except ValueError:  # nothing has been put in yet
         return {}
 
@@ -1240,7 +1243,7 @@ class Sharing(Schedule):
         self._outside.add(kind.__name__, kind)
         label = self._new_label()
         parts = _attributes(value)
-        frozen = dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        frozen = _frozen(kind)
         for name, part in parts.items():
             new = self.wrap(part, f"{kind.__name__}.{name}")
             if new is not part:
@@ -1373,9 +1376,13 @@ def _cells(value: Any) -> set[int]:
 _RAW_ACCESS = {"__setattr__", "__getattribute__", "__delattr__"}
 
 
+def _frozen(cls: Any) -> bool:
+    return dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore
+
+
 def _watchable(cls: type) -> bool:
     "Whether all that happens to the attributes of its instances passes through the class."
-    if dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if _frozen(cls):
         return True
     for base in cls.__mro__:
         if base is object or base in (typing.Generic, typing.Protocol):
