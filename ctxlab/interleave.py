@@ -150,7 +150,7 @@ class Schedule:
         frames, places = sys._current_frames(), []
         for ident, me in list(self._who.items()):
             frame = frames.get(ident)
-            if frame is not None and frame.f_code.co_filename != _HERE:
+            if frame is not None and frame.f_code.co_filename not in _OURS:
                 line = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
                 places.append(f"thread {_letter(me)} is at {line}, in {frame.f_code.co_name}")
         return "; ".join(places) or "the machine may be too busy"
@@ -377,7 +377,6 @@ def _part(item: tuple[str, Any]) -> str:
     return item[0]
 
 # %% ../nbs/09b_interleave.ipynb #002f8c48
-_HERE = Schedule.step.__code__.co_filename
 _NAMED = type, types.FunctionType, types.BuiltinFunctionType
 _OF: dict[int, tuple[Any, Any, Any]] = {}  # identity of a shared object -> schedule, label, itself
 
@@ -897,7 +896,7 @@ def _library(cls_or_file: Any) -> bool:
         if module is None or cls_or_file.__module__ == "__main__":
             return False
         file = getattr(module, "__file__", None) or "<frozen>"
-    return file == _HERE or file.startswith(("<frozen", *_LIBRARY))
+    return file in _OURS or file.startswith(("<frozen", *_LIBRARY))
 
 
 class _Code(NamedTuple):
@@ -1296,7 +1295,7 @@ class Sharing(Schedule):
         "A thread that has another name for what it shares could use that without a step."
         frame = sys._getframe()
         while frame is not None:
-            if frame.f_code.co_filename != _HERE:
+            if frame.f_code.co_filename not in _OURS:
                 for variable, held in list(frame.f_locals.items()):
                     if held is value:
                         self._refuse(
@@ -1336,6 +1335,15 @@ class Sharing(Schedule):
         self._adopted[id(value)] = value, new
         self._adopted[id(new)] = new, new
         return new
+
+
+_OURS = {  # the files of this module; in a notebook each cell is one
+    each.__code__.co_filename
+    for each in (
+        *(Schedule.step, _short, _operation, _Array._copy, _Lock.acquire, _held, _plain),
+        *(Sharing.share, _situation),
+    )
+}
 
 
 def _made_of(value: Any, parts: tuple) -> Any:

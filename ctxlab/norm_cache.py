@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'VARIANTS', 'SAFE', 'break_even', 'Cached', 'Recompute', 'PlainFlag', 'EarlyFlag', 'LockedFlag', 'VersionCounter',
-           'PerThread', 'DerivedValue', 'Stale', 'asking', 'word_pairs', 'search', 'Stress', 'stress',
-           'interpreter_line', 'nothing', 'costs', 'nanoseconds', 'norms', 'contended', 'per_change']
+           'PerThread', 'nothing', 'DerivedValue', 'Stale', 'asking', 'word_pairs', 'search', 'Stress', 'stress',
+           'interpreter_line', 'Trial', 'trial', 'costs', 'nanoseconds', 'norms', 'contended', 'per_change']
 
 # %% ../nbs/10_norm_cache.ipynb #a8ad5f16
 import inspect
@@ -15,6 +15,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from types import MappingProxyType
@@ -193,6 +194,10 @@ class PerThread(Cached[T]):
         self._version = object()
 
 # %% ../nbs/10_norm_cache.ipynb #fe2188c7
+def nothing() -> None:
+    "The cheapest thing to compute."
+
+
 def _read_only(value: Any) -> Any:
     "The value with read-only views of its arrays, tuples for lists, and read-only mappings for dicts."
     if isinstance(value, np.ndarray):
@@ -228,6 +233,7 @@ class DerivedValue(Cached[T]):
     ):
         self._compute: _Guarded[T] = _Guarded(compute)
         self._once, self._attribute = once, ""
+        self._turn: Callable[[], Any] = threading.Lock if once else nothing
         self.invalidate()
 
     def get(self) -> T:
@@ -239,19 +245,15 @@ class DerivedValue(Cached[T]):
 
     def invalidate(self) -> None:
         "Say that something has changed. A `get` that begins after this has returned sees the change."
-        self._current: tuple[list[T], Any] = [], threading.Lock()
+        self._current: tuple[list[T], Any] = [], self._turn()
 
     def _fill(self, cell: list[T], turn: Any) -> None:
-        if not self._once or _computing():  # who computes waits for nobody
-            self._keep(cell)
-            return
+        if turn is None or _computing():  # who computes waits for nobody
+            turn = nullcontext()
         with turn:
             if not cell:
-                self._keep(cell)
-
-    def _keep(self, cell: list[T]) -> None:
-        cell.append(_read_only(self._compute()))
-        del cell[1:]  # of readers that were later: one value is kept
+                cell.append(_read_only(self._compute()))
+                del cell[1:]  # of readers that were later: one value is kept
 
     def __getstate__(self) -> dict[str, Any]:
         return {"compute": self._compute._compute, "once": self._once, "name": self._attribute}
@@ -474,11 +476,34 @@ def interpreter_line() -> str:
         return f"{version} with a global lock{build}: threads switch between instructions, and races are rarer than they could be"
     return f"{version} without a global lock: threads run at the same time, and races show at their full rate"
 
+# %% ../nbs/10_norm_cache.ipynb #df6b95c1
+class Trial(NamedTuple):
+    "A stress run of all variants, the broken ones as positive controls."
+
+    results: dict[str, Stress]
+
+    @property
+    def proves(self) -> bool:
+        "Whether each broken variant has shown a stale read, so that the run can see one."
+        return all(self.results[name].stale for name in self.results if name not in SAFE)
+
+    def check(self) -> str:
+        "The verdict in one line; an AssertionError if a safe variant was stale in a run that proves."
+        stale = [name for name in SAFE if self.results[name].stale]
+        assert not stale, f"stale reads of {', '.join(stale)}"
+        if not self.proves:
+            return "the broken variants show no stale read either: this run proves nothing"
+        return "the broken variants show stale reads, the safe ones none"
+
+
+def trial(
+    operations: int,  # of each variant
+    **options: Any,  # of `stress`
+) -> Trial:
+    "Put every variant under the same load."
+    return Trial({name: stress(make, operations, **options) for name, make in VARIANTS.items()})
+
 # %% ../nbs/10_norm_cache.ipynb #4cfbac2f
-def nothing() -> None:
-    "The cheapest thing to compute."
-
-
 def costs(
     names: Iterable[str] = tuple(VARIANTS),  # of VARIANTS
     *,
