@@ -241,7 +241,8 @@ class Schedule:
             return kind.__name__, value.__module__, value.__qualname__
         if id(value) not in self._labels:
             name = kind.__name__, len(self._labels)
-            self._labels[id(value)] = value, _Made(name) if self._started else ("given", *name)
+            label = _Made(("made", *name)) if self._started else ("given", *name)
+            self._labels[id(value)] = value, label
         return self._labels[id(value)][1]
 
     def _next(self, me: int | None) -> int | None:  # who moves
@@ -352,6 +353,11 @@ def _refuse_suspended(me: int, result: Any) -> None:
         )
 
 # %% ../nbs/09b_interleave.ipynb #733a84f1
+@lru_cache(maxsize=100_000)
+def _names_made(x: Any) -> bool:  # whether there is the name of something made in it
+    return isinstance(x, _Made) or (isinstance(x, tuple) and any(map(_names_made, x)))
+
+
 def _situation(history: list[tuple], shared: dict[Any, dict[str, Any]]) -> Any:
     "What the threads know and what lies in the shared places that they can reach; comparable."
     numbers: dict[_Made, int] = {}
@@ -359,12 +365,12 @@ def _situation(history: list[tuple], shared: dict[Any, dict[str, Any]]) -> Any:
     def plain(x: Any) -> Any:
         if isinstance(x, _Made):
             return "#", numbers.setdefault(x, len(numbers))
-        return tuple(map(plain, x)) if isinstance(x, tuple) else x
+        return tuple(map(plain, x)) if _names_made(x) else x
 
     def lying(label: Any) -> Any:
         return plain(tuple(sorted(shared.get(label, {}).items(), key=_part)))
 
-    known = plain(tuple(history))
+    known = tuple(tuple(map(plain, steps)) for steps in history)
     roots = sorted((label for label in shared if not isinstance(label, _Made)), key=repr)
     lies: list[Any] = [(label, lying(label)) for label in roots]
     for number in range(sys.maxsize):
@@ -1212,7 +1218,7 @@ class Sharing(Schedule):
             return "given", self._made
         # Two things made between the same steps must not have one name.
         self._history[me] += ("made",)
-        return _Made((me, self._made))
+        return _Made(("made", me, self._made))
 
     def _adopt(self, value: Any, name: str) -> Any:
         kind = type(value)
@@ -1247,7 +1253,7 @@ class Sharing(Schedule):
             new = self.wrap(part, f"{kind.__name__}.{name}")
             if new is not part:
                 object.__setattr__(value, name, new)
-            if not frozen:
+            if not frozen and self._started:  # else it is the same in every run
                 self._shared.setdefault(label, {})[name] = self._label(new)
         if not frozen:
             value.__class__ = _stepping(kind)
