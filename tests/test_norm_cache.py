@@ -29,6 +29,8 @@ from ctxlab.norm_cache import (
     PlainFlag,
     Recompute,
     Stale,
+    Stress,
+    Trial,
     VersionCounter,
     asking,
     break_even,
@@ -41,6 +43,7 @@ from ctxlab.norm_cache import (
     per_change,
     search,
     stress,
+    trial,
     word_pairs,
 )
 
@@ -786,9 +789,9 @@ def test_a_late_version_of_a_thread_is_found():
 
 
 def test_the_steps_of_a_snapshot_are_those_of_its_lines():
-    """A read: announced, _once, _current, length, turn, length, writes, append, del, turn, [0]."""
+    """A read: announced, _current, length, turn, length, writes, append, del, turn, [0]."""
     steps = [str(step)[2:] for step in replay(asking(DerivedValue, ["R", "W"]), ()).steps]
-    assert len(steps) == 11 + 3
+    assert len(steps) == 10 + 3
 
 
 @pytest.mark.parametrize("words", [["RX", "W"], ["r", "W"], [1, "W"]])
@@ -805,6 +808,72 @@ def test_word_pairs_are_all_that_can_show_something(depth):
     assert {frozenset(pair) for pair in found} == expected
     assert len(found) == len(expected)
     assert all(1 <= len(word) <= depth for pair in found for word in pair)
+
+
+class Twice(DerivedValue):
+    """Forgets to look again once it is its turn."""
+
+    def _fill(self, cell, turn):
+        with turn:
+            cell.append(self._compute())
+
+
+class Once:
+    """A compute function that tells how often it has been called for one cell."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self):
+        self.calls.append(1)
+        return 1.0
+
+
+def first_readers(variant):
+    def scenario(schedule):
+        compute = schedule.share(Once)
+        cache = schedule.share(variant, compute)
+
+        def check():
+            assert len(compute.calls) == 1, "computed more than once"
+
+        schedule.afterwards(check)
+        return [cache.get, cache.get]
+
+    return scenario
+
+
+def test_first_readers_compute_once_in_every_order():
+    assert explore(first_readers(DerivedValue)).races == []
+    assert explore(first_readers(Twice)).races
+    assert explore(first_readers(Waitless)).races
+
+
+def test_a_derived_value_that_nobody_waits_for_in_every_order():
+    for found in search(Waitless, [("R", "WR"), ("RR", "W")]).values():
+        assert found.races == []
+
+
+@pytest.mark.parametrize(
+    ("stale", "verdict"),
+    [
+        ({}, "proves nothing"),
+        ({"plain flag": 3}, "proves nothing"),
+        ({"plain flag": 3, "early flag": 1}, "the safe ones none"),
+    ],
+)
+def test_a_trial_proves_something_where_the_broken_variants_fail(stale, verdict):
+    results = {name: Stress(100, 50, stale.get(name, 0), 1.0) for name in VARIANTS}
+    assert verdict in Trial(results).check()
+    for name in SAFE:
+        with pytest.raises(AssertionError, match=f"stale reads of {name}"):
+            Trial(results | {name: Stress(100, 50, 1, 1.0)}).check()
+
+
+def test_a_trial_runs_every_variant():
+    found = trial(400, pause=lambda: time.sleep(0))
+    assert list(found.results) == list(VARIANTS)
+    assert all(each.operations == 400 for each in found.results.values())
 
 
 # What it costs
