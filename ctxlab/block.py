@@ -11,10 +11,11 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -36,6 +37,20 @@ def _views(flat: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
         name: flat[end - math.prod(shape) : end].reshape(shape)
         for (name, shape), end in zip(shapes.items(), ends)
     }
+
+
+def _flat(shapes: Shapes, dtype: DTypeLike) -> dict[str, np.ndarray]:
+    "New arrays of these shapes, one behind the other in one array."
+    return _views(aligned_empty((sum(map(math.prod, shapes.values())),), dtype), shapes)
+
+
+def _together(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    "Copies of arrays of one dtype, as parts of one."
+    dtype = next((a.dtype for a in arrays.values()), np.float32)
+    copies = _flat({name: a.shape for name, a in arrays.items()}, dtype)
+    for name, a in arrays.items():
+        copies[name][...] = a
+    return copies
 
 
 def initialise(parameters: Mapping[str, np.ndarray], rng: np.random.Generator) -> None:
@@ -109,7 +124,7 @@ def converted(
     return arrays
 
 # %% ../nbs/06b_block.ipynb #44adf1ec
-_numbers = itertools.count()  # so that two blocks never share a name
+_numbers = itertools.count()  # so that two blocks never share a name, unless they are given one
 
 
 def _buffer(name: str, prefix: str, *shape: Dim, dtype: DTypeLike) -> Buffer:
@@ -117,10 +132,11 @@ def _buffer(name: str, prefix: str, *shape: Dim, dtype: DTypeLike) -> Buffer:
 
 
 class Parametric:
-    "Something with named parameters and their gradients."
+    "Something with named parameters and their gradients; copies and pickles share nothing with it."
 
     _parameters: dict[str, np.ndarray]
     _gradients: dict[str, np.ndarray]
+    _saved: Any = None  # what backward needs; None: no forward pass to follow
 
     def parameters(self) -> dict[str, np.ndarray]:
         "Name -> array; the arrays themselves, to be changed in place."
@@ -132,7 +148,17 @@ class Parametric:
 
     @property
     def parameter_count(self) -> int:
-        return sum(p.size for p in self._parameters.values())
+        return sum(p.size for p in self.parameters().values())
+
+    def __getstate__(self) -> dict[str, Any]:  # without the pass that backward could follow
+        return self.__dict__ | {"_saved": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._parameters, self._gradients = map(_together, (self._parameters, self._gradients))
+
+    def __copy__(self) -> Self:  # two with one workspace and one name would be in each other's way
+        return deepcopy(self)
 
 
 class _Parts(Parametric):
@@ -156,21 +182,26 @@ class _Parts(Parametric):
             raise TypeError(
                 f"workspace: {type(workspace).__name__} is no ctxlab.workspace.Workspace"
             )
-        self.dim, self.context, self.max_len = dim, context, max_len
+        self.dim, self._context, self.max_len = dim, context, max_len
         self.workspace = Workspace(growth="exact") if workspace is None else workspace
         self._owns, self.name = workspace is None, f"{type(self).__name__}{next(_numbers)}"
-        self._shapes = shapes | ({"context.strength": (1,)} if context is not None else {})
-        flats = [
-            aligned_empty((sum(map(math.prod, self._shapes.values())),), self.dtype)
-            for _ in range(2)
-        ]
-        self._parameters, self._gradients = (_views(flat, self._shapes) for flat in flats)
+        strength: Shapes = {} if context is None else {"context.strength": (1,)}
+        self._parameters, self._gradients = (
+            _flat(s, self.dtype) for s in (shapes, shapes | strength)
+        )
         initialise(self._parameters, np.random.default_rng() if rng is None else rng)
         for g in self._gradients.values():
             g.fill(0)
-        if context is not None:
-            self._parameters["context.strength"].fill(context.strength)
-        self._saved: Any = None  # what backward needs; None: no forward pass to follow
+
+    @property
+    def context(self) -> SharedAttentionContext | None:
+        return self._context  # for good, since its strength is among the parameters
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        "Name -> array; the arrays themselves, to be changed in place. The strength is the context's."
+        if self.context is None:
+            return dict(self._parameters)
+        return self._parameters | {"context.strength": self.context.parameters()["strength"]}
 
 # %% ../nbs/06b_block.ipynb #602b0bb6
 class _Stateful(_Parts):
@@ -185,7 +216,7 @@ class _Stateful(_Parts):
                 n: a for n, a in self.context.state_dict().items() if n in ("incoming", "outgoing")
             }
         )
-        return {n: p.copy() for n, p in self._parameters.items()} | {
+        return {n: p.copy() for n, p in self.parameters().items()} | {
             f"context.{n}": a for n, a in learned.items()
         }
 
@@ -193,21 +224,38 @@ class _Stateful(_Parts):
         self, state: Mapping[str, Any]
     ) -> None:  # as from `state_dict`, or an opened .npz
         "Restore parameters (and contexts); a ValueError names all that does not fit, and nothing is loaded."
+        shapes: Shapes = {n: p.shape for n, p in self.parameters().items()}
         contexts: Shapes = (
             {}
             if self.context is None
             else {f"context.{n}": (self.dim, self.dim) for n in ("incoming", "outgoing")}
         )
-        check_state(state, self._shapes, contexts)
-        arrays = converted(state, [n for n in (*self._shapes, *contexts) if n in state], self.dtype)
+        check_state(state, shapes, contexts)
+        arrays = converted(state, [n for n in (*shapes, *contexts) if n in state], self.dtype)
         if self.context is not None:
             old = self.context.state_dict() | {"strength": float(arrays["context.strength"][0])}
             learned = {n.removeprefix("context."): arrays[n] for n in contexts if n in arrays}
             self.context.load_state_dict(
-                {n: old[n] for n in ("strength", "update_rate", "max_rows")} | learned
+                {n: v for n, v in old.items() if n not in ("incoming", "outgoing")} | learned
             )
         for name, p in self._parameters.items():
             p[...] = arrays[name]
+        self._saved = None
+
+# %% ../nbs/06b_block.ipynb #4168cae6
+_users: WeakKeyDictionary[Workspace, dict[str, tuple[int, ref]]] = WeakKeyDictionary()
+
+
+def _claim_name(block: Parametric, name: str, workspace: Workspace) -> None:
+    "A RuntimeError if another block with this name has used the workspace in this generation."
+    users = _users.setdefault(workspace, {})
+    generation, user = users.get(name, (0, ref(block)))
+    if generation == workspace.generation and user() not in (None, block):
+        raise RuntimeError(
+            f"name: another block named {name!r} has used the workspace in this generation; "
+            "give each block a name of its own"
+        )
+    users[name] = workspace.generation, ref(block)
 
 # %% ../nbs/06b_block.ipynb #54ba281a
 class Block(_Stateful):
@@ -225,23 +273,34 @@ class Block(_Stateful):
         if out is not None:
             self._check_out(out, {"x": x})
         self._check_options(x.shape, **options)
-        self._saved = None
-        if self._owns:
-            self.workspace.next_generation()
+        self._begin()
         out = self._out("y", out, {"x": x})
+        x = self._without_padding(x, **options)
         with unbuffered():
             h = self._mix(x)
             kept = self._forward(self._rows(h), self._rows(out), x.shape, **options)
-            if self.context is not None:
-                self.context.update(self._rows(x), self._rows(out))
-        self._saved = (
-            x,
-            h,
-            kept,
-            self.workspace.generation,
-            None if self.context is None else self.context.strength,
-        )
+            self._learn(self._rows(x), self._rows(out), tokens=x.shape[1] == 1)
+        self._saved = (x, h, kept, self.workspace.generation, self._mixed_with())
         return out
+
+    def _begin(self) -> None:
+        "Let go of the last pass, and start a generation if the workspace is the block's own."
+        self._saved = None
+        if self._owns:
+            self.workspace.next_generation()
+        _claim_name(self, self.name, self.workspace)
+
+    def _learn(self, x: np.ndarray, y: np.ndarray, *, tokens: bool) -> None:
+        "Let the context learn from rows (N, D) of sequences, or from single tokens."
+        if self.context is None:
+            return
+        if tokens:
+            self.context._learn_tokens(x, y, keeps=True)
+        else:
+            self.context.update(x, y)
+
+    def _mixed_with(self) -> Any:  # differs after each change of what is mixed in
+        return None if self.context is None else self.context._applied_with()
 
     def backward(
         self,
@@ -254,10 +313,15 @@ class Block(_Stateful):
             raise RuntimeError(
                 "backward: there is no forward pass to follow; call forward() before each backward()"
             )
-        x, h, kept, generation, strength = self._saved
+        x, h, kept, generation, mixed_with = self._saved
         if generation != self.workspace.generation:
             raise RuntimeError(
                 f"backward: the forward pass was in generation {generation} of the workspace, now is {self.workspace.generation}"
+            )
+        if self._mixed_with() != mixed_with:
+            raise RuntimeError(
+                "backward: strength or incoming of the context have changed since the forward pass; "
+                "call forward() again"
             )
         G = check_array("grad_out", grad_out, ndim=(3,), dtype=self.dtype)
         check_same_shape("grad_out", G, "x", x)
@@ -266,8 +330,6 @@ class Block(_Stateful):
         out, self._saved = self._out("dx", out, {"x": x, "grad_out": G}), None
         if self.context is not None:
             self._gradients["context.strength"].fill(0)
-            if self.context.strength != strength:
-                self.context.strength = strength  # another block may share the context
         with unbuffered():
             if h is x:
                 self._backward(self._rows(h), kept, self._rows(G), self._rows(out), x.shape)
@@ -322,12 +384,7 @@ class Block(_Stateful):
     def _mix(
         self, x: np.ndarray
     ) -> np.ndarray:  # the input with the context in it; `x` itself without one
-        if self.context is None:
-            return x
-        strength = float(self._parameters["context.strength"][0])
-        if strength != self.context.strength:
-            self.context.strength = strength
-        if self.context.incoming is None:
+        if self.context is None or self.context.incoming is None:
             return x
         return self.context.apply(
             x, out=self.workspace.take(f"{self.name}.mixed", x.shape, self.dtype)
@@ -335,6 +392,9 @@ class Block(_Stateful):
 
     def _rows(self, a: np.ndarray) -> np.ndarray:
         return a.reshape(-1, self.dim)  # (B, S, D) -> (N, D), never a copy
+
+    def _without_padding(self, x: np.ndarray, *args: Any, **options: Any) -> np.ndarray:
+        return x  # a copy with zeros in place of padding, where a kind of block knows of any
 
     def _check_options(self, *args: Any, **options: Any) -> None:  # before anything changes
         pass
@@ -382,24 +442,24 @@ class SizedBlock(Block):
                 [Buffer("block.grad_h", ("B", "S", "D"), self.dtype), *backward],
             )
         if self.context is not None and self.context.workspace is self.workspace:
-            forward.append(update_requirement(self.dtype, steps=False))
+            forward.append(update_requirement(self.dtype))
         return all_of(*kept, any_of(any_of(*forward), all_of(buffer("dx"), *backward)))
+
+    def _learned_from(self, batch: int, seq_len: int) -> int:
+        "How many rows the context correlates, or tokens it takes one by one."
+        most = None if self.context is None or seq_len == 1 else self.context.max_rows
+        return min(batch * seq_len, most or batch * seq_len)
 
     def workspace_bytes(
         self, batch: int, seq_len: int, **options: bool
     ) -> int:  # as for `requirement`
         "Most bytes that forward and backward take from the workspace, for sequences of this length."
-        rows = (
-            batch * seq_len
-            if self.context is None or self.context.max_rows is None
-            else min(batch * seq_len, self.context.max_rows)
-        )
         shared = dict(
             B=batch,
             S=seq_len,
             D=self.dim,
             N=batch * seq_len,
-            n=rows,
+            n=self._learned_from(batch, seq_len),
             p=panel_shape(self.dim, self.dtype)[0],
         )
         return self.requirement(**options).nbytes(**shared | self._sizes(batch, seq_len))
@@ -424,6 +484,9 @@ class FreshWorkspace(Workspace):
 
     taken_bytes = taken_count = 0  # so far
 
+    def __reduce__(self) -> tuple:  # a copy does not pool either
+        return FreshWorkspace, ()
+
     def take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
         "A new array, aligned as a pooled one."
         new = aligned_empty(shape, dtype)
@@ -438,7 +501,7 @@ def check_gradients(
     G: np.ndarray,  # (B, S, D), dL/dy
     **options: Any,  # of forward; each pass gets copies
 ) -> dict[str, np.ndarray]:  # 'x' and parameters -> gradient
-    "Gradients from `backward` for the input and every parameter, after they agree with central differences."
+    "Gradients from `backward` for the input and each parameter, held to central differences."
     x = x.copy()
     arrays = {"x": x} | block.parameters()
 
@@ -449,7 +512,8 @@ def check_gradients(
         array[...] = before
         return float(np.sum(G * y))
 
-    loss(x, x)
+    y = block.forward(x, **{name: copy(option) for name, option in options.items()})
+    size = float(np.linalg.norm(G * y))  # of the terms of the loss, whose rounding is seen
     found = {"x": block.backward(G).copy()} | {
         name: g.copy() for name, g in block.gradients().items()
     }
@@ -457,7 +521,7 @@ def check_gradients(
         assert_equiv(
             gradient,
             numeric_gradient(partial(loss, arrays[name]), arrays[name]),
-            c=1e8,
-            scale=max(1.0, np.abs(gradient).max()),
+            c=1e7,  # 60 times the rounding; the rest is for the third derivative
+            scale=size,
         )
     return found

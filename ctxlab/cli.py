@@ -218,9 +218,7 @@ def _threads(count: int | None) -> Iterator[None]:
         limit.__exit__(None, None, None)
 
 
-def _measure(
-    b: Any, settings: dict[str, Any], args: argparse.Namespace, place: Path
-) -> list:  # of findings
+def _measure(b: Any, settings: dict[str, Any], args: argparse.Namespace) -> list:  # of findings
     "Run the ledger with a progress bar, keeping what is measured; or go on with what was kept."
     from tqdm import tqdm
 
@@ -232,7 +230,7 @@ def _measure(
     args.kept = len(done)
 
     def keep(findings: list) -> None:
-        save_partial(place, out, b, facts, findings)
+        save_partial(out, b, facts, findings)
         args.kept = len(findings)
 
     with tqdm(
@@ -277,7 +275,7 @@ def report(args: argparse.Namespace) -> int:  # exit code
             seed=args.seed,
             blocks=(1, 256, 256) if args.quick else (1, 512, 768),
         )
-        findings = _measure(b, settings, args, place)
+        findings = _measure(b, settings, args)
         data = as_json(findings, b, settings)
         if old:
             data["compared"] = compare(old, data)

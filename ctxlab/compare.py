@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import html
 import json
-import os
 import reprlib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 from . import __version__
 from .claims import LEDGER, SEVERAL, SMALL, Bench, Claim, Figures, Finding, words
 from .data import InputError
+from .files import write_whole
 from .measure import AGAIN, Comparison, Interval, Timings, apart, machine
 from .report import SCHEMA, SCHEMA_VERSION, badge, board, paragraph, plain, plain_timings
 
@@ -404,7 +404,6 @@ def run_facts(b: Bench, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_partial(
-    place: Path,  # a folder on the same disk, from `staging`
     target: Path,  # where the report will be
     b: Bench,
     facts: Mapping[str, Any],
@@ -416,12 +415,7 @@ def save_partial(
         dict(schema=f"{SCHEMA}.unfinished", facts=facts, figures=found, timings=plain_timings(b)),
         allow_nan=False,
     )
-    path = place / PARTIAL
-    try:
-        path.write_text(text, encoding="utf-8")
-        os.replace(path, target / PARTIAL)
-    finally:
-        path.unlink(missing_ok=True)
+    write_whole(target / PARTIAL, text)
 
 # %% ../nbs/13a_compare.ipynb #ac160ed3
 def read_partial(

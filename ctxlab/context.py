@@ -12,6 +12,8 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,7 @@ from ctxlab.gemm import (
 from ctxlab.reference import (
     NORM_FLOOR,
     _centred,
+    _check_floor,
     apply_context,
     apply_context_vjp,
     check_array,
@@ -41,7 +44,7 @@ from ctxlab.reference import (
     context_gradient,
     sample_rows,
 )
-from .workspace import Buffer, Requirement, Workspace, all_of, any_of
+from .workspace import Buffer, Requirement, Workspace, all_of
 
 # %% ../nbs/05_context.ipynb #185e10c8
 def fold(
@@ -125,11 +128,9 @@ class Norms(NamedTuple):
     mantissa: np.ndarray  # (D,) float64; 0 for a column without a norm
     exponent: np.ndarray | None  # (D,) integers; None: all 0
 
-    def of(self, columns: slice) -> "Norms":
-        "The norms of some of the columns."
-        return Norms(
-            self.mantissa[columns], None if self.exponent is None else self.exponent[columns]
-        )
+    def of(self, index: Any) -> "Norms":
+        "The norms of some of the columns, or all of them in another shape."
+        return Norms(self.mantissa[index], None if self.exponent is None else self.exponent[index])
 
 
 def _column_norms(a: np.ndarray) -> np.ndarray:
@@ -167,48 +168,52 @@ def _standardise(
     return Norms(norms, exponent)
 
 # %% ../nbs/05_context.ipynb #187af2c5
-def _product_of_norms(x: Norms, y: Norms, rows: slice = slice(None)) -> np.ndarray:  # (rows, D)
-    "All products of a norm of `x` with a norm of `y`; inf and 0 where they leave the range."
-    products = np.outer(x.mantissa[rows], y.mantissa)
+def _product_of_norms(x: Norms, y: Norms) -> np.ndarray:  # shape as of x * y
+    "Products of norms, entry by entry; inf and 0 where they leave the range."
+    products = x.mantissa * y.mantissa
     if x.exponent is None or y.exponent is None:
         return products
     with np.errstate(over="ignore", under="ignore"):
-        return np.ldexp(products, np.add.outer(x.exponent[rows], y.exponent))
+        return np.ldexp(products, x.exponent + y.exponent)
 
 
-def _needs_floor(x: Norms, y: Norms) -> bool:
+def _needs_floor(x: Norms, y: Norms, floor: float) -> bool:
     "Whether some product of two nonzero norms may not be above the floor."
+    if floor == 0:
+        return False  # a column without a norm is 0 by now
     if x.exponent is not None:
         return True  # unusual values: look at every product
     smallest = (float(np.min(n.mantissa, where=n.mantissa > 0, initial=np.inf)) for n in (x, y))
-    return math.prod(smallest) <= 2 * NORM_FLOOR
+    return math.prod(smallest) <= 2 * floor
 
 # %% ../nbs/05_context.ipynb #e5cdd677
 def _learn_panels(
     C: np.ndarray,  # (D, D), updated in place
     rate: float,  # r in (0, 1]
     panel: np.ndarray,  # (rows, D) scratch
-    fill: Callable[[slice, np.ndarray], Any],  # writes correlations of the rows into a panel
+    fill: Callable[[int, slice, np.ndarray], Any],  # (term, rows, panel): writes correlations
+    terms: int = 1,  # how many statistics the mean is of
 ) -> None:
-    "`C = (1 - r) C + r tanh(correlation)`, panel by panel."
+    "`C = (1 - r) C + r mean(tanh(correlation))`, panel by panel."
     for start in range(0, len(C), max(len(panel), 1)):
         rows = slice(start, min(start + len(panel), len(C)))
         P = panel[: rows.stop - start]
-        fill(rows, P)
-        np.tanh(P, out=P)
-        blend(P, C[rows], rate, 1 - rate)
+        for term in range(terms):
+            fill(term, rows, P)
+            np.tanh(P, out=P)
+            blend(P, C[rows], rate / terms, 1.0 if term else 1 - rate)
 
 # %% ../nbs/05_context.ipynb #9c710747
 def _correlations(
-    U: np.ndarray, V: np.ndarray, nx: Norms, ny: Norms
-) -> Callable[[slice, np.ndarray], None]:
+    U: np.ndarray, V: np.ndarray, nx: Norms, ny: Norms, floor: float
+) -> Callable[[int, slice, np.ndarray], None]:
     "A `fill` for `_learn_panels`: rows of `U^T V`, and 0 where the product of norms is not above the floor."
-    floor = _needs_floor(nx, ny)
+    clears = _needs_floor(nx, ny, floor)
 
-    def fill(rows: slice, P: np.ndarray) -> None:
+    def fill(term: int, rows: slice, P: np.ndarray) -> None:
         np.matmul(U[:, rows].T, V, out=P)
-        if floor:
-            P[_product_of_norms(nx, ny, rows) <= NORM_FLOOR] = 0
+        if clears:
+            P[_product_of_norms(nx.of((rows, None)), ny) <= floor] = 0
 
     return fill
 
@@ -216,6 +221,15 @@ def _correlations(
 def panel_shape(D: int, dtype: DTypeLike) -> tuple[int, int]:
     "The panel that `update` works in."
     return next((rows.stop for rows in panels(D, D * np.dtype(dtype).itemsize)), 0), D
+
+
+def _narrow(wide: np.ndarray, dtype: np.dtype, take: Take) -> np.ndarray:
+    "Standardised columns in the dtype of the context; float64 stays where it is."
+    if dtype == np.float64:
+        return wide
+    narrow = take("context.narrow", wide.shape, dtype)
+    narrow[...] = wide
+    return narrow
 
 # %% ../nbs/05_context.ipynb #f87072ff
 def update_into(
@@ -225,6 +239,7 @@ def update_into(
     rate: float,  # in (0, 1]
     C: np.ndarray,  # (D, D), same dtype, updated in place
     take: Take,  # where scratch comes from
+    floor: float = NORM_FLOOR,
 ) -> None:
     "Blend the batch statistic of `x` and `y` into `C`; scratch O((n + panel) D)."
     n, D = len(range(len(x))[rows]) if isinstance(rows, slice) else len(rows), x.shape[1]
@@ -233,78 +248,85 @@ def update_into(
     for a, columns in ((x, first), (y, second)):
         _gather(a, rows, wide[:, columns])
     norms = _standardise(wide, x.dtype == np.float32)
-    narrow = wide if x.dtype == np.float64 else take("context.narrow", wide.shape, x.dtype)
-    if narrow is not wide:
-        narrow[...] = wide
-    fill = _correlations(narrow[:, first], narrow[:, second], norms.of(first), norms.of(second))
+    U = _narrow(wide, C.dtype, take)
+    fill = _correlations(U[:, first], U[:, second], norms.of(first), norms.of(second), floor)
     _learn_panels(C, rate, take("context.panel", panel_shape(D, C.dtype), C.dtype), fill)
 
 # %% ../nbs/05_context.ipynb #7d951473
 def update_step_into(
-    x: np.ndarray,  # (D,) one token
-    y: np.ndarray,  # (D,), same dtype
+    x: np.ndarray,  # (B, D) tokens, one of each sequence
+    y: np.ndarray,  # (B, D), same dtype
     rate: float,  # in (0, 1]
     C: np.ndarray,  # (D, D), same dtype, updated in place
     take: Take,  # where scratch comes from
+    floor: float = NORM_FLOOR,
+    keeps: bool = False,  # whether tokens of which none has a statistic leave `C` as it is
 ) -> None:
-    "Blend the token statistic of `x` and `y` into `C`; scratch O(panel D)."
-    wide = take("context.step64", (len(x), 2), np.float64)
-    wide[:, 0], wide[:, 1] = x, y
-    norms = _standardise(wide, x.dtype == np.float32)
-    if (
-        len(x)
-        and _product_of_norms(norms.of(slice(0, 1)), norms.of(slice(1, 2))).item() <= NORM_FLOOR
-    ):
-        wide[...] = 0
-    u, v = take("context.step", (2, len(x)), C.dtype)
-    u[:], v[:] = wide[:, 0], wide[:, 1]
-    _learn_panels(
-        C,
-        rate,
-        take("context.panel", panel_shape(len(x), C.dtype), C.dtype),
-        lambda rows, P: np.multiply(u[rows, None], v, out=P),
-    )
+    "Blend the mean of the token statistics of `x` and `y` into `C`; scratch O((B + panel) D)."
+    B, D = x.shape
+    wide = take("context.wide", (2 * B, D), np.float64)
+    wide[:B], wide[B:] = x, y
+    norms = _standardise(wide.T, x.dtype == np.float32)
+    nx, ny = norms.of(slice(0, B)), norms.of(slice(B, None))
+    empty = (_product_of_norms(nx, ny) if floor > 0 else nx.mantissa * ny.mantissa) <= floor
+    if keeps and empty.all():
+        return
+    wide[:B][empty] = 0
+    U = _narrow(wide, C.dtype, take)
+
+    def fill(token: int, rows: slice, P: np.ndarray) -> None:
+        np.multiply(U[token, rows, None], U[B + token], out=P)
+
+    _learn_panels(C, rate, take("context.panel", panel_shape(D, C.dtype), C.dtype), fill, B)
 
 # %% ../nbs/05_context.ipynb #05c32d3f
 def update_requirement(
-    dtype: DTypeLike = np.float32, steps: bool = True
-) -> Requirement:  # in D, n (sampled rows) and p (`panel_shape`)
-    "What `update`, or with `steps` also `update_step`, takes from a workspace."
-    wide, panel = (
-        Buffer("context.wide", ("n", "2 D"), np.float64),
-        Buffer("context.panel", ("p", "D"), dtype),
-    )
-    narrow = (
-        [Buffer("context.narrow", ("n", "2 D"), dtype)] if np.dtype(dtype) != np.float64 else []
-    )
-    step = (
-        Buffer("context.step64", ("D", "2"), np.float64),
-        Buffer("context.step", ("2", "D"), dtype),
-    )
-    return any_of(all_of(wide, *narrow, panel), *[all_of(*step, panel)] * steps)
+    dtype: DTypeLike = np.float32,
+) -> Requirement:  # in D, n (sampled rows, or tokens of a step) and p (`panel_shape`)
+    "What `update` or `update_step` takes from a workspace."
+    buffers = [Buffer("context.wide", ("n", "2 D"), np.float64)]
+    if np.dtype(dtype) != np.float64:
+        buffers.append(Buffer("context.narrow", ("n", "2 D"), dtype))
+    return all_of(*buffers, Buffer("context.panel", ("p", "D"), dtype))
 
 # %% ../nbs/05_context.ipynb #bc70d41b
 def _learnable(
-    x: np.ndarray,
-    y: np.ndarray,
-    dim: int | None,
-    dtype: DTypeLike,
-    ndim: int,
-    outgoing: np.ndarray | None,
+    x: np.ndarray, y: np.ndarray, dim: int | None, dtype: DTypeLike, ndim: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     "Input and output to learn from, cut to `dim` columns when that is asked for."
-    x = check_array("x", x, ndim=(ndim,), dtype=dtype)
-    y = check_array("y", y, ndim=(ndim,), dtype=dtype)
+    x = check_array("x", x, ndim=ndim, dtype=dtype)
+    y = check_array("y", y, ndim=(x.ndim,), dtype=dtype)
     if dim is not None:
+        try:
+            dim = operator.index(dim)
+        except TypeError:
+            raise TypeError(f"dim: {dim!r} is not an integer") from None
         if not 0 <= dim <= min(x.shape[-1], y.shape[-1]):
             raise ValueError(f"dim: {dim} columns are not in both x: {x.shape} and y: {y.shape}")
         x, y = x[..., :dim], y[..., :dim]
     check_same_shape("y", y, "x", x)
+    return x, y
+
+
+def _check_several(rows: Rows, n_rows: int) -> None:
+    "A ValueError unless there are two different rows."
+    if isinstance(rows, slice):
+        several = len(range(n_rows)[rows]) > 1
+    else:
+        several = rows.size > 1 and rows.min() < rows.max()
+    if not several:
+        raise ValueError(
+            f"rows: fewer than two different ones of {n_rows}, and a correlation needs two; "
+            "update_step learns from single tokens"
+        )
+
+
+def _check_width(x: np.ndarray, outgoing: np.ndarray | None) -> None:
     if outgoing is not None and len(outgoing) != x.shape[-1]:
         raise ValueError(
-            f"x: shape {x.shape} does not fit the outgoing context: {outgoing.shape}; call reset() first"
+            f"x: shape {x.shape} does not fit the outgoing context: {outgoing.shape}; "
+            "call reset() first"
         )
-    return x, y
 
 # %% ../nbs/05_context.ipynb #dfd5952d
 def _check_operand(name: str, a: np.ndarray, ndim: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
@@ -313,6 +335,54 @@ def _check_operand(name: str, a: np.ndarray, ndim: tuple[int, ...], dtype: DType
     if not (blas_layout(a) if a.ndim == 2 else a.flags.c_contiguous and a.flags.aligned):
         raise _needs_copy(name, a)
     return a
+
+# %% ../nbs/05_context.ipynb #ea214422
+def _number(name: str, value: Any) -> float:
+    "A real number as a float, or a TypeError that names the argument."
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: {value!r} is not a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: an integer of that size is no float") from None
+
+
+def _check_strength(value: Any, dtype: np.dtype) -> float:
+    "The strength as a float that is finite in the dtype."
+    strength, largest = check_strength(_number("strength", value)), float(np.finfo(dtype).max)
+    if abs(strength) > largest:
+        raise ValueError(
+            f"strength: {strength:g} is infinite in {dtype}; needed at most {largest:.3g} in size"
+        )
+    return strength
+
+
+def _check_rate(value: Any, dtype: np.dtype) -> float:
+    "The update rate, clipped to [0, 1]; a ValueError if only its rounding makes it 0."
+    rate, limits = check_rate(_number("update_rate", value)), np.finfo(dtype)
+    least = float(limits.tiny) * float(limits.eps)  # the smallest subnormal number
+    if 0 < rate < least:
+        raise ValueError(
+            f"update_rate: {rate:g} is too small for {dtype}; needed 0 or at least {least:.2g}"
+        )
+    return rate
+
+
+def _check_max_rows(value: Any) -> int | None:
+    "At least 2, or None for all rows."
+    if value is None:
+        return None
+    try:
+        rows = operator.index(value)
+    except TypeError:
+        raise TypeError(f"max_rows: {value!r} is not an integer or None") from None
+    if rows < 2:
+        raise ValueError(
+            f"max_rows: {rows}, needed at least 2 or None, since one row has no correlation"
+        )
+    return rows
 
 # %% ../nbs/05_context.ipynb #cc08d488
 class Gate:
@@ -366,36 +436,43 @@ class _State:
         max_rows: int | None,
         dtype: DTypeLike,
         workspace: Workspace | None,
+        floor: float,
     ) -> None:
         self.dtype = check_array("dtype", np.empty((0, 0), dtype)).dtype
-        sample_rows(0, max_rows)  # checks max_rows
         if not isinstance(workspace, Workspace | None):
             raise TypeError(
                 f"workspace: {type(workspace).__name__} is no ctxlab.workspace.Workspace"
             )
-        self.max_rows, self.workspace = (
-            max_rows,
-            Workspace(growth="exact") if workspace is None else workspace,
-        )
+        self.workspace = Workspace(growth="exact") if workspace is None else workspace
+        self._floor = _check_floor(_number("floor", floor))
         self._incoming: np.ndarray | None = None
         self._outgoing: np.ndarray | None = None
         self._folded: Any = None  # (D, D), I + (s/D) incoming while _norm is not None
         self._norm: float | None = (
             None  # the larger norm of incoming and folded; None: fold before use
         )
+        self._arrivals = 0  # how often an incoming context was set
+        self._parameter = np.zeros(1, self.dtype)  # the strength
+        self._strength = self._rounded = 0.0  # as it was set and is folded; as the array holds it
         self._mixing, self._learning = Gate("the incoming context"), Gate("the outgoing context")
         self._folding = threading.Lock()  # the first reader folds, the others wait for it
-        self.strength, self.update_rate = strength, update_rate
+        self.strength, self.update_rate, self.max_rows = strength, update_rate, max_rows
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        "'strength' -> (1,) array; the array itself, to be changed in place."
+        return {"strength": self._parameter}
 
     @property
-    def strength(self) -> float:
-        return self._strength  # s; 0 leaves the input as it is
+    def strength(self) -> float:  # s; 0 leaves the input as it is
+        held = self._parameter[0]
+        return self._strength if held == self._rounded else float(held)  # with all its digits
 
     @strength.setter
     def strength(self, value: float) -> None:
-        value = check_strength(value)
+        value = _check_strength(value, self.dtype)
         with self._mixing.writing():
-            self._strength, self._norm = value, None
+            self._parameter[0] = value
+            self._strength, self._rounded, self._norm = value, self._parameter[0], None
 
     @property
     def update_rate(self) -> float:
@@ -403,7 +480,19 @@ class _State:
 
     @update_rate.setter
     def update_rate(self, value: float) -> None:
-        self._rate = check_rate(value)  # clipped to [0, 1]
+        self._rate = _check_rate(value, self.dtype)  # clipped to [0, 1]
+
+    @property
+    def max_rows(self) -> int | None:
+        return self._max_rows  # rows sampled by `update`
+
+    @max_rows.setter
+    def max_rows(self, value: int | None) -> None:
+        self._max_rows = _check_max_rows(value)
+
+    @property
+    def floor(self) -> float:
+        return self._floor  # a product of norms at or below it counts as none
 
     @property
     def incoming(self) -> np.ndarray | None:
@@ -436,15 +525,18 @@ class SharedAttentionContext(_State):
         *,
         max_rows: int | None = 32,  # rows sampled by `update`; None takes all
         dtype: DTypeLike = np.float32,  # of every array in and out: float32 or float64
-        workspace: Workspace | None = None,
-    ) -> None:  # for scratch, may be shared by contexts of one thread; default: its own
-        super().__init__(strength, update_rate, max_rows, dtype, workspace)
+        workspace: Workspace
+        | None = None,  # for scratch, may be shared by contexts of one thread; default: its own
+        floor: float = NORM_FLOOR,  # a product of norms at or below it counts as none; 0: no floor
+    ) -> None:
+        super().__init__(strength, update_rate, max_rows, dtype, workspace, floor)
 
     def set_incoming(self, context: np.ndarray | None) -> None:  # (D, D); None clears
         "Copy `context` as the one to apply; the storage is reused when the shape is unchanged."
         C = None if context is None else _check_context(context, self.dtype)
         with self._mixing.writing():
             self._norm = None
+            self._arrivals += 1
             if C is None:
                 self._incoming = self._folded = None
             else:
@@ -463,12 +555,25 @@ class SharedAttentionContext(_State):
             raise ValueError(f"x: shape {x.shape} does not fit the incoming context: {C.shape}")
         return C
 
+    def _settle(self) -> None:
+        "A strength that was written into the array of `parameters()` counts as if it had been set."
+        if self.strength != self._strength:
+            with self._folding:  # of several first readers one sets it
+                value = self.strength
+                if value != self._strength:
+                    self.strength = value
+
+    def _applied_with(self) -> tuple[int, float]:
+        "Something that differs after each change of what `apply` does."
+        return self._arrivals, self.strength
+
     def _is_safe(
         self, C: np.ndarray, *arrays: np.ndarray
     ) -> bool:  # folds if need be; whether no product can overflow
         with self._folding:
             if self._norm is None:
-                fold(C, self._strength, self._folded)
+                with np.errstate(over="ignore"):  # which the norm shows
+                    fold(C, self._strength, self._folded)
                 self._norm = float(
                     np.maximum(frobenius(C), frobenius(self._folded))
                 )  # NaN if either is
@@ -502,6 +607,7 @@ class SharedAttentionContext(_State):
     ) -> np.ndarray:  # `out`; without a context, or with strength 0, and no `out`: `x` itself
         "`x + (s/D) x @ incoming`, as `reference.apply_context`."
         (X,) = self._operands(out, x)
+        self._settle()
         with self._mixing.reading():
             C = self._context_for(X)
             idle = C is None or self._strength == 0
@@ -524,6 +630,7 @@ class SharedAttentionContext(_State):
     ) -> tuple[np.ndarray, float]:  # dL/dx, and dL/d(strength)
         "Gradients of `apply`, as `reference.apply_context_vjp`; without a context `grad_out` itself and 0."
         X, G = self._operands(out, x, grad_out)
+        self._settle()
         rows, grad_s = np.atleast_2d if X.ndim == 1 else _as_rows, 0.0
         with self._mixing.reading():
             C = self._context_for(X)
@@ -546,16 +653,17 @@ class SharedAttentionContext(_State):
     ) -> np.ndarray:  # dL/d(incoming)
         "Gradient of `apply` with respect to the incoming context, as `reference.context_gradient`."
         X, G = (np.atleast_2d(_as_rows(a)) for a in self._operands(None, x, grad_out))
-        shape = 2 * X.shape[-1:]
+        self._settle()
+        shape, factor = 2 * X.shape[-1:], self._strength / max(X.shape[-1], 1)
         out = (
             aligned_empty(shape, self.dtype)
             if out is None
             else check_out(out, shape, self.dtype, {"x": X, "grad_out": G})
         )
-        if not cannot_overflow(self.dtype, frobenius(X), frobenius(G)):
+        if not cannot_overflow(self.dtype, frobenius(X), frobenius(G), max(1.0, abs(factor))):
             out[...] = context_gradient(X, self._strength, G)
         else:
-            gemm(X.T, G, out, alpha=self._strength / max(len(out), 1))
+            gemm(X.T, G, out, alpha=factor)
         return out
 
     def update(
@@ -568,35 +676,42 @@ class SharedAttentionContext(_State):
         | None = None,  # row numbers to correlate; default: `sample_rows(S, max_rows)`
     ) -> None:
         "Blend the similarity of the batch into `outgoing`, as `reference.ema` of `reference.similarity`."
-        x, y = _learnable(x, y, dim, self.dtype, 2, self._outgoing)
-        self._learn(
-            update_into,
-            x,
-            y,
-            _spread(len(x), self.max_rows) if rows is None else check_rows(rows, len(x)),
-        )
+        x, y = _learnable(x, y, dim, self.dtype, (2,))
+        chosen = _spread(len(x), self.max_rows) if rows is None else check_rows(rows, len(x))
+        _check_several(chosen, len(x))
+        self._learn(update_into, x, y, chosen)
 
     def update_step(
         self,
-        x: np.ndarray,  # (D,) one token's input
-        y: np.ndarray,  # (D,) its output
+        x: np.ndarray,  # (D,) one token's input, or (B, D): of one token of each of B sequences
+        y: np.ndarray,  # its output, same shape
         *,
         dim: int | None = None,  # use the first `dim` entries of both
     ) -> None:
         "Blend the token statistic into `outgoing`, as `reference.ema` of `reference.similarity_step`."
-        self._learn(update_step_into, *_learnable(x, y, dim, self.dtype, 1, self._outgoing))
+        self._learn_tokens(x, y, dim)
+
+    def _learn_tokens(
+        self, x: np.ndarray, y: np.ndarray, dim: int | None = None, *, keeps: bool = False
+    ) -> None:
+        x, y = _learnable(x, y, dim, self.dtype, (1, 2))
+        tokens, outputs = np.atleast_2d(x), np.atleast_2d(y)
+        if not len(tokens):
+            raise ValueError(f"x: shape {x.shape} holds no token; needed at least one")
+        self._learn(partial(update_step_into, keeps=keeps), tokens, outputs)
 
     def _learn(self, into: Callable[..., None], x: np.ndarray, y: np.ndarray, *rows: Rows) -> None:
-        if self._rate == 0:
-            return
-        with self._learning.writing(), unbuffered(), self.workspace.scope():
-            C = (
-                self._outgoing
-                if self._outgoing is not None
-                else np.zeros(2 * x.shape[-1:], self.dtype)
-            )
-            into(x, y, *rows, self._rate, C, self.workspace.take)
-            self._outgoing = C
+        rate = self._rate
+        gate = self._learning.writing if rate > 0 else self._learning.reading
+        with gate():
+            C = self._outgoing
+            _check_width(x, C)
+            if rate == 0:
+                return
+            with unbuffered(), self.workspace.scope():
+                C = np.zeros(2 * x.shape[-1:], self.dtype) if C is None else C
+                into(x, y, *rows, rate, C, self.workspace.take, floor=self._floor)
+                self._outgoing = C
 
     def reset(self) -> None:
         "Forget what was learned, so that the next update may have another width; `incoming` stays."
@@ -613,42 +728,57 @@ class SharedAttentionContext(_State):
 
     def weight_norm(self) -> float:
         "Norm of the trainable parameters: |s|."
-        return abs(self._strength)
+        return abs(self.strength)
 
     def state_dict(self) -> dict[str, Any]:
         "Arrays and numbers, fit for `np.savez`; absent contexts are left out, and `max_rows` None is 0."
         with self._mixing.reading(), self._learning.reading():
             state = dict(
-                strength=self._strength, update_rate=self._rate, max_rows=self.max_rows or 0
+                strength=self.strength,
+                update_rate=self._rate,
+                max_rows=self.max_rows or 0,
+                floor=self._floor,
             )
             arrays = dict(incoming=self._incoming, outgoing=self._outgoing)
             return state | {name: a.copy() for name, a in arrays.items() if a is not None}
 
     def load_state_dict(
         self, state: Mapping[str, Any]
-    ) -> None:  # from `state_dict`, or an opened .npz
+    ) -> None:  # from `state_dict`, or an opened .npz; without `floor` as with the default
         "Restore what `state_dict` gave; a ValueError or TypeError leaves everything as it was."
-        needed, arrays = {"strength", "update_rate", "max_rows"}, {"incoming", "outgoing"}
-        if not needed <= set(state) <= needed | arrays:
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: {type(state).__name__} is no mapping of names to values")
+        needed, perhaps = {"strength", "update_rate", "max_rows"}, {"floor", "incoming", "outgoing"}
+        if not needed <= set(state) <= needed | perhaps:
             raise ValueError(
-                f"state: keys {sorted(state)}, needed {sorted(needed)} and perhaps {sorted(arrays)}"
+                f"state: keys {sorted(state)}, needed {sorted(needed)} and perhaps {sorted(perhaps)}"
             )
         new = SharedAttentionContext(
-            float(state["strength"]),
-            float(state["update_rate"]),
+            state["strength"],
+            state["update_rate"],
+            max_rows=state["max_rows"] or None,
             dtype=self.dtype,
-            max_rows=operator.index(state["max_rows"]) or None,
             workspace=self.workspace,
+            floor=state.get("floor", NORM_FLOOR),
         )
         if "incoming" in state:
             new.set_incoming(state["incoming"])
         if "outgoing" in state:
             new._outgoing = _check_context(state["outgoing"], self.dtype).copy()
-        kept = ("_mixing", "_learning", "_folding")
+        kept = ("_mixing", "_learning", "_folding", "_parameter", "_arrivals")
         with self._mixing.writing(), self._learning.writing():
             self.__dict__.update({k: v for k, v in new.__dict__.items() if k not in kept})
+            self._parameter[...] = new._parameter  # others hold the array
+            self._arrivals += 1
 
-    def __deepcopy__(self, memo: dict) -> "SharedAttentionContext":
-        new = SharedAttentionContext(dtype=self.dtype)
-        new.load_state_dict(self.state_dict())
-        return new
+    def __reduce__(self) -> tuple:
+        "A copy (`copy`, `pickle`) has the same state; locks, scratch and what is folded are made anew."
+        return _restored, (type(self), self.dtype, self.workspace, self.state_dict())
+
+
+def _restored(
+    kind: type[SharedAttentionContext], dtype: DTypeLike, workspace: Workspace, state: Mapping
+) -> SharedAttentionContext:
+    context = kind(dtype=dtype, workspace=workspace)
+    context.load_state_dict(state)
+    return context

@@ -21,23 +21,24 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .attention import attention, attention_requirement, block_rows
-from .block import _buffer, _views, check_size, initialise
+from .block import Parametric, _buffer, _flat, check_size, initialise
 from .context import SharedAttentionContext
 from .gemm import check_out, panels, unbuffered
 from ctxlab.layers import (
     _sigmoid_into,
     adam_into,
     check_form,
+    check_operands,
     embedding_into,
     gelu,
     layer_norm,
     linear,
-    linear_backward_into,
-    linear_into,
-    norm_backward_into,
-    norm_into,
+    _linear_backward_into,
+    _linear_into,
+    _norm_backward_into,
+    _norm_into,
     norm_requirement,
-    renorm_into,
+    _renorm_into,
 )
 from .reference import apply_context, check_array, check_same_shape
 from .transformer import _Sublayers, transformer_shapes
@@ -91,6 +92,9 @@ def combine_into(
     ws: Workspace,  # for a panel
 ) -> np.ndarray:  # out
     "`a x + b y`, panel by panel."
+    check_array("x", x)
+    same = ("out", "x"), ("out", "y")
+    check_operands(x.dtype, {"x": (x, x.shape), "y": (y, x.shape)}, {"out": (out, x.shape)}, same)
     steps = list(panels(len(x), x.shape[1] * x.itemsize))
     with ws.scope():
         scratch = ws.take("diffusion.panel", (steps[0].stop if steps else 0, x.shape[1]), x.dtype)
@@ -110,8 +114,9 @@ def add_noise_into(
     ws: Workspace,  # for a panel
 ) -> np.ndarray:  # out
     "`add_noise`, written to `out`."
-    for name, a in (("noise", noise), ("out", out)):
-        check_same_shape(name, check_array(name, a, (3,), x0.dtype), "x0", x0)
+    shape = check_array("x0", x0, (3,)).shape
+    reads, same = {"x0": (x0, shape), "noise": (noise, shape)}, (("out", "x0"), ("out", "noise"))
+    check_operands(x0.dtype, reads, {"out": (out, shape)}, same)
     for b, level in enumerate(check_levels(t, len(x0), len(alpha_bar))):
         combine_into(
             x0[b],
@@ -152,9 +157,15 @@ def silu(a: np.ndarray) -> np.ndarray:  # same shape
         return a / (1 + np.exp(-a))
 
 
-def silu_into(a: np.ndarray, out: np.ndarray) -> np.ndarray:  # same shape
+def silu_into(
+    a: np.ndarray,  # any shape
+    out: np.ndarray,  # same shape
+) -> np.ndarray:  # out
     "`silu`, written to `out`."
-    _sigmoid_into(a, out)
+    check_array("a", a, (np.ndim(a),))
+    check_operands(a.dtype, {"a": (a, a.shape)}, {"out": (out, a.shape)})
+    with np.errstate(over="ignore"):
+        _sigmoid_into(a, out)
     out *= a
     return out
 
@@ -166,7 +177,10 @@ def silu_backward_into(
     ws: Workspace,  # for one such array
 ) -> np.ndarray:  # out
     "Gradient of `silu_into`: `sigma (1 + a (1 - sigma))`."
-    with ws.scope():
+    check_array("a", a, (np.ndim(a),))
+    reads = {"a": (a, a.shape), "grad_out": (grad_out, a.shape)}
+    check_operands(a.dtype, reads, {"out": (out, a.shape)}, (("out", "grad_out"),))
+    with ws.scope(), np.errstate(over="ignore"):
         sigma, slope = ws.take("silu.scratch", (2, *a.shape), a.dtype)
         _sigmoid_into(a, sigma)
         np.subtract(1, sigma, out=slope)
@@ -256,28 +270,54 @@ def diffusion(
     return x + gate2 * feed((1 + scale2) * layer_norm(x, ones, zeros, eps) + shift2)
 
 # %% ../nbs/08_diffusion.ipynb #1223f851
-def gate_into(
-    residual: np.ndarray,  # (S, D)
-    branch: np.ndarray,  # (S, D)
-    gate: np.ndarray,  # (D,)
-    out: np.ndarray,  # (S, D), not `residual`
-) -> np.ndarray:  # out
-    "`residual + gate * branch`."
+def _gate_into(
+    residual: np.ndarray, branch: np.ndarray, gate: np.ndarray, out: np.ndarray
+) -> np.ndarray:
+    "`gate_into` without checks."
     for rows in panels(len(out), out.shape[1] * out.itemsize):
         np.multiply(branch[rows], gate, out=out[rows])
         out[rows] += residual[rows]
     return out
 
 
+def gate_into(
+    residual: np.ndarray,  # (S, D)
+    branch: np.ndarray,  # (S, D)
+    gate: np.ndarray,  # (D,)
+    out: np.ndarray,  # (S, D), may be `branch`, not `residual`
+) -> np.ndarray:  # out
+    "`residual + gate * branch`."
+    S, D = check_array("residual", residual).shape
+    reads = {"residual": (residual, (S, D)), "branch": (branch, (S, D)), "gate": (gate, (D,))}
+    check_operands(residual.dtype, reads, {"out": (out, (S, D))}, (("out", "branch"),))
+    return _gate_into(residual, branch, gate, out)
+
+
 def gate_backward_into(
     branch: np.ndarray,  # (S, D)
     gate: np.ndarray,  # (D,)
     grad_out: np.ndarray,  # (S, D)
-    out: np.ndarray,  # (S, D), receives dL/dbranch; not `grad_out`
+    out: np.ndarray,  # (S, D), receives dL/dbranch; may be `branch`, not `grad_out`
     grad_gate: np.ndarray,  # (D,), receives dL/dgate
     ws: Workspace,  # for a vector
 ) -> np.ndarray:  # out
     "Gradients of `gate_into`; that of the residual is `grad_out`."
+    S, D = check_array("branch", branch).shape
+    reads = {"branch": (branch, (S, D)), "gate": (gate, (D,)), "grad_out": (grad_out, (S, D))}
+    writes = {"out": (out, (S, D)), "grad_gate": (grad_gate, (D,))}
+    check_operands(branch.dtype, reads, writes, (("out", "branch"),))
+    return _gate_backward_into(branch, gate, grad_out, out, grad_gate, ws)
+
+
+def _gate_backward_into(
+    branch: np.ndarray,
+    gate: np.ndarray,
+    grad_out: np.ndarray,
+    out: np.ndarray,
+    grad_gate: np.ndarray,
+    ws: Workspace,
+) -> np.ndarray:
+    "`gate_backward_into` without checks."
     grad_gate.fill(0)
     with ws.scope():
         column = ws.take("gate.column", gate.shape, gate.dtype)
@@ -294,6 +334,8 @@ def part_way_into(
     w: float,  # 0: back to the start; 1: stay
 ) -> np.ndarray:  # out
     "`start + w (out - start)`."
+    check_array("start", start)
+    check_operands(start.dtype, {"start": (start, start.shape)}, {"out": (out, start.shape)})
     for rows in panels(len(out), out.shape[1] * out.itemsize):
         X, Y = start[rows], out[rows]
         Y -= X
@@ -318,12 +360,12 @@ class _Modulated(_Sublayers):
         p = self._parameters
         embedding_into(_embeddings(self.n_steps, self.dim, self.dtype), t, kept.level)
         silu_into(
-            linear_into(kept.level, p["time1.weight"], p["time1.bias"], kept.time1), kept.heard1
+            _linear_into(kept.level, p["time1.weight"], p["time1.bias"], kept.time1), kept.heard1
         )
         silu_into(
-            linear_into(kept.heard1, p["time2.weight"], p["time2.bias"], kept.time2), kept.heard2
+            _linear_into(kept.heard1, p["time2.weight"], p["time2.bias"], kept.time2), kept.heard2
         )
-        kept.six = linear_into(
+        kept.six = _linear_into(
             kept.heard2, p["modulation.weight"], p["modulation.bias"], kept.modulation
         ).reshape(len(t), 6, self.dim)
         for b in range(len(t)):
@@ -333,7 +375,7 @@ class _Modulated(_Sublayers):
         p, g, ws = self._parameters, self._gradients, self.workspace
         with ws.scope():
             dheard = ws.take("diffusion.dheard", kept.heard2.shape, self.dtype)
-            linear_backward_into(
+            _linear_backward_into(
                 kept.heard2,
                 p["modulation.weight"],
                 dsix,
@@ -344,11 +386,11 @@ class _Modulated(_Sublayers):
             dtime = silu_backward_into(
                 kept.time2, dheard, ws.take("diffusion.dtime", dheard.shape, self.dtype), ws
             )
-            linear_backward_into(
+            _linear_backward_into(
                 kept.heard1, p["time2.weight"], dtime, dheard, g["time2.weight"], g["time2.bias"]
             )
             silu_backward_into(kept.time1, dheard, dtime, ws)
-            linear_backward_into(
+            _linear_backward_into(
                 kept.level, p["time1.weight"], dtime, None, g["time1.weight"], g["time1.bias"]
             )
 
@@ -356,7 +398,7 @@ class _Modulated(_Sublayers):
         self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]
     ) -> np.ndarray:
         for b, rows in _sequences(shape):
-            norm_into(
+            _norm_into(
                 x[rows],
                 kept.six[b, 3 * i + 1],
                 kept.six[b, 3 * i],
@@ -370,7 +412,7 @@ class _Modulated(_Sublayers):
         self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace, shape: tuple[int, ...]
     ) -> np.ndarray:  # as in the forward pass
         for b, rows in _sequences(shape):
-            renorm_into(
+            _renorm_into(
                 x[rows],
                 kept.stats[i][:, rows],
                 kept.six[b, 3 * i + 1],
@@ -389,7 +431,7 @@ class _Modulated(_Sublayers):
         shape: tuple[int, ...],
     ) -> None:  # in place of G
         for b, rows in _sequences(shape):
-            norm_backward_into(
+            _norm_backward_into(
                 x[rows],
                 kept.stats[i][:, rows],
                 kept.six[b, 3 * i + 1],
@@ -410,7 +452,7 @@ class _Modulated(_Sublayers):
         shape: tuple[int, ...],
     ) -> None:
         for b, rows in _sequences(shape):
-            gate_into(residual[rows], branch[rows], kept.six[b, 3 * i + 2], out[rows])
+            _gate_into(residual[rows], branch[rows], kept.six[b, 3 * i + 2], out[rows])
 
     def _gate_backward(
         self,
@@ -423,7 +465,7 @@ class _Modulated(_Sublayers):
         shape: tuple[int, ...],
     ) -> None:
         for b, rows in _sequences(shape):
-            gate_backward_into(
+            _gate_backward_into(
                 branch[rows],
                 kept.six[b, 3 * i + 2],
                 G[rows],
@@ -636,7 +678,7 @@ class DiffusionBlock(_Modulated):
         )
 
 # %% ../nbs/08_diffusion.ipynb #17b948e0
-class Denoiser:
+class Denoiser(Parametric):
     "Linear in, blocks, linear out: says which noise is in `x`. All blocks share one workspace."
 
     def __init__(
@@ -681,17 +723,16 @@ class Denoiser:
             "out.weight": (features, dim),
             "out.bias": (features,),
         }
-        self._own, self._grads = (
-            _views(np.zeros(sum(map(math.prod, shapes.values())), dtype), shapes) for _ in range(2)
-        )
-        initialise(self._own, rng)
-        self._own["out.weight"].fill(0)
+        self._parameters, self._gradients = (_flat(shapes, dtype) for _ in range(2))
+        initialise(self._parameters, rng)
+        self._parameters["out.weight"].fill(0)
+        for g in self._gradients.values():
+            g.fill(0)
         self._positions = _embeddings(max_len, dim, self.dtype)
-        self._saved: Any = None  # rows, h and signal of a forward pass that backward may follow
 
     def parameters(self) -> dict[str, np.ndarray]:
         "Name -> array; the arrays themselves."
-        return self._own | {
+        return self._parameters | {
             f"{i}.{name}": p
             for i, block in enumerate(self.blocks)
             for name, p in block.parameters().items()
@@ -699,7 +740,7 @@ class Denoiser:
 
     def gradients(self) -> dict[str, np.ndarray]:
         "Name -> gradient of the last backward pass."
-        return self._grads | {
+        return self._gradients | {
             f"{i}.{name}": g
             for i, block in enumerate(self.blocks)
             for name, g in block.gradients().items()
@@ -720,19 +761,19 @@ class Denoiser:
             raise ValueError("x: is not C-contiguous; pass x.copy()")
         t, p, ws, rows = (
             check_levels(t, len(x), self.n_steps),
-            self._own,
+            self._parameters,
             self.workspace,
             x.reshape(-1, self.features),
         )
         ws.next_generation()
         h = ws.take("denoiser.in", (*x.shape[:2], self.dim), self.dtype)
         with unbuffered():
-            linear_into(rows, p["in.weight"], p["in.bias"], h.reshape(len(rows), self.dim))
+            _linear_into(rows, p["in.weight"], p["in.bias"], h.reshape(len(rows), self.dim))
             for sequence in h:
                 sequence += self._positions[: x.shape[1]]
             for block in self.blocks:
                 h = block.forward(h, t)
-            v = linear_into(
+            v = _linear_into(
                 h.reshape(len(rows), self.dim),
                 p["out.weight"],
                 p["out.bias"],
@@ -758,7 +799,7 @@ class Denoiser:
             raise RuntimeError(
                 "backward: there is no forward pass to follow; call forward() before each backward()"
             )
-        (rows, h, signal), p, g, ws = self._saved, self._own, self._grads, self.workspace
+        (rows, h, signal), p, g, ws = self._saved, self._parameters, self._gradients, self.workspace
         check_array("grad_out", grad_out, (3,), self.dtype)
         if grad_out.size != rows.size or len(grad_out) != len(signal):
             raise ValueError(f"grad_out: shape {grad_out.shape} is not that of x")
@@ -768,7 +809,7 @@ class Denoiser:
             for G, dV, a in zip(grad_out, dv, signal):
                 np.multiply(G, a, out=dV)
             dv = dv.reshape(rows.shape)
-            dh = linear_backward_into(
+            dh = _linear_backward_into(
                 h,
                 p["out.weight"],
                 dv,
@@ -780,7 +821,7 @@ class Denoiser:
             dh = dh.reshape(*grad_out.shape[:2], self.dim)
             for block in reversed(self.blocks):
                 dh = block.backward(dh)
-            linear_backward_into(
+            _linear_backward_into(
                 rows, p["in.weight"], dh.reshape(h.shape), None, g["in.weight"], g["in.bias"]
             )
 

@@ -9,7 +9,6 @@ __all__ = ['AHEAD', 'worker_budget', 'local_workers', 'stream_distributed']
 import asyncio
 import functools
 import importlib
-import itertools
 import logging
 import operator
 import os
@@ -32,11 +31,13 @@ from ctxlab.streaming import (
     SPARE,
     ContextStats,
     Shard,
+    Width,
     _check_run,
     _join_in_order,
     least_bytes,
     parse_bytes,
     shard_stats,
+    sums_bytes,
 )
 from .workspace import Workspace
 
@@ -47,15 +48,16 @@ AHEAD = 2  # shards under way for each worker
 def worker_budget(
     memory: int | str,  # for the client and all workers, as for `parse_bytes`
     workers: int,
-    dim: int,  # D
+    dim: Width,  # D, or (D of x, D of y)
     dtype=np.float32,
 ) -> int:  # bytes
     "The share of one worker; a ValueError states the least that would do."
-    client = 2 * 8 * (dim * dim + 4 * dim) + SPARE
+    client = sums_bytes(dim) + SPARE
     have, least = parse_bytes(memory), client + workers * least_bytes(dim, dtype)
     if have < least:
         raise ValueError(
-            f"memory: {memory} is too little for {dim} features in {np.dtype(dtype)} on {workers} workers; needed at least {least} bytes ({least / 1e6:.1f} MB)"
+            f"memory: {memory} is too little for {dim} features in {np.dtype(dtype)} on {workers} "
+            f"workers; needed at least {least} bytes ({least / 1e6:.1f} MB)"
         )
     return (have - client) // workers
 
@@ -73,6 +75,10 @@ def _stats_of(shard: Shard, memory: int) -> ContextStats:
     )
 
 # %% ../nbs/11a_distributed.ipynb #555dae37
+def _is_death(e: Exception) -> bool:
+    return type(e).__name__ == "KilledWorker"
+
+
 @contextmanager
 def _explained(shard: Shard, scheduler: str) -> Iterator[None]:
     "What goes wrong in the cluster becomes one line; what goes wrong with a file is one already."
@@ -85,7 +91,7 @@ def _explained(shard: Shard, scheduler: str) -> Iterator[None]:
     except ImportError as e:
         raise InputError(f"workers: they cannot load what is needed ({e})") from e
     except Exception as e:
-        if type(e).__name__ == "KilledWorker":
+        if _is_death(e):
             raise InputError(
                 f"{shard.x}: one worker after the other died over it; is there too little memory?"
             ) from e
@@ -95,32 +101,65 @@ def _explained(shard: Shard, scheduler: str) -> Iterator[None]:
             ) from e
         raise
 
+# %% ../nbs/11a_distributed.ipynb #6450951a
+class _Queue:
+    "Shards that are under way on the workers, and those that are not yet."
+
+    def __init__(self, client, shards: Sequence[Shard], memory: int):
+        self.client, self.memory, self.run = client, memory, uuid.uuid4().hex
+        self.todo = deque(enumerate(shards))
+        self.sent: deque[tuple[int, Shard, Any]] = deque()  # number, shard, its future
+        self.suspects = 0  # shards to be done one at a time, before the others
+
+    def send(self, ahead: int) -> None:
+        "Have so many shards under way, or one while there are suspects."
+        while self.todo and len(self.sent) < (1 if self.suspects else ahead):
+            i, shard = self.todo.popleft()
+            task = functools.partial(_stats_of, shard, self.memory)
+            key = f"shard-{self.run}-{i}-{'alone' if self.suspects else 'ahead'}"
+            self.sent.append((i, shard, self.client.submit(task, key=key, pure=False)))
+
+    def take_back(self) -> None:
+        "Take all that is under way for suspects."
+        self.suspects = len(self.sent)
+        self.cancel()
+        self.todo.extendleft((i, shard) for i, shard, _ in reversed(self.sent))
+        self.sent.clear()
+
+    def cancel(self) -> None:
+        if self.client.status == "running":
+            self.client.cancel([future for *_, future in self.sent], force=True)
+
 
 def _ahead(
     client, left: Sequence[Shard], memory: int, ahead: int, tick: Callable[[int], Any]
 ) -> Generator[ContextStats, None, None]:
     "Statistics of shards in their order, made on the workers, at most `ahead` at a time."
-    run, todo = uuid.uuid4().hex, enumerate(left)
-    submit = lambda i, s: (
-        s,
-        client.submit(functools.partial(_stats_of, s, memory), key=f"shard-{run}-{i}", pure=False),
-    )
-    waiting = deque(submit(i, s) for i, s in itertools.islice(todo, ahead))
+    queue = _Queue(client, left, memory)
+    queue.send(ahead)
     try:
-        while waiting:
-            shard, future = waiting[0]
+        while queue.sent:
+            _, shard, future = queue.sent[0]
             with _explained(shard, client.scheduler.address):
-                part = future.result()
-            waiting.popleft()
+                try:
+                    part = future.result()
+                except Exception as e:
+                    if queue.suspects or not _is_death(e):
+                        raise
+                    part = None
             del future  # the worker may forget it
-            for i, s in itertools.islice(todo, 1):
-                waiting.append(submit(i, s))
-            tick(part.count)
-            yield part
+            if part is None:
+                queue.take_back()
+            else:
+                queue.sent.popleft()
+                queue.suspects = max(queue.suspects - 1, 0)
+            queue.send(ahead)
+            if part is not None:
+                tick(part.count)
+                yield part
             del part
     finally:
-        if client.status == "running":
-            client.cancel([future for _, future in waiting], force=True)
+        queue.cancel()
 
 # %% ../nbs/11a_distributed.ipynb #966b0a7e
 def _dask():
@@ -132,11 +171,11 @@ def _dask():
 
 @contextmanager
 def _shielded() -> Iterator[None]:
-    "Threads and processes that are started in the block never see Ctrl-C; one that comes is held back to its end."
+    "What is started in the block never sees Ctrl-C; one that comes is held back to its end."
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # it would be started with the first process, and lift the block
+    resource_tracker.ensure_running()  # started with the first process, it would lift the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -150,9 +189,9 @@ def local_workers(workers: int) -> Iterator[Any]:  # a distributed.Client
     d = _dask()
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="ctxlab-"))
-        stack.enter_context(
-            importlib.import_module("dask").config.set({"temporary-directory": place})
-        )
+        # A suspect is done again alone, so two deaths are enough before that, and two then.
+        settings = {"temporary-directory": place, "distributed.scheduler.allowed-failures": 1}
+        stack.enter_context(importlib.import_module("dask").config.set(settings))
         with _shielded():
             cluster = stack.enter_context(
                 d.LocalCluster(
@@ -182,8 +221,9 @@ def _check_answer(scheduler: str, timeout: float) -> None:
         with ThreadPoolExecutor(1) as own:
             own.submit(asyncio.run, ask()).result()  # the caller may have a loop of its own
     except (OSError, ValueError) as e:
+        why = (str(e) or "no answer").splitlines()[0]
         raise InputError(
-            f"scheduler: {scheduler} cannot be reached within {timeout:g} s ({(str(e) or 'no answer').splitlines()[0]})"
+            f"scheduler: {scheduler} cannot be reached within {timeout:g} s ({why})"
         ) from None
 
 
@@ -229,7 +269,7 @@ def stream_distributed(
     resume: bool = False,  # go on from the checkpoint, if it is there
     progress: bool = False,
 ) -> ContextStats:
-    "Statistics of all rows, made on workers. To the bit those of `stream` with one thread of BLAS and as many rows at a time."
+    "Statistics of all rows, made on workers; those of `stream` with one thread of BLAS."
     from tqdm import tqdm
 
     todo = list(todo)
@@ -237,8 +277,12 @@ def stream_distributed(
         raise ValueError("workers: give one of workers, scheduler and client")
     if workers is not None and operator.index(workers) < 1:
         raise ValueError(f"workers: {workers}, needed at least 1")
-    _check_run(rows := sum(s.rows for s in todo), checkpoint, every, resume)
-    share = lambda slots: worker_budget(memory, slots, todo[0].width, todo[0].dtype)
+    rows = sum(s.rows for s in todo)
+    _check_run(rows, checkpoint, every, resume)
+
+    def share(slots: int) -> int:
+        return worker_budget(memory, slots, todo[0].width, todo[0].dtype)
+
     with ExitStack() as stack:
         if scheduler is not None:
             client = stack.enter_context(_connected(scheduler, timeout))
@@ -247,7 +291,8 @@ def stream_distributed(
             budget = share(slots)  # before anything is started
             client = stack.enter_context(local_workers(slots))
         else:
-            budget = share(slots := min(_slots(client, timeout), len(todo)))
+            slots = min(_slots(client, timeout), len(todo))
+            budget = share(slots)
         bar = stack.enter_context(
             tqdm(
                 total=rows,
@@ -258,8 +303,10 @@ def stream_distributed(
                 leave=False,
             )
         )
-        parts = lambda left: _ahead(
-            client, [_absolute(s) for s in left], budget, AHEAD * slots, bar.update
-        )
+
+        def parts(left: list[Shard]) -> Generator[ContextStats, None, None]:
+            absolute = [_absolute(s) for s in left]
+            return _ahead(client, absolute, budget, AHEAD * slots, bar.update)
+
         with threadpool_limits(1, user_api="blas"):
             return _join_in_order(todo, parts, checkpoint, every, resume, bar)

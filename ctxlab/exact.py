@@ -9,6 +9,7 @@ __all__ = ['EXAMPLES', 'DOTS', 'add_parser', 'result_arrays', 'figures_of', 'sum
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -26,15 +27,21 @@ if TYPE_CHECKING:
 # %% ../nbs/11b_exact.ipynb #3f41a52e
 EXAMPLES = """\
 examples:
-  ctxlab context run/                            a folder of .npz files with arrays x and y, or of NAME.x.npy beside NAME.y.npy
+  ctxlab context run/                            a folder of .npz files with arrays x and y,
+                                                 or of NAME.x.npy beside NAME.y.npy
   ctxlab context a.npz b.npz --out mine.npz      writes mine.npz and mine.png
-  ctxlab context --x layer3/ --y layer4/         folders of .npy files, paired in the order of their names
+  ctxlab context states.npz --layer 3            an array hidden (layers, rows, features):
+                                                 x is hidden[2], y is hidden[3]; default: layer 1
+  ctxlab context --x layer3/ --y layer4/         folders of .npy files, paired by name
+  ctxlab context --x a.npy --y b.npy             files, paired in the order given
   ctxlab context run/ --memory 8GB --workers 4   four processes that share 8 GB
   ctxlab context run/ --resume                   go on where an earlier run was interrupted
 
-The result holds: context, the (D, D) tanh of the correlations of all rows of x with y; count, mean_x, mean_y, std_x,
-std_y, nonfinite_x, nonfinite_y (entries that counted as 0), noise_floor, dim, and about, a JSON text with the files and
-settings. Until it is complete, the work is kept in a checkpoint beside it.
+Numbers may be float16, float32 or float64, of any finite size. The result holds: context, the
+(D, D) tanh of the correlations of all rows of x with y; count, mean_x, mean_y, std_x, std_y,
+constant_x, constant_y (features without variance, whose entries are 0), nonfinite_x, nonfinite_y
+(entries that counted as 0), noise_floor, dim, and about, a JSON text with the files and settings.
+Until it is complete, the work is kept in a checkpoint beside it.
 """
 
 
@@ -49,8 +56,8 @@ def add_parser(commands) -> argparse.ArgumentParser:  # commands: from `add_subp
     p = commands.add_parser(
         "context",
         help="the exact context of all rows in your files; write a matrix and a picture",
-        description="Correlate every feature of x with every feature of y over all rows of all files, in one pass and "
-        "bounded memory.",
+        description="Correlate every feature of x with every feature of y over all rows of all "
+        "files, in one pass and bounded memory.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,7 +65,7 @@ def add_parser(commands) -> argparse.ArgumentParser:  # commands: from `add_subp
         "shards",
         nargs="*",
         metavar="SHARDS",
-        help=".npz files with x and y, NAME.x.npy files, or folders of these",
+        help=".npz files with x and y or with hidden, NAME.x.npy files, or folders of these",
     )
     p.add_argument("--x", nargs="+", metavar="X", help=".npy files, or folders of them, with x")
     p.add_argument(
@@ -66,6 +73,12 @@ def add_parser(commands) -> argparse.ArgumentParser:  # commands: from `add_subp
         nargs="+",
         metavar="Y",
         help=".npy files, or folders of them, with y: as many as with x",
+    )
+    p.add_argument(
+        "--layer",
+        type=_whole,
+        metavar="L",
+        help="of files with hidden: from hidden[L - 1] to hidden[L] (default: 1)",
     )
     p.add_argument(
         "--out",
@@ -77,7 +90,7 @@ def add_parser(commands) -> argparse.ArgumentParser:  # commands: from `add_subp
         "--memory",
         metavar="SIZE",
         default="2GB",
-        help="for all the work, as 500MB or 1.5GiB (default: %(default)s); Python itself comes on top",
+        help="for all the work, as 500MB or 1.5GiB (default: %(default)s); Python comes on top",
     )
     where = p.add_mutually_exclusive_group()
     where.add_argument(
@@ -101,20 +114,72 @@ def add_parser(commands) -> argparse.ArgumentParser:  # commands: from `add_subp
     return p
 
 # %% ../nbs/11b_exact.ipynb #55e3e952
-def _arrays_of(option: str, names: Sequence[str]) -> list[Path]:
-    "The .npy files that were named, and those in folders that were, by name."
+def _arrays_of(option: str, name: Path) -> dict[str, Path]:
+    "The .npy files of a folder, by name."
+    from ctxlab.data import InputError
+    from ctxlab.streaming import _inside
+
+    inside = {p.name: p for p in _inside(name) if p.suffix == ".npy"}
+    if not inside:
+        raise InputError(f"{option}: the folder {name} holds no .npy file")
+    return inside
+
+
+def _paired_folders(x: Path, y: Path) -> list[tuple[Path, Path]]:
+    "The files of two folders, by name; an InputError for the first that has no partner."
     from ctxlab.data import InputError
 
-    found: list[Path] = []
-    for name in map(Path, names):
-        inside = sorted(name.glob("*.npy")) if name.is_dir() else [name]
-        if not inside:
-            raise InputError(f"{option}: the folder {name} holds no .npy file")
-        found += inside
-    for path in found:
-        if path.exists() and path.suffix != ".npy":
-            raise InputError(f"{option}: {path} is no .npy file")
-    return found
+    of_x, of_y = _arrays_of("--x", x), _arrays_of("--y", y)
+    alone_x, alone_y = sorted(of_x.keys() - of_y.keys()), sorted(of_y.keys() - of_x.keys())
+    if alone_x or alone_y:
+        there = [f"{x} has {alone_x[0]}"] if alone_x else []
+        there += [f"{y} has {alone_y[0]}"] if alone_y else []
+        raise InputError(
+            f"--y: folders pair by name, and {' and '.join(there)} without a partner; "
+            "rename, or name the files one by one"
+        )
+    return [(of_x[name], of_y[name]) for name in sorted(of_x)]
+
+
+def _by_number(path: Path) -> list[str | int]:
+    "A key that sorts 2 before 10."
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def _check_order(x: Sequence[Path], y: Sequence[Path]) -> None:
+    "An InputError if both are in the order of letters, and the numbers in the names disagree."
+    from ctxlab.data import InputError
+
+    places = range(len(x))
+    orders = [sorted(places, key=[_by_number(p) for p in paths].__getitem__) for paths in (x, y)]
+    if orders[0] == orders[1] or any(list(paths) != sorted(paths) for paths in (x, y)):
+        return
+    i = next(i for i, j in zip(*orders) if i != j)
+    raise InputError(
+        f"--y: {x[i]} would be paired with {y[i]}, but their numbers are in another order; "
+        "name the files in pairs, or two folders with equal names"
+    )
+
+# %% ../nbs/11b_exact.ipynb #cab7a4ff
+def _pairs(x: Sequence[Path], y: Sequence[Path]) -> list[tuple[Path, Path]]:
+    "Files or folders of x, each with that of y in the same place."
+    from ctxlab.data import InputError
+
+    if len(x) != len(y):
+        raise InputError(f"--y: {len(y)} names, --x has {len(x)}; they are paired in order")
+    pairs: list[tuple[Path, Path]] = []
+    for a, b in zip(x, y):
+        if a.is_dir() != b.is_dir():
+            folder, file = (a, b) if a.is_dir() else (b, a)
+            raise InputError(f"--y: {folder} is a folder and {file} is none; name two of a kind")
+        pairs += _paired_folders(a, b) if a.is_dir() else [(a, b)]
+    for option, paths in (("--x", x), ("--y", y)):
+        for path in paths:
+            if path.is_file() and path.suffix != ".npy":
+                raise InputError(f"{option}: {path} is no .npy file")
+    if not any(p.is_dir() for p in x):
+        _check_order(x, y)
+    return pairs
 
 
 def _sources(args: argparse.Namespace) -> list[Any]:
@@ -127,12 +192,7 @@ def _sources(args: argparse.Namespace) -> list[Any]:
         raise InputError(f"--{'y' if args.x else 'x'} is missing: x and y are named together")
     if not args.shards and not args.x:
         raise InputError("SHARDS: no files are named; see ctxlab context --help")
-    if args.shards:
-        return args.shards
-    x, y = _arrays_of("--x", args.x), _arrays_of("--y", args.y)
-    if len(x) != len(y):
-        raise InputError(f"--y: {len(y)} files, --x has {len(x)}; they are paired in order")
-    return list(zip(x, y))
+    return args.shards or _pairs([*map(Path, args.x)], [*map(Path, args.y)])
 
 
 def _listed(args: argparse.Namespace) -> list["Shard"]:
@@ -140,12 +200,14 @@ def _listed(args: argparse.Namespace) -> list["Shard"]:
     from ctxlab.data import InputError
     from ctxlab.streaming import shards
 
-    listed, seen = shards(_sources(args)), set()
+    listed, seen = shards(_sources(args), args.layer), set()
     for s in listed:
-        if (place := (os.path.realpath(s.x), os.path.realpath(s.y))) in seen:
+        place = os.path.realpath(s.x), os.path.realpath(s.y)
+        if place in seen:
             raise InputError(f"{s.x}: is named twice, and would count twice")
         seen.add(place)
-    if (rows := sum(s.rows for s in listed)) < 2:
+    rows = sum(s.rows for s in listed)
+    if rows < 2:
         raise InputError(f"{listed[0].x}: {rows} rows in all; a correlation needs at least 2")
     return listed
 
@@ -186,19 +248,6 @@ def _check_apart(places: Sequence[Path], listed: Sequence["Shard"]) -> None:
         if any(os.path.samefile(path, source) for s in listed for source in (s.x, s.y)):
             raise InputError(f"--out: {path} is one of the shards; choose another name")
 
-# %% ../nbs/11b_exact.ipynb #c39b0278
-@contextmanager
-def _in_place(*paths: Path) -> Iterator[list[Path]]:
-    "Temporary names to write to; all of them are renamed to `paths` when the block succeeds, and removed when it fails."
-    parts = [path.with_name(f".{path.name}.new") for path in paths]
-    try:
-        yield parts
-        for part, path in zip(parts, paths):
-            os.replace(part, path)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-
 # %% ../nbs/11b_exact.ipynb #2a63f1e6
 def _about(args: argparse.Namespace, listed: Sequence["Shard"], seconds: float) -> dict[str, Any]:
     "Where a result comes from, in plain values."
@@ -210,7 +259,11 @@ def _about(args: argparse.Namespace, listed: Sequence["Shard"], seconds: float) 
         for path, (size, when) in dict(zip((s.x, s.y), s.fingerprint)).items()
     ]
     settings = dict(
-        memory=args.memory, workers=args.workers, scheduler=args.scheduler, resumed=args.resume
+        memory=args.memory,
+        workers=args.workers,
+        scheduler=args.scheduler,
+        resumed=args.resume,
+        layer=listed[0].layer or None,
     )
     return dict(
         ctxlab=__version__,
@@ -228,28 +281,19 @@ def result_arrays(
     "What goes into the file."
     import numpy as np
 
-    from ctxlab.streaming import noise_floor
+    from ctxlab.streaming import _means_and_spreads, noise_floor
 
-    state, n = stats.state_dict(), stats.count
     numbers = dict(
-        count=n,
+        count=stats.count,
         dim=stats.dim,
         nonfinite_x=stats.nonfinite_x,
         nonfinite_y=stats.nonfinite_y,
-        noise_floor=noise_floor(n),
+        noise_floor=noise_floor(stats.count),
     )
-    vectors = dict(
-        mean_x=state["mean_x"],
-        mean_y=state["mean_y"],
-        std_x=np.sqrt(state["m2_x"] / n),
-        std_y=np.sqrt(state["m2_y"] / n),
-    )
-    return {
-        name: np.asarray(a)
-        for name, a in dict(
-            context=stats.similarity(), **vectors, **numbers, about=json.dumps(about)
-        ).items()
-    }
+    constant = dict(constant_x=stats.constant_x, constant_y=stats.constant_y)
+    result = dict(context=stats.similarity(), about=json.dumps(about))
+    result |= _means_and_spreads(stats) | constant | numbers
+    return {name: np.asarray(a) for name, a in result.items()}
 
 # %% ../nbs/11b_exact.ipynb #a19d0501
 def figures_of(context, floor: float) -> dict[str, float]:
@@ -266,23 +310,47 @@ def figures_of(context, floor: float) -> dict[str, float]:
     )
 
 
-def summary(stats: "ContextStats", context, shards: int, seconds: float) -> str:
+def _without_variance(stats: "ContextStats") -> str:
+    "How many features are constant, and the first of them."
+    told = []
+    for name, constant in (("x", stats.constant_x), ("y", stats.constant_y)):
+        which = constant.nonzero()[0]
+        first = f" (the first is feature {which[0]})" if len(which) else ""
+        told.append(f"{len(which):,} in {name}{first}")
+    return ", ".join(told)
+
+
+def summary(
+    stats: "ContextStats",
+    context,  # (D, D) its similarity
+    shards: int,
+    seconds: float,
+    layer: int = 0,  # of `hidden`; 0: there is none
+) -> str:
     "The table that the command prints."
     from ctxlab.streaming import noise_floor
 
     floor, n = noise_floor(stats.count), stats.count
     f = figures_of(context, floor)
-    times = lambda value: f"{value:.4f}, {value / floor:.1f} times the noise floor"
+
+    def times(value: float) -> str:
+        return f"{value:.4f}, {value / floor:.1f} times the noise floor"
+
     rows = {
         "rows": f"{n:,} in {shards} shard{'s' * (shards > 1)}",
         "features": f"{stats.dim}, {stats.dtype}",
+        "layer": f"{layer}, from hidden[{layer - 1}] to hidden[{layer}]",
         "noise floor": f"{floor:.4f}",
         "rms off the diagonal": times(f["off"]) if stats.dim > 1 else "there is one feature only",
         "rms on the diagonal": times(f["on"]),
-        "beyond 2 noise floors": f"{f['beyond']:.1%} of all entries (4.6% by chance)",
+        "beyond 2 noise floors": f"{f['beyond']:.1%} of all entries "
+        "(of independent rows 4.6% by chance)",
+        "without variance": _without_variance(stats),
         "not finite, taken as 0": f"{stats.nonfinite_x:,} in x, {stats.nonfinite_y:,} in y",
         "time": f"{seconds:.1f} s",
     }
+    if not layer:
+        del rows["layer"]
     return "\n".join(f"{name:24}{value}" for name, value in rows.items())
 
 # %% ../nbs/11b_exact.ipynb #371fc7c3
@@ -375,11 +443,10 @@ def _hinting(checkpoint: Path) -> Iterator[None]:
     "An error or Ctrl-C in the block says whether what was done is kept."
     from ctxlab.data import InputError
 
-    hint = lambda: (
-        f"; what was done is in {checkpoint}, and --resume goes on from there"
-        if checkpoint.exists()
-        else ""
-    )
+    def hint() -> str:
+        kept = f"; what was done is in {checkpoint}, and --resume goes on from there"
+        return kept if checkpoint.exists() else ""
+
     try:
         yield
     except (InputError, OSError, MemoryError) as e:
@@ -392,6 +459,7 @@ def _hinting(checkpoint: Path) -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> int:  # exit code
     "The command `context`."
+    from ctxlab.files import whole_files
     from ctxlab.streaming import _write_npz
 
     start = time.perf_counter()
@@ -401,13 +469,12 @@ def run(args: argparse.Namespace) -> int:  # exit code
     with _hinting(checkpoint):
         stats = _stats(args, listed, checkpoint)
         arrays = result_arrays(stats, _about(args, listed, time.perf_counter() - start))
-        with _in_place(out, image) as (new, new_image):
+        shown = picture(arrays["context"], stats.count, float(arrays["noise_floor"]))
+        with whole_files(out, image) as (new, new_image):
             _write_npz(new, arrays)
-            new_image.write_bytes(
-                picture(arrays["context"], stats.count, float(arrays["noise_floor"]))
-            )
+            new_image.write_bytes(shown)
     checkpoint.unlink(missing_ok=True)
-    print(
-        f"{summary(stats, arrays['context'], len(listed), time.perf_counter() - start)}\n\n{out} and {image} have the matrix and its picture."
-    )
+    seconds = time.perf_counter() - start
+    print(summary(stats, arrays["context"], len(listed), seconds, listed[0].layer))
+    print(f"\n{out} and {image} have the matrix and its picture.")
     return 0

@@ -123,20 +123,38 @@ def rungs(data: Inputs) -> Calls:
     return {path: {rung: columns[rung][path] for rung in RUNGS} for path in PATHS}
 
 # %% ../nbs/05a_ladder.ipynb #e2d8fd6b
+def _mix_size(A: np.ndarray, B: np.ndarray, scale: float) -> np.ndarray:
+    "Root of the sum of squares of the terms of `A + scale * A @ B`."
+    return np.sqrt(A**2 + scale**2 * (A**2 @ B**2))
+
+
+def _unit_size(x: np.ndarray) -> np.ndarray:
+    "Size of what is subtracted when `x` is centred, in units of the norm of the result."
+    norm = np.linalg.norm(x - x.mean())
+    return (np.abs(x) + np.sqrt(np.mean(x**2))) / norm if norm else np.zeros_like(x)
+
+
 def check_call(path: str, call: Callable[[], Any], data: Inputs) -> None:
-    "The first result of `call` must be the reference's; an AssertionError says where it is not."
-    want, got = reference_calls(data)[path](), call()
-    X, _, G, C, s = data
-    D, mixed = len(C), np.abs(G) @ np.abs(C.T)
+    "The first result of `call` must be the formula's in float64; an AssertionError says where not."
+    wide = Inputs(*(a.astype(np.float64) for a in data[:4]), data.s)
+    X, Y, G, C, s = wide
+    want, got, (S, D) = reference_calls(wide)[path](), call(), X.shape
     if path == "backward":
-        assert_equiv(
-            np.float32(got[1]), np.float32(want[1]), depth=D, scale=np.sum(mixed * np.abs(X)) / D
-        )
-        assert_equiv(got[0], want[0], depth=D, scale=np.abs(G) + abs(s) / D * mixed)
+        terms = np.sqrt(np.sum(X**2 * (G**2 @ C.T**2))) / D
+        length = D + int(np.sqrt(S * D))
+        assert_equiv(np.float32(got[1]), np.float32(want[1]), depth=length, scale=terms)
+        _assert_near(got[0], want[0], D, _mix_size(G, C.T, s / D))
     elif path == "apply":
-        assert_equiv(got, want, depth=D, scale=np.abs(X) + abs(s) / D * (np.abs(X) @ np.abs(C)))
+        _assert_near(got, want, D, _mix_size(X, C, s / D))
+    elif path == "update":
+        _assert_near(got, want, 32, RATE)
     else:
-        assert_equiv(np.asarray(got), want, depth=32, scale=RATE)
+        _assert_near(got, want, 1, RATE * np.outer(_unit_size(X[0]), _unit_size(Y[0])))
+
+
+def _assert_near(got: Any, want: np.ndarray, depth: int, scale: Any) -> None:
+    "`got` is `want`, rounded to float32."
+    assert_equiv(np.asarray(got), want.astype(np.float32), depth=depth, scale=scale)
 
 
 def checked(calls: Calls, data: Inputs) -> Calls:

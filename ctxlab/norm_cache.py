@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['T', 'VARIANTS', 'SAFE', 'break_even', 'Cached', 'Recompute', 'PlainFlag', 'EarlyFlag', 'LockedFlag', 'VersionCounter',
-           'PerThread', 'DerivedValue', 'Stale', 'asking', 'word_pairs', 'search', 'Stress', 'stress',
-           'interpreter_line', 'nothing', 'costs', 'nanoseconds', 'norms', 'contended', 'per_change']
+           'PerThread', 'nothing', 'DerivedValue', 'Stale', 'asking', 'word_pairs', 'search', 'Stress', 'stress',
+           'interpreter_line', 'Trial', 'trial', 'costs', 'nanoseconds', 'norms', 'contended', 'per_change']
 
 # %% ../nbs/10_norm_cache.ipynb #a8ad5f16
+import inspect
 import math
 import sys
 import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
-from threading import get_ident
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -68,24 +70,33 @@ def _checked(compute: Any) -> Any:
     return compute
 
 # %% ../nbs/10_norm_cache.ipynb #5c1f07e5
+_OWN = threading.local()  # computing: what this thread is computing at the moment
+
+
+def _computing() -> tuple:
+    return getattr(_OWN, "computing", ())
+
+
 class _Guarded(Generic[T]):
     "A compute function that no thread enters a second time."
 
     def __init__(self, compute: Callable[[], T]):
         self._compute = _checked(compute)
-        self._inside: set[int] = set()  # threads that compute
+
+    def entered(self) -> bool:  # by this thread
+        return any(each is self for each in _computing())
 
     def __call__(self) -> T:
-        me = get_ident()
-        if me in self._inside:
+        if self.entered():
             raise RuntimeError(
                 "compute: asks for the value that it computes; needed a function of other values"
             )
-        self._inside.add(me)
+        before = _computing()
+        _OWN.computing = (*before, self)
         try:
             return self._compute()
         finally:
-            self._inside.discard(me)
+            _OWN.computing = before
 
 # %% ../nbs/10_norm_cache.ipynb #028ee86b
 class PlainFlag(Cached[T]):
@@ -138,7 +149,7 @@ class LockedFlag(Cached[T]):
 
     def invalidate(self) -> None:
         with self._lock:
-            if self._compute._inside:
+            if self._compute.entered():
                 raise RuntimeError(
                     "invalidate: called by the compute function, whose value it would outdate"
                 )
@@ -182,32 +193,108 @@ class PerThread(Cached[T]):
     def invalidate(self) -> None:
         self._version = object()
 
+# %% ../nbs/10_norm_cache.ipynb #fe2188c7
+def nothing() -> None:
+    "The cheapest thing to compute."
+
+
+def _read_only(value: Any) -> Any:
+    "The value with read-only views of its arrays, tuples for lists, and read-only mappings for dicts."
+    if isinstance(value, np.ndarray):
+        view = value.view()
+        view.flags.writeable = False
+        return view
+    if type(value) is dict:
+        return MappingProxyType({key: _read_only(part) for key, part in value.items()})
+    if type(value) not in (list, tuple):
+        return value
+    parts = tuple(map(_read_only, value))
+    same = type(value) is tuple and all(new is old for new, old in zip(parts, value))
+    return value if same else parts
+
 # %% ../nbs/10_norm_cache.ipynb #a021bd4d
 class DerivedValue(Cached[T]):
     """A value computed from others, kept until they change; safe to share between threads.
 
-    Invariant: a cell holds a value computed after the cell was put in place. Call `invalidate` after each change.
-    Any number of threads may call both methods. Nobody waits: readers that find the cell empty at the same time each
-    compute, and all return the value that was first. An error of `compute` reaches the caller, and the cell stays empty.
+    Call `invalidate` after each change. Any number of threads may call both methods.
+    Invariant: a cell holds a value computed after the cell was put in place.
+    Readers of an empty cell wait for the one that computes, unless they compute something themselves. So hold no
+    lock that `compute` needs while you call `get`, or say `once=False`: then each computes, and nobody waits.
+    An error of `compute` reaches the caller that ran it, and the cell stays empty.
+    A copy, a deep copy or a pickle has the same compute function, and computes anew.
+    As a decorator of a method it makes an attribute: reading it gives the value, `del` invalidates it.
     """
 
     def __init__(
-        self, compute: Callable[[], T]
-    ):  # of no arguments; must not change what it returned before
-        self._compute: Callable[[], T] = _Guarded(compute)
-        self._cell: list[T] = []
+        self,
+        compute: Callable[..., T],  # of no arguments; of the instance, for a decorated method
+        *,
+        once: bool = True,  # readers of an empty cell compute once and share the value
+    ):
+        self._compute: _Guarded[T] = _Guarded(compute)
+        self._once, self._attribute = once, ""
+        self._turn: Callable[[], Any] = threading.Lock if once else nothing
+        self.invalidate()
 
     def get(self) -> T:
-        "The value, computed if something has changed since it was computed last."
-        cell = self._cell
+        "The value, computed if something has changed; arrays in it are read-only views."
+        cell, turn = self._current
         if not cell:
-            cell.append(self._compute())
-            del cell[1:]  # of readers that were later: one value is kept
+            self._fill(cell, turn)
         return cell[0]
 
     def invalidate(self) -> None:
         "Say that something has changed. A `get` that begins after this has returned sees the change."
-        self._cell = []
+        self._current: tuple[list[T], Any] = [], self._turn()
+
+    def _fill(self, cell: list[T], turn: Any) -> None:
+        if turn is None or _computing():  # who computes waits for nobody
+            turn = nullcontext()
+        with turn:
+            if not cell:
+                cell.append(_read_only(self._compute()))
+                del cell[1:]  # of readers that were later: one value is kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"compute": self._compute._compute, "once": self._once, "name": self._attribute}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        DerivedValue.__init__(self, state["compute"], once=state["once"])
+        self._attribute = state["name"]
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._attribute = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else self._of(instance).get()
+
+    def __delete__(self, instance: Any) -> None:
+        self._of(instance).invalidate()
+
+    def _of(self, instance: Any) -> "DerivedValue[T]":  # what an instance keeps for this attribute
+        kept = getattr(instance, "__dict__", None)
+        if kept is None:
+            raise TypeError(
+                f"{self._attribute}: {type(instance).__name__} has no __dict__ to keep the value in"
+            )
+        name = f"_derived_{self._attribute}"
+        return kept.get(name) or kept.setdefault(name, _Attribute(self, instance))
+
+
+class _Attribute(DerivedValue[T]):
+    "The value of one instance for a `DerivedValue` of its class. A copy belongs to the instance's copy."
+
+    def __init__(self, declared: DerivedValue[T], instance: Any):
+        compute: Callable[..., T] = declared._compute._compute
+        super().__init__(partial(compute, instance), once=declared._once)
+        self._place = instance, declared._attribute
+
+    def __reduce__(self) -> Any:
+        return _attribute, self._place
+
+
+def _attribute(instance: Any, name: str) -> Any:  # for `copy` and `pickle`
+    return _Attribute(inspect.getattr_static(type(instance), name), instance)
 
 # %% ../nbs/10_norm_cache.ipynb #59089d75
 VARIANTS: dict[str, Callable[[Callable[[], Any]], Cached]] = {
@@ -389,11 +476,34 @@ def interpreter_line() -> str:
         return f"{version} with a global lock{build}: threads switch between instructions, and races are rarer than they could be"
     return f"{version} without a global lock: threads run at the same time, and races show at their full rate"
 
+# %% ../nbs/10_norm_cache.ipynb #df6b95c1
+class Trial(NamedTuple):
+    "A stress run of all variants, the broken ones as positive controls."
+
+    results: dict[str, Stress]
+
+    @property
+    def proves(self) -> bool:
+        "Whether each broken variant has shown a stale read, so that the run can see one."
+        return all(self.results[name].stale for name in self.results if name not in SAFE)
+
+    def check(self) -> str:
+        "The verdict in one line; an AssertionError if a safe variant was stale in a run that proves."
+        stale = [name for name in SAFE if self.results[name].stale]
+        assert not stale, f"stale reads of {', '.join(stale)}"
+        if not self.proves:
+            return "the broken variants show no stale read either: this run proves nothing"
+        return "the broken variants show stale reads, the safe ones none"
+
+
+def trial(
+    operations: int,  # of each variant
+    **options: Any,  # of `stress`
+) -> Trial:
+    "Put every variant under the same load."
+    return Trial({name: stress(make, operations, **options) for name, make in VARIANTS.items()})
+
 # %% ../nbs/10_norm_cache.ipynb #4cfbac2f
-def nothing() -> None:
-    "The cheapest thing to compute."
-
-
 def costs(
     names: Iterable[str] = tuple(VARIANTS),  # of VARIANTS
     *,

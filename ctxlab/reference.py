@@ -77,6 +77,13 @@ def check_rows(
 NORM_FLOOR = 1e-12  # a product of norms at or below it counts as "no norm": similarity 0
 
 
+def _check_floor(floor: float) -> float:
+    "The floor as a float; a ValueError unless it is finite and not negative."
+    if not 0 <= floor < np.inf:
+        raise ValueError(f"floor: {floor}, needed a finite number of at least 0 (0: no floor)")
+    return float(floor)
+
+
 def _centred(
     a: np.ndarray,  # (n, D)
 ) -> tuple[
@@ -90,9 +97,16 @@ def _centred(
     return A - A.sum(axis=0) / max(len(A), 1), exponent
 
 # %% ../nbs/02_reference.ipynb #752e9043
-def _tanh_correlation(c: np.ndarray, d: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    "`tanh(c / d)` where the product of `norms` says that there is something to correlate, else 0."
-    return np.tanh(np.divide(c, d, out=np.zeros_like(c), where=norms > NORM_FLOOR))
+def _tanh_correlation(
+    c: np.ndarray,  # (D, D) sums of products
+    d: np.ndarray,  # (D, D) products of norms, without the exponents
+    exponent: np.ndarray,  # (D, D) binary exponents that were taken out of both
+    floor: float,
+) -> np.ndarray:  # (D, D)
+    "`tanh(c / d)` where the product of norms is above the floor, else 0."
+    with np.errstate(over="ignore", under="ignore"):
+        norms = np.ldexp(d, exponent) if floor > 0 else d
+    return np.tanh(np.divide(c, d, out=np.zeros_like(c), where=norms > floor))
 
 
 def similarity(
@@ -101,17 +115,17 @@ def similarity(
     *,
     rows: np.ndarray | None = None,  # (n,) rows to use; default: `sample_rows(S, max_rows)`
     max_rows: int | None = 32,  # None takes every row
+    floor: float = NORM_FLOOR,  # a product of norms at or below it counts as none; 0: no floor
 ) -> np.ndarray:  # (D, D), dtype of x
     "tanh of the Pearson correlation of feature i of `x` with feature j of `y`; 0 where a norm vanishes."
     x = check_array("x", x)
     y = check_array("y", y, dtype=x.dtype)
     check_same_shape("y", y, "x", x)
+    floor = _check_floor(floor)
     rows = sample_rows(len(x), max_rows) if rows is None else check_rows(rows, len(x))
     (X, ex), (Y, ey) = _centred(x[rows]), _centred(y[rows])
     d = np.outer(np.linalg.norm(X, axis=0), np.linalg.norm(Y, axis=0))
-    with np.errstate(over="ignore", under="ignore"):
-        norms = np.ldexp(d, ex[:, None] + ey[None, :])
-    return _tanh_correlation(X.T @ Y, d, norms).astype(x.dtype)
+    return _tanh_correlation(X.T @ Y, d, np.add.outer(ex, ey), floor).astype(x.dtype)
 
 # %% ../nbs/02_reference.ipynb #5e2e71f1
 def _real(
@@ -152,20 +166,33 @@ def ema(
     return (1 - r) * previous + r * new
 
 # %% ../nbs/02_reference.ipynb #a5096764
-def similarity_step(
-    x: np.ndarray,  # (D,) one token's input
-    y: np.ndarray,  # (D,) its output, same dtype
-) -> np.ndarray:  # (D, D), dtype of x
-    "The token statistic: tanh of the outer product of the centred, normalised vectors. Not a correlation."
-    x = check_array("x", x, ndim=(1,))
-    y = check_array("y", y, ndim=(1,), dtype=x.dtype)
-    check_same_shape("y", y, "x", x)
+def _token_similarity(
+    x: np.ndarray,  # (D,)
+    y: np.ndarray,  # (D,)
+    floor: float,
+) -> np.ndarray:  # (D, D) float64
+    "The statistic of one token."
     (X, ex), (Y, ey) = _centred(x[:, None]), _centred(y[:, None])
-    d = np.outer(np.linalg.norm(X), np.linalg.norm(Y))
-    with np.errstate(over="ignore", under="ignore"):
-        norms = np.ldexp(d, ex[:, None] + ey[None, :])
     c = np.outer(X, Y)
-    return _tanh_correlation(c, np.broadcast_to(d, c.shape), norms).astype(x.dtype)
+    d = np.full_like(c, np.linalg.norm(X) * np.linalg.norm(Y))
+    return _tanh_correlation(c, d, ex + ey, floor)
+
+
+def similarity_step(
+    x: np.ndarray,  # (D,) one token's input, or (B, D): of one token of each of B sequences
+    y: np.ndarray,  # its output, same shape and dtype
+    *,
+    floor: float = NORM_FLOOR,  # a product of norms at or below it counts as none; 0: no floor
+) -> np.ndarray:  # (D, D), dtype of x
+    "The token statistic: tanh of the outer product of the centred, normalised vectors; of B tokens the mean."
+    x = check_array("x", x, ndim=(1, 2))
+    y = check_array("y", y, ndim=(x.ndim,), dtype=x.dtype)
+    check_same_shape("y", y, "x", x)
+    floor = _check_floor(floor)
+    tokens = list(zip(np.atleast_2d(x), np.atleast_2d(y), strict=True))
+    if not tokens:
+        raise ValueError(f"x: shape {x.shape} holds no token; needed at least one")
+    return np.mean([_token_similarity(a, b, floor) for a, b in tokens], axis=0).astype(x.dtype)
 
 # %% ../nbs/02_reference.ipynb #aae04e10
 def check_strength(strength: float) -> float:

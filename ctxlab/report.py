@@ -48,6 +48,7 @@ from ctxlab.claims import (
     noisy,
 )
 from .data import PACKAGED, InputError
+from .files import replace_files
 from .measure import AGAIN, Interval, machine, machine_line
 
 # %% ../nbs/13_report.ipynb #0df3fed7
@@ -735,26 +736,6 @@ def _no_folders(target: Path, names: Iterable[str]) -> None:
             raise InputError(f"{target / name}: is a folder; a file of that name is to be written")
 
 
-def _move(place: Path, target: Path) -> None:
-    "Move the files of `place` into `target`, all of them or none; what they replace goes to a folder in `place`."
-    files, moved = sorted(place.iterdir()), []
-    _no_folders(target, (path.name for path in files))
-    old = Path(tempfile.mkdtemp(dir=place))
-    try:
-        for path in files:
-            moved.append(path.name)
-            if (target / path.name).exists():
-                os.replace(target / path.name, old / path.name)
-            os.replace(path, target / path.name)
-    except BaseException:
-        for name in moved:
-            if (old / name).exists():
-                os.replace(old / name, target / name)
-            elif not (place / name).exists():
-                (target / name).unlink(missing_ok=True)
-        raise
-
-
 def _make_folder(folder: Path) -> list[Path]:  # what was made, deepest first
     "Make `folder` and its parents where they are missing."
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
@@ -781,7 +762,8 @@ def staging(
         raise InputError(f"{target}: cannot be written ({e.strerror})") from e
     try:
         yield place
-        _move(place, target)
+        _no_folders(target, (path.name for path in place.iterdir()))
+        replace_files({path: target / path.name for path in sorted(place.iterdir())})
         made = []
     finally:
         shutil.rmtree(place, ignore_errors=True)

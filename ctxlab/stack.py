@@ -7,9 +7,10 @@ __all__ = ['KINDS', 'Stack', 'Memory', 'memory', 'versions']
 
 # %% ../nbs/09a_stack.ipynb #841d6916
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -66,6 +67,9 @@ class Stack:
             KINDS[kind](dim, rng=rng, context=context(), workspace=self.workspace)
             for _ in range(layers)
         ]
+
+    def __copy__(self) -> Self:  # as of a block: nothing is shared
+        return deepcopy(self)
 
     def forward(
         self,

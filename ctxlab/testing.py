@@ -19,12 +19,12 @@ def tolerance(
     *,
     c: float = 4.0,  # safety factor for the few operations around the reduction
 ) -> float:  # relative bound, to be multiplied by the size of the terms
-    "Rounding that a reduction of length `depth` may commit: `c * eps * depth` (Higham 2002, eq. 3.5)."
-    return c * float(np.finfo(dtype).eps) * max(int(depth), 1)
+    "Rounding of a reduction of length `depth`: `c * eps * sqrt(depth)` (Higham and Mary 2019)."
+    return c * float(np.finfo(dtype).eps) * float(np.sqrt(max(depth, 1)))
 
 # %% ../nbs/00_testing.ipynb #d8f60689
 def _same_kind(actual: np.ndarray, expected: np.ndarray) -> None:
-    "Shape, dtype and the places of NaN, +inf and -inf agree, or an AssertionError says which does not."
+    "Fail where shape, dtype or the places of NaN, +inf and -inf differ, and say which."
     if actual.shape != expected.shape:
         raise AssertionError(f"shape: {actual.shape}, expected {expected.shape}")
     if actual.dtype != expected.dtype:
@@ -33,7 +33,8 @@ def _same_kind(actual: np.ndarray, expected: np.ndarray) -> None:
         differ = np.argwhere(test(actual) != test(expected))
         if len(differ):
             raise AssertionError(
-                f"{name}: {len(differ)} of {actual.size} entries differ, first at {_place(differ[0])}"
+                f"{name}: {len(differ)} of {actual.size} entries differ, "
+                f"first at {_place(differ[0])}"
             )
 
 
@@ -46,24 +47,19 @@ def assert_equiv(
     expected: ArrayLike,  # the reference, of the same shape and dtype
     *,
     depth: int = 1,  # K, length of the reduction behind an entry
-    scale: ArrayLike
-    | None = None,  # size of the terms, scalar or broadcastable array; default: largest finite |expected|
+    scale: ArrayLike | None = None,  # size of the terms, broadcastable; default: each |expected|
     c: float = 4.0,  # safety factor, see `tolerance`
 ) -> None:
-    "Raise AssertionError unless `|actual - expected| <= tolerance(dtype, depth) * scale` and all else is equal."
+    "Fail unless `|actual - expected| <= tolerance(dtype, depth) * scale` and all else is equal."
     a, e = np.asarray(actual), np.asarray(expected)
     _same_kind(a, e)
     finite = np.isfinite(e)
-    if not finite.any():
-        return
-    if scale is None:
-        scale = np.max(np.abs(e), where=finite, initial=0.0)
+    size = np.abs(e, dtype=np.float64) if scale is None else np.asarray(scale, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.where(finite, np.abs(a.astype(np.float64) - e), 0.0)
-    allowed = np.broadcast_to(
-        tolerance(e.dtype, depth, c=c) * np.asarray(scale, np.float64), e.shape
-    )
-    bad = ~(error <= allowed)  # written so that a NaN in `scale` is a failure
+        allowed = np.broadcast_to(tolerance(e.dtype, depth, c=c) * size, e.shape)
+    # Written so that a NaN in `scale` is a failure, and so is a scale that allows anything.
+    bad = finite & ~((error <= allowed) & (allowed < np.inf))
     if bad.any():
         at = _place(np.unravel_index(np.argmax(np.where(bad, error, -1)), e.shape))
         raise AssertionError(
@@ -79,7 +75,7 @@ def expect_fail(
     *,
     show: bool = True,  # print the message
 ) -> Iterator[None]:
-    "The block must raise `error` with `contains` in its message, or an AssertionError says so; other errors pass through."
+    "Fail unless the block raises `error` with `contains` in its message; others pass through."
     try:
         yield
     except error as e:
@@ -118,7 +114,7 @@ def numeric_gradient(
     x: np.ndarray,  # float64, any shape
     step: float = 6e-6,  # h, relative to max(1, |x_i|)
 ) -> np.ndarray:  # same shape as x
-    "Gradient of `f` at `x` by central differences, one entry after the other (2 calls of `f` each)."
+    "Gradient of `f` at `x` by central differences, entry by entry (2 calls of `f` each)."
     if x.dtype != np.float64:
         raise TypeError(f"x: {x.dtype} has too few digits for differences; use float64")
     x, grad = x.copy(), np.empty_like(x)

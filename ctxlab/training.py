@@ -13,7 +13,6 @@ import io
 import itertools
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .block import Parametric, Shapes, _views, check_state, initialise
+from .block import Parametric, Shapes, _flat, check_state, converted, initialise
 from .context import SharedAttentionContext, frobenius, panel_shape, update_requirement
+from .files import link_or_copy, whole_files
 from .gemm import aligned_empty, unbuffered
 from ctxlab.layers import (
     adam_into,
@@ -132,16 +132,22 @@ class _Weights(Parametric):
             "norm.weight": (dim,),
             "norm.bias": (dim,),
         }
-        flats = [aligned_empty((sum(map(math.prod, own.values())),), self.dtype) for _ in range(2)]
-        self._own, gradients = (_views(flat, own) for flat in flats)
-        initialise(self._own, rng)
-        for g in gradients.values():
+        self._parameters, self._gradients = (_flat(own, self.dtype) for _ in range(2))
+        initialise(self._parameters, rng)
+        for g in self._gradients.values():
             g.fill(0)
-        self._parameters, self._gradients = dict(self._own), dict(gradients)
-        for block in blocks:
-            self._parameters |= {f"{block.name}.{n}": p for n, p in block.parameters().items()}
-            self._gradients |= {f"{block.name}.{n}": g for n, g in block.gradients().items()}
-        self._saved: Any = None  # what backward needs; None: no loss to follow
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        "Name -> array, those of the blocks under the names of the blocks."
+        return self._parameters | {
+            f"{b.name}.{n}": p for b in self.blocks for n, p in b.parameters().items()
+        }
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        "Name -> gradient of the last backward pass; the same arrays each time."
+        return self._gradients | {
+            f"{b.name}.{n}": g for b in self.blocks for n, g in b.gradients().items()
+        }
 
     def state_shapes(
         self,
@@ -153,19 +159,19 @@ class _Weights(Parametric):
             for name in with_context
             for n in ("incoming", "outgoing")
         }
-        return {n: p.shape for n, p in self._parameters.items()}, contexts
+        return {n: p.shape for n, p in self.parameters().items()}, contexts
 
     def state_dict(self) -> dict[str, np.ndarray]:
         "Copies of the parameters, and of the contexts if there are any."
-        own = {n: p.copy() for n, p in self._own.items()}
+        own = {n: p.copy() for n, p in self._parameters.items()}
         return own | {f"{b.name}.{n}": a for b in self.blocks for n, a in b.state_dict().items()}
 
     def load_state_dict(
         self, state: Mapping[str, Any]
     ) -> None:  # as from `state_dict`, or an opened .npz
         "Restore parameters and contexts; a ValueError names all that does not fit, and nothing is loaded."
-        state = {n: np.asarray(state[n]) for n in state}
         check_state(state, *self.state_shapes())
+        state = converted(state, state, self.dtype)
         for n, a in state.items():
             if n.endswith(".context.strength") and not np.isfinite(a[0]):
                 raise ValueError(f"state: {n} is {a[0]}, needed a finite number")
@@ -177,7 +183,7 @@ class _Weights(Parametric):
                     if n.startswith(f"{b.name}.")
                 }
             )
-        for n, p in self._own.items():
+        for n, p in self._parameters.items():
             p[...] = state[n]
         self._saved = None
 
@@ -247,10 +253,6 @@ class _Passes(_Weights):
         )
         kept.outputs, kept.last = {}, None  # the blocks hold what they need
         for block in reversed(self.blocks):
-            if block.context is not None:
-                g[f"{block.name}.context.strength"].fill(
-                    0
-                )  # it has no gradient until something comes in
             block.backward(G.reshape(B, S, D), out=other.reshape(B, S, D))
             G, other = other, G
         with ws.scope():
@@ -394,7 +396,7 @@ class LanguageModel(_Passes):
             for a in (b.context.incoming, b.context.incoming, b.context.outgoing)
         ]
         held = sum(a.nbytes for a in contexts if a is not None)  # what comes in is also held folded
-        return 2 * sum(p.nbytes for p in self._parameters.values()) + held + self.workspace.nbytes
+        return 2 * sum(p.nbytes for p in self.parameters().values()) + held + self.workspace.nbytes
 
     def requirement(self) -> Requirement:  # in the letters of the blocks, and V
         "What a loss and its backward pass take from the workspace, once the contexts have learned."
@@ -402,17 +404,17 @@ class LanguageModel(_Passes):
 
     def workspace_bytes(self, batch: int, seq_len: int) -> int:
         "Most bytes that are taken at once, for sequences of this length."
-        rows, most = batch * seq_len, self.config["max_rows"]
+        rows, first = batch * seq_len, self.blocks[0]
         sizes = dict(
             B=batch,
             S=seq_len,
             D=self.dim,
             N=rows,
             V=self.vocab,
-            n=min(rows, most or rows),
+            n=first._learned_from(batch, seq_len),
             p=panel_shape(self.dim, self.dtype)[0],
         )
-        return self.requirement().nbytes(**sizes | self.blocks[0]._sizes(batch, seq_len))
+        return self.requirement().nbytes(**sizes | first._sizes(batch, seq_len))
 
 # %% ../nbs/07a_training.ipynb #14eb1ac9
 def _model_requirement(model: LanguageModel) -> Requirement:
@@ -672,47 +674,18 @@ def previous(path: str | Path) -> Path:
     return Path(path).with_name(Path(path).name + ".previous")
 
 
-def _sync(path: Path) -> None:  # a file or, where the system lets one open it, a folder
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
-
-
-def _keep_previous(path: Path, link: Path) -> None:  # while `path` stays where it is
-    try:
-        os.link(path, link)
-    except OSError:
-        shutil.copyfile(path, link)  # no hard links here
-    os.replace(link, previous(path))
-
-
 def save_checkpoint(path: str | Path, run: Run) -> None:
     "Write a run's state; the file under `path` is whole at every moment, and the one before is kept."
-    path = Path(path)
-    part, link = (path.with_name(f"{path.name}.{kind}") for kind in ("part", "link"))
-    try:
+    with whole_files(path) as (part,):
         with open(part, "w+b") as f:
             np.savez(f, **run.state_dict())  # type: ignore[arg-type]
             f.seek(0)
             digest = hashlib.file_digest(f, "sha256").digest()
             f.seek(0, os.SEEK_END)
             f.write(digest)
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists():
-            _keep_previous(path, link)
-        os.replace(part, path)
-        _sync(path.parent)
-    finally:
-        for rest in (part, link):
-            rest.unlink(missing_ok=True)
+        if Path(path).exists():
+            with whole_files(previous(path)) as (old,):
+                link_or_copy(path, old)
 
 # %% ../nbs/07a_training.ipynb #d4621215
 def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:  # for `Run.load_state_dict`

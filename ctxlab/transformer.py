@@ -14,9 +14,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ctxlab.attention import (
+    _attention_backward_into,
+    _attention_into,
+    _check_keep,
+    _clear,
+    _copy_runs,
+    _runs,
     attention,
-    attention_backward_into,
-    attention_into,
     attention_requirement,
     attention_vjp,
     block_rows,
@@ -26,22 +30,27 @@ from .context import SharedAttentionContext
 from .gemm import panels
 from ctxlab.layers import (
     _add_residual,
+    _gelu_backward_into,
+    _gelu_into,
+    _linear_backward_into,
+    _linear_into,
+    _norm_backward_into,
+    _norm_into,
+    _renorm_into,
     check_form,
     gelu,
-    gelu_backward_into,
-    gelu_into,
     gelu_vjp,
     layer_norm,
     layer_norm_vjp,
     linear,
-    linear_backward_into,
-    linear_into,
-    norm_backward_into,
-    norm_into,
     norm_requirement,
-    renorm_into,
 )
 from .workspace import Buffer, Requirement, Workspace, all_of, any_of
+
+# %% ../nbs/07_transformer.ipynb #0f3b88c9
+def _where_real(keep: np.ndarray | None, a: np.ndarray) -> np.ndarray:  # (B, S, D)
+    "Zeros in place of padding."
+    return a if keep is None else np.where(keep[:, :, None], a, 0)
 
 # %% ../nbs/07_transformer.ipynb #71fa27e8
 def transformer_shapes(D: int, F: int) -> dict[str, tuple[int, ...]]:  # names as in PyTorch
@@ -74,7 +83,7 @@ def transformer(
     eps: float = 1e-5,
 ) -> np.ndarray:  # (B, S, D)
     "One block, clear and allocating."
-    B, S, D = x.shape
+    (B, S, D), x = x.shape, _where_real(keep, x)
 
     def attend(x: np.ndarray) -> np.ndarray:
         qkv = linear(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"])
@@ -92,9 +101,9 @@ def transformer(
     norm = lambda i, x: layer_norm(x, p[f"norm{i}.weight"], p[f"norm{i}.bias"], eps)
     if norm_first:
         x = x + attend(norm(1, x))
-        return x + feed(norm(2, x))
+        return _where_real(keep, x + feed(norm(2, x)))
     x = norm(1, x + attend(x))
-    return norm(2, x + feed(x))
+    return _where_real(keep, norm(2, x + feed(x)))
 
 # %% ../nbs/07_transformer.ipynb #86722dd1
 Backward = Callable[
@@ -194,7 +203,7 @@ def transformer_vjp(
     def feed(x: np.ndarray) -> tuple[np.ndarray, Backward]:
         return _feed_vjp(p, grads, x, approximate)
 
-    h, G = (a.reshape(-1, a.shape[2]) for a in (x, grad_out))
+    h, G = (_where_real(keep, a).reshape(-1, a.shape[2]) for a in (x, grad_out))
     if norm_first:
         a, attend_back = attend(norm(1, h))
         m = h + a
@@ -208,17 +217,8 @@ def transformer_vjp(
         y, dr = norm(2, m + f), norm_vjp(2, m + f, G)
         dr = norm_vjp(1, h + a, dr + feed_back(dr))
         dh = dr + attend_back(dr)
-    return y.reshape(x.shape), dh.reshape(x.shape), grads
-
-# %% ../nbs/07_transformer.ipynb #0f3b88c9
-def _check_keep(keep: Any, shape: tuple[int, ...]) -> np.ndarray | None:
-    if keep is None:
-        return None
-    if not isinstance(keep, np.ndarray) or keep.dtype != np.bool_:
-        raise TypeError("keep: a NumPy array of bool is needed, True for real tokens")
-    if keep.shape != shape[:2]:
-        raise ValueError(f"keep: shape {keep.shape}, needed (B, S) = {shape[:2]}")
-    return keep
+    y, dh = (_where_real(keep, a.reshape(x.shape)) for a in (y, dh))
+    return y, dh, grads
 
 # %% ../nbs/07_transformer.ipynb #17d5db8a
 class _Sublayers(SizedBlock):
@@ -252,8 +252,8 @@ class _Sublayers(SizedBlock):
     ) -> None:
         "`out = residual + attention of x`."
         p = self._parameters
-        linear_into(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"], kept.qkv)
-        attention_into(
+        _linear_into(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"], kept.qkv)
+        _attention_into(
             *self._split(kept.qkv, shape),
             self._by_head(kept.heads, shape),
             kept.lse,
@@ -280,7 +280,7 @@ class _Sublayers(SizedBlock):
                 ws.take("transformer.dheads", x.shape, self.dtype),
                 ws.take("transformer.dqkv", kept.qkv.shape, self.dtype),
             )
-            linear_backward_into(
+            _linear_backward_into(
                 kept.heads,
                 p["self_attn.out_proj.weight"],
                 G,
@@ -288,7 +288,7 @@ class _Sublayers(SizedBlock):
                 g["self_attn.out_proj.weight"],
                 g["self_attn.out_proj.bias"],
             )
-            attention_backward_into(
+            _attention_backward_into(
                 *self._split(kept.qkv, shape),
                 self._by_head(kept.heads, shape),
                 kept.lse,
@@ -299,7 +299,7 @@ class _Sublayers(SizedBlock):
                 causal=self.causal,
                 keep=kept.keep,
             )
-            linear_backward_into(
+            _linear_backward_into(
                 x,
                 p["self_attn.in_proj_weight"],
                 dqkv,
@@ -316,7 +316,7 @@ class _Sublayers(SizedBlock):
         np.matmul(x, p["linear1.weight"].T, out=kept.hidden)
         with ws.scope():
             activated = ws.take("transformer.activated", kept.hidden.shape, self.dtype)
-            gelu_into(kept.hidden, p["linear1.bias"], kept.cdf, activated, ws, self.approximate)
+            _gelu_into(kept.hidden, p["linear1.bias"], kept.cdf, activated, ws, self.approximate)
             np.matmul(activated, p["linear2.weight"].T, out=out)
         _add_residual(out, residual, p["linear2.bias"])
 
@@ -332,13 +332,13 @@ class _Sublayers(SizedBlock):
                 out=ws.take("transformer.dhidden", kept.hidden.shape, self.dtype),
             )
             activated = kept.cdf  # is not needed after this
-            gelu_backward_into(
+            _gelu_backward_into(
                 kept.hidden, kept.cdf, dhidden, dhidden, ws, self.approximate, activated=activated
             )
-            linear_backward_into(
+            _linear_backward_into(
                 activated, p["linear2.weight"], G, None, g["linear2.weight"], g["linear2.bias"]
             )
-            linear_backward_into(
+            _linear_backward_into(
                 x, p["linear1.weight"], dhidden, out, g["linear1.weight"], g["linear1.bias"]
             )
 
@@ -388,7 +388,7 @@ class TransformerBlock(_Sublayers):
         )
 
     def _norm(self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace) -> np.ndarray:
-        return norm_into(
+        return _norm_into(
             x,
             self._parameters[f"norm{i}.weight"],
             self._parameters[f"norm{i}.bias"],
@@ -400,7 +400,7 @@ class TransformerBlock(_Sublayers):
     def _renorm(
         self, i: int, x: np.ndarray, out: np.ndarray, kept: SimpleNamespace
     ) -> np.ndarray:  # as in the forward pass
-        return renorm_into(
+        return _renorm_into(
             x,
             kept.stats[i - 1],
             self._parameters[f"norm{i}.weight"],
@@ -411,7 +411,7 @@ class TransformerBlock(_Sublayers):
     def _norm_backward(
         self, i: int, x: np.ndarray, G: np.ndarray, out: np.ndarray, kept: SimpleNamespace
     ) -> None:
-        norm_backward_into(
+        _norm_backward_into(
             x,
             kept.stats[i - 1],
             self._parameters[f"norm{i}.weight"],
@@ -423,7 +423,14 @@ class TransformerBlock(_Sublayers):
         )
 
     def _check_options(self, shape: tuple[int, ...], keep: np.ndarray | None = None) -> None:
-        _check_keep(keep, shape)
+        _check_keep(keep, shape[:2])
+
+    def _without_padding(self, x: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+        if keep is None:
+            return x
+        real = self.workspace.take(f"{self.name}.real", x.shape, self.dtype)
+        _copy_runs(self._rows(x), _runs(keep.reshape(-1)), self._rows(real))
+        return real
 
     def _forward(
         self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], keep: np.ndarray | None = None
@@ -439,6 +446,8 @@ class TransformerBlock(_Sublayers):
                 self._attend(h, h, kept.first, kept, shape)
                 self._feed(self._norm(1, kept.first, middle, kept), middle, kept.second, kept)
                 self._norm(2, kept.second, y, kept)
+        if keep is not None:
+            _clear(~keep.reshape(-1), y)
         return kept
 
     def _backward(
@@ -454,6 +463,9 @@ class TransformerBlock(_Sublayers):
                 self.workspace.take(f"transformer.{name}", h.shape, self.dtype)
                 for name in ("normed", "dmiddle")
             )
+            if kept.keep is not None:
+                real = self.workspace.take("transformer.dreal", h.shape, self.dtype)
+                G = _copy_runs(G, _runs(kept.keep.reshape(-1)), real)
             if self.norm_first:
                 self._feed_backward(self._renorm(2, kept.first, normed, kept), G, dm, kept)
                 self._norm_backward(2, kept.first, dm, dm, kept)
@@ -468,6 +480,8 @@ class TransformerBlock(_Sublayers):
                 self._norm_backward(1, kept.first, dm, dm, kept)
                 self._attend_backward(h, dm, grad_h, kept, shape)
                 grad_h += dm
+        if kept.keep is not None:
+            _clear(~kept.keep.reshape(-1), grad_h)
 
     def _kept(self) -> list[Buffer]:
         shapes = {
@@ -495,15 +509,20 @@ class TransformerBlock(_Sublayers):
         return dict(
             H=self.n_heads,
             F=self.ffn_dim,
+            E=self.dim // self.n_heads,
             r=block_rows(seq_len, self.dtype),
             g=g(self.ffn_dim),
             m=g(self.dim),
         )
 
+    def _padding(self, keep: bool) -> list[Buffer]:  # x without it, from forward until backward
+        return [_buffer("real", self.name, "B", "S", "D", dtype=self.dtype)] if keep else []
+
     def _forward_scratch(self, keep: bool = False) -> Requirement:
         b = lambda name, *shape: Buffer(f"transformer.{name}", shape, self.dtype)
         feed = all_of(b("activated", "N", "F"), Buffer("gelu.scratch", ("g", "F"), self.dtype))
         return all_of(
+            *self._padding(keep),
             b("normed", "N", "D"),
             any_of(attention_requirement(self.dtype, causal=self.causal, keep=keep), feed),
         )
@@ -517,6 +536,8 @@ class TransformerBlock(_Sublayers):
             attention_requirement(self.dtype, backward=True, causal=self.causal, keep=keep),
         )
         return all_of(
+            *self._padding(keep),
+            *([b("dreal", "N", "D")] if keep else []),
             b("normed", "N", "D"),
             b("dmiddle", "N", "D"),
             any_of(feed, attend, norm_requirement(self.dtype)),

@@ -11,15 +11,20 @@ import bisect
 import itertools
 import math
 import operator
+import os
 import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from functools import partial
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from threading import current_thread
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -43,11 +48,13 @@ def _check_shape(name: str, shape: Any) -> tuple[int, ...]:
 def _check_dtype(name: str, dtype: Any) -> np.dtype:
     try:
         found = np.dtype(dtype)
-    except (TypeError, ValueError, SyntaxError):
+    except (TypeError, ValueError, SyntaxError, DeprecationWarning):
         raise TypeError(f"dtype: {dtype!r} of {name!r} is no NumPy dtype") from None
-    if dtype is None or found.hasobject or not found.itemsize or found.subdtype:
+    abstract = isinstance(dtype, type) and issubclass(dtype, np.generic) and found.type != dtype
+    if abstract or dtype is None or found.hasobject or not found.itemsize or found.subdtype:
         raise TypeError(
-            f"dtype: {dtype} of {name!r} has no plain bytes to reuse; use numbers, bool or a record of them"
+            f"dtype: {dtype} of {name!r} has no plain bytes to reuse; "
+            "use numbers, bool or a record of them"
         )
     return found
 
@@ -114,7 +121,7 @@ def _inherit(view: "Watched", source: object) -> None:
 
 
 def _ask(a: object) -> None:
-    "Check the lease of `a`, if it has one; look into lists and tuples, which NumPy's functions take."
+    "Check the lease of `a`, if it has one, and of what lists, tuples and dicts hold."
     lease = _lease(a)
     if lease is not None:
         lease.use()
@@ -141,7 +148,7 @@ def _asking(name: str) -> Callable:
 
 # %% ../nbs/04_workspace.ipynb #748c8406
 class Watched(np.ndarray):
-    "What a debug workspace hands out: its methods, operators and NumPy's functions check first that the buffer is still on loan."
+    "What a debug workspace hands out: every use checks first that the buffer is still on loan."
 
     def __array_finalize__(
         self, source: np.ndarray | None
@@ -220,53 +227,11 @@ class _Buffer:
 NOTHING = np.empty(0, np.uint8)
 POISON = 0xFF  # in every byte: NaN as floating point, -1 as a signed integer
 
-# %% ../nbs/04_workspace.ipynb #fe4bc903
-class _Owned:
-    "One thread at a time: whoever takes first owns it, until everything is given back."
-
-    def __init__(self) -> None:
-        self._owner: threading.Thread | None = None
-        self._lock, self._scopes, self._generation = threading.Lock(), 0, 1
-        self._taken: list[_Buffer] = []  # in this generation, in order
-
-    def _claim(self) -> None:
-        "Make this thread the owner; a RuntimeError if another one is. The claim of a thread that has ended is void."
-        me = current_thread()
-        with self._lock:
-            owner = self._owner
-            if (
-                owner is not None
-                and owner is not me
-                and owner.is_alive()
-                and owner.ident in sys._current_frames()
-            ):
-                raise RuntimeError(
-                    "workspace: in use by another thread; give each thread a workspace of its own, "
-                    "or let the other one finish its scope or call next_generation()"
-                )
-            self._owner = me
-
-    def _disown(self) -> None:
-        if not self._taken and not self._scopes:
-            self._owner = None
-
-    @contextmanager
-    def _between(self, what: str) -> Iterator[None]:
-        "For changes that must not meet an open scope."
-        self._claim()
-        try:
-            if self._scopes:
-                raise RuntimeError(f"{what}: the workspace is inside a scope; leave it first")
-            yield
-        finally:
-            self._disown()
-
 # %% ../nbs/04_workspace.ipynb #0d6e7717
-class _Storage(_Owned):
+class _Storage:
     "What a workspace holds, and how to read it."
 
     def __init__(self, growth: str, limit_bytes: int | None, debug: bool) -> None:
-        super().__init__()
         if not isinstance(growth, str) or growth not in GROWTH:
             raise ValueError(f"growth: {growth!r}, needed one of {', '.join(map(repr, GROWTH))}")
         if limit_bytes is not None and not isinstance(limit_bytes, int | np.integer):
@@ -277,6 +242,7 @@ class _Storage(_Owned):
         self.limit_bytes = None if limit_bytes is None else int(limit_bytes)
         self._buffers: dict[str, _Buffer] = {}
         self._arena, self._allocations, self._used, self._peak = NOTHING, 0, 0, 0
+        self._generation = 1
 
     @property
     def generation(self) -> int:
@@ -303,8 +269,9 @@ class _Storage(_Owned):
     def __repr__(self) -> str:
         limit = "" if self.limit_bytes is None else f" of at most {megabytes(self.limit_bytes)}"
         return (
-            f"Workspace({len(self._buffers)} buffers, {megabytes(self.nbytes)} held{limit}, {megabytes(self.used_bytes)} in use, "
-            f"generation {self.generation}, {self.allocation_count} allocations)"
+            f"Workspace({len(self._buffers)} buffers, {megabytes(self.nbytes)} held{limit}, "
+            f"{megabytes(self.used_bytes)} in use, generation {self.generation}, "
+            f"{self.allocation_count} allocations)"
         )
 
     def summary(self) -> str:  # a table, the largest first
@@ -315,9 +282,183 @@ class _Storage(_Owned):
             lines.append(f"{b.name:24}{len(b.flat):12,}{b.used:12,}  {b.shape} {b.dtype}, {state}")
         return "\n".join([*lines, f"{'held':24}{self.nbytes:12,}{self.used_bytes:12,}  taken now"])
 
+# %% ../nbs/04_workspace.ipynb #fe4bc903
+_SUSPENDABLE = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
+
+
+def _in_contextlib(frame: FrameType | None) -> TypeGuard[FrameType]:
+    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
+
+
+def _sleeper(frame: FrameType | None) -> FrameType | None:
+    "The generator or coroutine that can be suspended with a scope open; None for a function."
+    while frame is not None and frame.f_code.co_flags & _SUSPENDABLE:
+        if not _in_contextlib(frame.f_back):
+            return frame
+        frame = frame.f_back  # the body of a `@contextmanager` serves whoever enters it
+        while _in_contextlib(frame):
+            frame = frame.f_back
+    return None
+
+# %% ../nbs/04_workspace.ipynb #5c0be001
+class _Scope:
+    "What is first taken inside is given back at the end, also after an error."
+
+    __slots__ = (
+        *("ws", "name", "code", "at", "frame", "over"),
+        *("parent", "slept", "plain", "taken", "token"),
+    )
+
+    def __init__(self, ws: "Workspace", name: str, frame: FrameType) -> None:
+        self.ws, self.name, self.over = ws, name, ""  # over: why it is not open any more
+        self.code, self.at = frame.f_code, frame.f_lasti  # the line is found when it is needed
+        self.frame = _sleeper(frame) if self.code.co_flags & _SUSPENDABLE else None
+        self.parent: _Scope | None = None  # the scope around it
+        self.slept = False  # was that one suspended when this one was opened?
+        self.plain = True  # can neither this one nor one around it be suspended?
+        self.taken: list[_Buffer] = []
+        self.token: Token | None = None
+
+    def __str__(self) -> str:
+        lines = (line for start, end, line in self.code.co_lines() if start <= self.at < end)
+        where = f"{self.code.co_filename}:{next(lines, '?')}, in {self.code.co_name}"
+        return f"scope {self.name!r} ({where})" if self.name else f"scope ({where})"
+
+    def suspended(self) -> bool:
+        return self.frame is not None and self.frame.f_back is None  # it has no caller
+
+    def __enter__(self) -> "Workspace":
+        ws = self.ws
+        if self.over or self.token is not None:
+            raise RuntimeError(f"{self} was entered before; call scope() again")
+        ws._claim(new=self)
+        parent = self.parent = ws._innermost
+        self.slept = parent is not None and parent.suspended()
+        self.plain = self.frame is None and (parent is None or parent.plain)
+        self.token = ws._here.set(self)
+        ws._innermost, ws._taken = self, self.taken
+        ws._quick = self if self.plain else NEVER
+        return ws
+
+    def __exit__(self, *_: object) -> None:
+        ws = self.ws
+        if self.over or self.token is None:
+            raise RuntimeError(f"{self} cannot be left: {self.over or 'it was never entered'}")
+        latest = _open_one(ws._innermost)
+        self.over, self.frame = "it was left before", None
+        if ws._owner is not current_thread():
+            ws._quick = NEVER  # the owner's next request looks
+            raise RuntimeError(f"{self} cannot be left by another thread than its own")
+        if latest is not self:
+            raise _overlap(self, latest)
+        if ws._here.get() is self:
+            try:
+                ws._here.reset(self.token)
+            except ValueError:  # in a copy of the context
+                ws._here.set(self.parent)
+        ws._close()
+        ws._disown()
+
+
+def _open_one(scope: _Scope | None) -> _Scope | None:
+    "The first of a scope and those around it that is still open."
+    while scope is not None and scope.over:
+        scope = scope.parent
+    return scope
+
+
+def _overlap(new: object, scope: _Scope | None) -> RuntimeError:
+    return RuntimeError(
+        f"workspace: {new} overlaps {scope}, which is open; scopes nest, "
+        "so give each task or generator a workspace of its own"
+    )
+
+# %% ../nbs/04_workspace.ipynb #c0a1d5e2
+_claims = threading.RLock()  # held while a workspace changes hands
+if hasattr(os, "register_at_fork"):  # no child is born while it is held
+    os.register_at_fork(
+        before=_claims.acquire, after_in_parent=_claims.release, after_in_child=_claims.release
+    )
+
+
+class _Owned(_Storage):
+    "One thread at a time: whoever takes first owns it, until everything is given back."
+
+    def __init__(self, growth: str, limit_bytes: int | None, debug: bool) -> None:
+        super().__init__(growth, limit_bytes, debug)
+        self._owner: threading.Thread | None = None
+        self._base: list[_Buffer] = []  # taken in this generation outside of all scopes
+        self._taken = self._base  # where the next one is noted
+        self._innermost: _Scope | None = None  # of all tasks
+        self._here: ContextVar[_Scope | None] = ContextVar("scope", default=None)  # of this task
+        self._quick: object = None  # whoever is here may take without a further look
+
+    def _claim(self, name: object = None, new: object = None) -> None:
+        "Make this thread the owner; a RuntimeError if another thread or task is in the way."
+        me = current_thread()
+        if self._owner is not me:
+            with _claims:
+                self._take_over(me)
+        if self._here.get() is not self._quick:
+            self._look(name, new)
+
+    def _take_over(self, me: threading.Thread) -> None:
+        owner = self._owner
+        if owner is not None:
+            if owner.is_alive() and owner.ident in sys._current_frames():
+                raise RuntimeError(
+                    "workspace: in use by another thread; give each thread one of its own, "
+                    "or let the other one finish its scope or call next_generation()"
+                )
+            self._abandon()
+        self._owner = me
+
+    def _abandon(self) -> None:
+        "The scopes of a thread that has ended are void; what it took stays for this generation."
+        while self._innermost is not None:
+            scope = self._innermost
+            self._base += scope.taken
+            scope.over, scope.frame = scope.over or "the thread that opened it has ended", None
+            self._innermost = scope.parent
+        self._point()
+
+    def _look(self, name: object, new: object = None) -> None:
+        "Find where the next buffer is noted; a RuntimeError if a scope in the way is not ours."
+        self._close()
+        top, here = self._innermost, _open_one(self._here.get())
+        if here is not top:
+            raise _overlap(new or here or "a request from outside of scopes", top)
+        self._here.set(here)
+        self._taken, later, scope = self._base, None, top
+        while scope is not None:
+            asleep = scope.suspended()
+            if later is not None and later.slept and not (asleep or scope.over):
+                raise _overlap(scope, later)
+            if asleep and any(b.name == name for b in scope.taken):
+                raise RuntimeError(f"name: {name!r} is in use in {scope}, which is suspended")
+            if not (asleep or scope.over) and self._taken is self._base:
+                self._taken = scope.taken
+            later, scope = scope, scope.parent
+
+    def _close(self) -> None:
+        "Give back what was taken in scopes that have been left, unless a later one is still open."
+        while self._innermost is not None and self._innermost.over:
+            _give_back(self, self._innermost.taken, "its scope has ended; take it again")
+            self._innermost = self._innermost.parent
+        self._point()
+
+    def _point(self) -> None:
+        scope = self._innermost
+        self._taken = self._base if scope is None else scope.taken
+        self._quick = scope if scope is None or scope.plain else NEVER
+
+    def _disown(self) -> None:
+        if not self._base and self._innermost is None:
+            self._owner = None
+
 # %% ../nbs/04_workspace.ipynb #9a46f5c6
-class Workspace(_Storage):
-    "Named buffers that are reused: exact shapes, 64-byte aligned, uninitialised, valid for one generation."
+class Workspace(_Owned):
+    "Named buffers that are reused: exact shapes, aligned, uninitialised, for one generation."
 
     def __init__(
         self,
@@ -329,8 +470,11 @@ class Workspace(_Storage):
         super().__init__(growth, limit_bytes, debug)
 
     def __reduce__(self) -> tuple:
-        "A copy (`copy`, `pickle`) is an empty workspace with the same settings: contents are never state."
-        return _empty_workspace, (self.growth, self.limit_bytes, self.debug)
+        "A copy (`copy`, `pickle`) is empty and has the same settings: contents are never state."
+        new = partial(
+            type(self), growth=self.growth, limit_bytes=self.limit_bytes, debug=self.debug
+        )
+        return new, ()
 
     def take(
         self,
@@ -343,27 +487,27 @@ class Workspace(_Storage):
         "A view of exactly this shape; allocates only when the name has never been as large."
         if self._owner is not current_thread():
             return self._take_new(name, shape, dtype)
+        quick = self._quick
+        if quick is not None and self._here.get() is not quick:
+            self._look(name)
         try:
             b = self._buffers[name]
-            known = b.asked is dtype and type(shape) is tuple and b.shape == shape
-            view = np.ndarray(shape, b.dtype, b.flat) if known else None
+            if b.asked is dtype and type(shape) is tuple and b.shape == shape:
+                view = np.ndarray(shape, b.dtype, b.flat)
+                if b.generation != self._generation:
+                    self._taken.append(b)
+                    b.generation = self._generation
+                    self._used += b.used
+                return view
         except (KeyError, TypeError):
-            view = None
-        if view is None:
-            return self._take_new(
-                name, shape, dtype
-            )  # outside of `except`, so that an error stands alone
-        if b.generation != self._generation:
-            b.generation = self._generation
-            self._taken.append(b)
-            self._used += b.used
-        return view
+            pass  # what is wrong is said outside, so that the error stands alone
+        return self._take_new(name, shape, dtype)
 
     def _take_new(
         self, name: str, shape: Any, dtype: Any
     ) -> np.ndarray:  # whatever is not a repetition
         shape, found, needed = _check_request(name, shape, dtype)
-        self._claim()
+        self._claim(name)
         try:
             b = self._buffers.get(name)
             if b is None or b.generation != self._generation:
@@ -371,13 +515,13 @@ class Workspace(_Storage):
                     b = _grow(self, {name: needed})[name]
                 if self.debug:
                     _lend(self, b)
-                b.shape, b.dtype, b.used, b.generation = shape, found, needed, self._generation
                 self._taken.append(b)
+                b.shape, b.dtype, b.used, b.generation = shape, found, needed, self._generation
                 self._used += needed
             elif (b.shape, b.dtype) != (shape, found):
                 raise ValueError(
-                    f"name: {name!r} is {b.shape} {b.dtype} in this generation, asked for as {shape} {found}; "
-                    "use another name, or a scope"
+                    f"name: {name!r} is {b.shape} {b.dtype} in this generation, "
+                    f"asked for as {shape} {found}; use another name, or a scope"
                 )
         finally:
             self._disown()
@@ -413,17 +557,22 @@ class Workspace(_Storage):
         finally:
             self._disown()
 
+    def scope(
+        self,
+        name: str = "",  # for messages
+    ) -> _Scope:  # to be entered with `with`, once; gives the workspace
+        "Give back at the end, also after an error, what is first taken inside."
+        return _Scope(self, name, sys._getframe(1))
+
     @contextmanager
-    def scope(self) -> Iterator["Workspace"]:
-        "What is first taken inside is given back at the end, also after an error; its names may then have other shapes."
+    def _between(self, what: str) -> Iterator[None]:
+        "For changes that must not meet an open scope."
         self._claim()
-        mark = len(self._taken)
-        self._scopes += 1
         try:
-            yield self
+            if self._innermost is not None:
+                raise RuntimeError(f"{what}: inside a {self._innermost}; leave it first")
+            yield
         finally:
-            self._scopes -= 1
-            _give_back(self, mark, "its scope has ended; take it again")
             self._disown()
 
     def next_generation(self) -> None:
@@ -438,21 +587,17 @@ class Workspace(_Storage):
             self._peak = 0
 
     def release(self) -> None:
-        "`clear`, and free all storage. A view that is still alive keeps its own memory until it goes."
+        "`clear`, and free all storage. A view that is still alive keeps its memory until it goes."
         with self._between("release"):
             _start_again(self)
             self._peak, self._buffers, self._arena = 0, {}, NOTHING
 
     def arrange(self, plan: "Plan") -> None:
-        "Lay the plan's buffers out in one arena. Its lifetimes are trusted; a debug workspace checks them as it runs."
+        "Lay the plan's buffers out in one arena. Only a debug workspace checks its lifetimes."
         with self._between("arrange"):
-            if self._taken:
+            if self._base:
                 raise RuntimeError("arrange: buffers are handed out; call next_generation() first")
             _arrange(self, plan)
-
-
-def _empty_workspace(growth: str, limit_bytes: int | None, debug: bool) -> Workspace:
-    return Workspace(growth=growth, limit_bytes=limit_bytes, debug=debug)
 
 # %% ../nbs/04_workspace.ipynb #d6f2dc74
 def _grow(
@@ -468,8 +613,8 @@ def _grow(
     if others + sum(sizes.values()) > limit:
         bound = "the end of all addresses" if ws.limit_bytes is None else "limit_bytes"
         raise MemoryError(
-            f"workspace: {', '.join(map(repr, needed))} would need {others + sum(sizes.values())} bytes in all, "
-            f"{bound} is {limit}"
+            f"workspace: {', '.join(map(repr, needed))} would need "
+            f"{others + sum(sizes.values())} bytes in all, {bound} is {limit}"
         )
     new = {}
     for name, size in sizes.items():
@@ -485,24 +630,25 @@ def _grow(
     return old
 
 
-def _give_back(ws: Workspace, mark: int, why: str) -> None:
-    "End the use of all buffers that were taken after the first `mark`."
-    ws._peak = ws.peak_bytes
-    for b in ws._taken[mark:]:
+def _give_back(ws: _Storage, taken: list[_Buffer], why: str) -> None:
+    "End the use of buffers."
+    if ws._used > ws._peak:
+        ws._peak = ws._used
+    for b in taken:
         b.generation = 0
         ws._used -= b.used
         if ws.debug:
             _end(b, why)
-    del ws._taken[mark:]
+    taken.clear()
 
 
 def _start_again(ws: Workspace) -> None:
-    _give_back(ws, 0, f"the workspace is in generation {ws.generation + 1}; take it again")
+    _give_back(ws, ws._base, f"the workspace is in generation {ws.generation + 1}; take it again")
     ws._generation += 1
 
 # %% ../nbs/04_workspace.ipynb #1265d448
 def _end(b: _Buffer, why: str) -> None:
-    "End a lease. Storage inside an arena is not poisoned here: a neighbour in time may own it by now."
+    "End a lease. An arena is not poisoned here: a neighbour in time may own the place by now."
     if b.lease is not None:
         b.lease.over = why
     if b.held:
@@ -510,16 +656,16 @@ def _end(b: _Buffer, why: str) -> None:
 
 
 def _lend(ws: Workspace, b: _Buffer) -> None:
-    "A new lease for a buffer that is about to be handed out, after a look at what happened to it meanwhile."
+    "A new lease for a buffer, after a look at what happened to it meanwhile."
     if b.held and b.lease is not None and not np.all(b.flat == POISON):
         b.flat.fill(POISON)
         raise RuntimeError(
-            f"buffer {b.name!r} was written to after generation {b.lease.generation} had given it back, "
-            "through a view that escaped (np.asarray, a C pointer, or an ordinary array made from it)"
+            f"buffer {b.name!r} was written to after generation {b.lease.generation} had given it "
+            "back, through a view that escaped (np.asarray, a C pointer, or an ordinary array)"
         )
     if not b.held:
-        for other in ws._taken:
-            if other is not b and np.may_share_memory(other.flat, b.flat):
+        for other in ws._buffers.values():
+            if other.generation == ws.generation and np.may_share_memory(other.flat, b.flat):
                 _end(other, f"the plan gave its memory to {b.name!r}; record the lifetimes anew")
         b.flat.fill(POISON)
     b.lease = _Lease(b.name, ws.generation, b.flat, getattr(ws, "clock", None))
@@ -573,7 +719,7 @@ def _evaluate(dim: Dim, sizes: Mapping[str, int]) -> int:
 
 
 class Requirement(ABC):
-    "Bytes that a computation takes from a workspace: a `Buffer`, or a combination by `all_of` and `any_of`; `str` is the formula."
+    "Bytes that a computation takes: a `Buffer`, or several by `all_of` and `any_of`."
 
     @abstractmethod
     def nbytes(self, **sizes: int) -> int:
@@ -659,7 +805,7 @@ class _AnyOf(_Combined):
 
 
 def _combine(kind: type[_Combined], parts: tuple[Requirement, ...]) -> Requirement:
-    "Parts of the same kind are opened up, repeated and empty ones left out; a single one needs no frame."
+    "Parts of the same kind are opened up, repeated and empty ones left out."
     flat = (p for part in parts for p in (part.parts if isinstance(part, kind) else (part,)))
     unique = tuple(dict.fromkeys(p for p in flat if not isinstance(p, _Combined) or p.parts))
     return unique[0] if len(unique) == 1 else kind(unique)
@@ -731,7 +877,7 @@ def _neighbours(
 
 
 def _place(size: int, occupied: list[tuple[int, int]], tight: bool) -> int:  # offset
-    "Where `size` bytes fit among occupied (start, end), sorted: the smallest gap that holds them, or the lowest."
+    "Where `size` bytes fit among sorted (start, end): the smallest gap (tight), or the lowest."
     best, smallest, top = -1, math.inf, 0
     for start, end in occupied:
         if size <= start - top < smallest:
@@ -778,7 +924,10 @@ def _by_size(items: list[_Item], live: Mapping[int, int]) -> list[_Item]:
 def _by_breadth(items: list[_Item], live: Mapping[int, int]) -> list[_Item]:
     steps, most_first = list(live), sorted(live, key=lambda t: -live[t])
     turn = {t: k for k, t in enumerate(most_first)}  # when a step has its turn
-    mine = lambda i: steps[bisect.bisect_left(steps, i.first) : bisect.bisect_right(steps, i.last)]
+
+    def mine(i: _Item) -> list[int]:  # its steps
+        return steps[bisect.bisect_left(steps, i.first) : bisect.bisect_right(steps, i.last)]
+
     return sorted(items, key=lambda i: (min(turn[t] for t in mine(i)), -i.size))
 
 
@@ -841,7 +990,7 @@ def plan(
     order: str
     | None = None,  # one of ORDERS; default: the best of all, and the optimum for up to 7 requests
 ) -> Plan:
-    "Pack buffers whose lifetimes do not meet into one arena (greedy, Pisarchyk and Lee 2020, arXiv:2001.03288)."
+    "Pack buffers into one arena by their lifetimes (Pisarchyk and Lee 2020, arXiv:2001.03288)."
     if order is not None and (not isinstance(order, str) or order not in ORDERS):
         raise ValueError(f"order: {order!r}, needed one of {', '.join(map(repr, ORDERS))}")
     checked = {name: _check_lifetime(name, r) for name, r in requests.items()}
@@ -861,14 +1010,20 @@ def _arrange(ws: Workspace, plan: Plan) -> None:
     "One arena in place of what the workspace holds."
     if ws.limit_bytes is not None and plan.nbytes > ws.limit_bytes:
         raise MemoryError(f"plan: {plan.nbytes} bytes, limit_bytes is {ws.limit_bytes}")
-    ws._buffers, ws._arena = {}, NOTHING
-    ws._arena = aligned_empty((plan.nbytes,), np.uint8)
-    ws._allocations += 1
+    try:
+        arena = aligned_empty((plan.nbytes,), np.uint8)
+    except (MemoryError, ValueError):
+        raise MemoryError(f"plan: no memory for {plan.nbytes} bytes") from None
     ws._buffers = {
-        n: _Buffer(n, ws._arena[at : at + plan.size(n)], 0) for n, at in plan.offsets.items()
+        n: _Buffer(n, arena[at : at + plan.size(n)], 0) for n, at in plan.offsets.items()
     }
+    ws._arena, ws._allocations = arena, ws._allocations + 1
 
 # %% ../nbs/04_workspace.ipynb #1fdb8fc5
+def _nbytes(r: Lifetime) -> int:
+    return math.prod(r.shape) * np.dtype(r.dtype).itemsize
+
+
 class Recorder(Workspace):
     "A debug workspace with a clock: every take and every later use of a buffer is one tick."
 
@@ -876,6 +1031,10 @@ class Recorder(Workspace):
         super().__init__(growth="exact", debug=True)
         self.clock: Iterator[int] = itertools.count()
         self._leases: list[tuple[_Lease, tuple[int, ...], np.dtype]] = []
+
+    def __reduce__(self) -> tuple:
+        "A copy has recorded nothing."
+        return Recorder, ()
 
     def take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> np.ndarray:
         "As `Workspace.take`; the view notes its uses."
@@ -890,10 +1049,9 @@ class Recorder(Workspace):
         "Each name with its largest shape, from its first take to its last use."
         found: dict[str, Lifetime] = {}
         for lease, shape, dtype in self._leases:
-            size = lambda r: _check_request(lease.name, *r[:2])[2]
             new = Lifetime(shape, dtype, lease.first, lease.last)
             old = found.get(lease.name, new)
-            found[lease.name] = max(old, new, key=size)._replace(
+            found[lease.name] = max(old, new, key=_nbytes)._replace(
                 first=min(old.first, new.first), last=max(old.last, new.last)
             )
         return found

@@ -11,8 +11,8 @@ from threadpoolctl import threadpool_limits
 
 from ctxlab.testing import sprinkle
 
-# The same examples on every machine and every run, and no time limit that a busy machine could break.
-# For a hunt: pytest --hypothesis-profile=thorough
+# The same examples in every run, and no time limit that a busy machine could break.
+# New examples: pytest -m hypothesis --hypothesis-profile=fresh (or thorough, for a hunt)
 settings.register_profile(
     "ctxlab",
     deadline=None,
@@ -22,12 +22,9 @@ settings.register_profile(
     database=None,
 )
 settings.register_profile(
-    "thorough",
-    settings.get_profile("ctxlab"),
-    max_examples=5000,
-    derandomize=False,
-    print_blob=True,
+    "fresh", settings.get_profile("ctxlab"), derandomize=False, print_blob=True
 )
+settings.register_profile("thorough", settings.get_profile("fresh"), max_examples=5000)
 settings.load_profile("ctxlab")
 
 DTYPES = (np.float32, np.float64)
@@ -54,7 +51,7 @@ def make(rng, shape, dtype=np.float32, kind="normal"):
 
 
 def lay(a, layout, fill=np.nan):
-    """A copy of matrix `a` in another layout that BLAS takes; panels lie in a buffer full of `fill`."""
+    """A copy of `a` in another layout that BLAS takes; panels lie in a buffer full of `fill`."""
     m, n = a.shape
     view = {
         "C": lambda: np.empty((m, n), a.dtype),
@@ -73,9 +70,16 @@ layouts = st.sampled_from(LAYOUTS)
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """These matrices are small: a second thread of BLAS would mostly wait, for others on a busy machine."""
+    """These matrices are small: a second thread of BLAS would mostly wait."""
     with threadpool_limits(1, user_api="blas"):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """Whatever takes the fixture `torch` can be chosen with `-m torch`."""
+    for item in items:
+        if "torch" in getattr(item, "fixturenames", ()):
+            item.add_marker("torch")
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def forward(q, k, v, ws, *, keep_weights=False, where="apart", **case):
     """What `attention_into` writes: out, lse, weights. All that it is given holds NaN before."""
     (out,) = place([np.full_like(q, np.nan)], where)
     lse = np.full(q.shape[:3], np.nan, q.dtype)
-    weights = np.full((*q.shape[:3], q.shape[2]), np.nan, q.dtype) if keep_weights else None
+    weights = np.full((*q.shape[:3], k.shape[2]), np.nan, q.dtype) if keep_weights else None
     assert attention_into(q, k, v, out, lse, ws, weights=weights, **case) is out
     return out, lse, weights
 
@@ -72,23 +72,38 @@ def forward(q, k, v, ws, *, keep_weights=False, where="apart", **case):
 def backward(q, k, v, G, ws, *, keep_weights=False, where="apart", **case):
     """The three gradients, and the result they belong to."""
     out, lse, weights = forward(q, k, v, ws, keep_weights=keep_weights, where=where, **case)
-    grads = place([np.full_like(q, np.nan)] * 3, where)
+    if k.shape == q.shape:
+        grads = place([np.full_like(q, np.nan)] * 3, where)
+    else:
+        grads = [np.full_like(a, np.nan) for a in (q, k, v)]
     attention_backward_into(q, k, v, out, lse, G, *grads, ws, weights=weights, **case)
     return grads, out
 
 
-def sizes(q, k, v, G=None, **case):
-    """Size of the terms: a result is an average of values, and gradients are sums over keys and queries."""
-    S, E = q.shape[2:]
-    V = max(1.0, float(np.abs(v).max(initial=0)))
+def sizes(q, k, v, G=None, *, causal=False, keep=None):
+    """Size of the terms behind each entry: of the result, or of dq, dk and dv; absolute values throughout."""
+    seen, root, tiny = (
+        visible(q.shape[2], causal, keep),
+        np.sqrt(q.shape[3]),
+        np.finfo(q.dtype).tiny,
+    )
+    Q, K, V = (np.abs(a, dtype=np.float64) for a in (q, k, v))
+    scores = q.astype(np.float64) @ k.swapaxes(-1, -2).astype(np.float64) / root
+    weights = np.exp(
+        np.where(
+            seen, scores - scores.max(axis=-1, keepdims=True, where=seen, initial=-1e300), -np.inf
+        )
+    )
+    weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1)
+    # An error of a score is a relative one of its exponential.
+    weights *= 1 + (Q @ K.swapaxes(-1, -2)).max(axis=-1, keepdims=True, initial=0) / root
     if G is None:
-        return V
-    norm = lambda a: float(
-        np.sqrt(np.max(np.sum(np.square(a, dtype=np.float64), axis=-1), initial=0))
-    )  # noqa: E731
-    score = norm(q) * norm(k) / np.sqrt(E)  # an error of a score is one of its exponential
-    ds = 2 * norm(G) * norm(v) * (1 + score) / np.sqrt(E)
-    return max(ds * norm(k), ds * norm(q) * min(S, 50), norm(G) * min(S, 50) * (1 + score), 1.0)
+        return weights @ V + tiny
+    G = np.abs(G, dtype=np.float64)
+    pull = G @ V.swapaxes(-1, -2)
+    slope = weights * (pull + np.sum(weights * pull, axis=-1, keepdims=True)) / root
+    back, along = slope.swapaxes(-1, -2), weights.swapaxes(-1, -2)
+    return slope @ K + tiny, back @ Q + tiny, along @ G + tiny
 
 
 # --- against the reference ---
@@ -114,9 +129,9 @@ def test_attention_is_the_reference(seed, B, H, S, E, dtype, causal, mask, where
     wants = attention_vjp(q, k, v, G, **case) if S else [want] * 3
     for keep_weights in (False, True):
         grads, out = backward(q, k, v, G, ws, keep_weights=keep_weights, where=where, **case)
-        assert_equiv(out, want, depth=S + E, scale=sizes(q, k, v))
-        for grad, expected in zip(grads, wants, strict=True):
-            assert_equiv(grad, expected, depth=S + E, scale=sizes(q, k, v, G))
+        assert_equiv(out, want, depth=S + E, scale=sizes(q, k, v, **case))
+        for grad, expected, size in zip(grads, wants, sizes(q, k, v, G, **case), strict=True):
+            assert_equiv(grad, expected, depth=S + E, scale=size)
     assert all(map(np.array_equal, (q, k, v, G), kept))
     assert ws.used_bytes == 0
 
@@ -136,9 +151,9 @@ def test_many_blocks_are_the_reference(where, causal, mask, dtype):
         for kept in (False, True)
     }
     for grads, out in results.values():
-        assert_equiv(out, want, depth=8, scale=sizes(q, k, v))
-        for grad, expected in zip(grads, wants, strict=True):
-            assert_equiv(grad, expected, depth=8, scale=sizes(q, k, v, G))
+        assert_equiv(out, want, depth=8, scale=sizes(q, k, v, **case))
+        for grad, expected, size in zip(grads, wants, sizes(q, k, v, G, **case), strict=True):
+            assert_equiv(grad, expected, depth=8, scale=size)
 
 
 @pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 362, 363, 513])
@@ -148,9 +163,12 @@ def test_lengths_around_the_edges_of_a_block(length):
     q, k, v, G = make(rng, (4, 1, 1, length, 4))
     for causal in (False, True):
         grads, out = backward(q, k, v, G, ws, causal=causal)
-        assert_equiv(out, attention(q, k, v, causal=causal), depth=8, scale=sizes(q, k, v))
-        for grad, expected in zip(grads, attention_vjp(q, k, v, G, causal=causal), strict=True):
-            assert_equiv(grad, expected, depth=8, scale=sizes(q, k, v, G))
+        want, wants = attention(q, k, v, causal=causal), attention_vjp(q, k, v, G, causal=causal)
+        assert_equiv(out, want, depth=8, scale=sizes(q, k, v, causal=causal))
+        for grad, expected, size in zip(
+            grads, wants, sizes(q, k, v, G, causal=causal), strict=True
+        ):
+            assert_equiv(grad, expected, depth=8, scale=size)
 
 
 def test_one_row_may_be_more_than_a_panel():
@@ -181,8 +199,11 @@ def test_blocks_agree_with_each_other(dtype, monkeypatch):
                 grads, out = backward(
                     q, k, v, G, Workspace(debug=True), keep_weights=kept, causal=causal, keep=keep
                 )
-                for a, b in zip((*grads, out), (*want[causal][0], want[causal][1]), strict=True):
-                    assert_equiv(a, b, depth=10, scale=sizes(q, k, v, G))
+                case = dict(causal=causal, keep=keep)
+                assert_equiv(out, want[causal][1], depth=10, scale=sizes(q, k, v, **case))
+                size = sizes(q, k, v, G, **case)
+                for a, b, terms in zip(grads, want[causal][0], size, strict=True):
+                    assert_equiv(a, b, depth=10, scale=terms)
 
 
 @given(seeds, st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), dtypes, st.booleans(), masks)
@@ -207,7 +228,8 @@ def test_kept_weights_and_sums_are_what_they_claim(seed, B, S, E, dtype, causal,
         scale=1 + np.abs(scores[seen]).max(initial=0),
     )
     assert np.isfinite(lse).all()
-    assert_equiv(out, weights @ v, depth=S, scale=sizes(q, k, v))
+    size = sizes(q, k, v, causal=causal, keep=keep)
+    assert_equiv(out, weights @ v, depth=S, scale=size)
 
 
 def test_kept_weights_are_zero_where_no_block_reaches():
@@ -263,11 +285,12 @@ def test_who_sees_nothing_gets_nothing(S, causal, kept, dtype):
     if causal:
         assert not out[1, :, : S // 2].any()
         assert not grads[0][1, :, : S // 2].any()
-        alone, _ = backward(
-            *(a[1:, :, S // 2 :].copy() for a in (q, k, v, G)), ws, keep_weights=kept, causal=True
-        )
-        for grad, want in zip(grads, alone, strict=True):  # as if the padding had not been there
-            assert_equiv(grad[1:, :, S // 2 :], want, depth=8, scale=sizes(q, k, v, G))
+        seen = [a[1:, :, S // 2 :].copy() for a in (q, k, v, G)]
+        alone, _ = backward(*seen, ws, keep_weights=kept, causal=True)
+        size = sizes(*seen, causal=True)
+        for grad, want, terms in zip(grads, alone, size, strict=True):
+            # as if the padding had not been there
+            assert_equiv(grad[1:, :, S // 2 :], want, depth=8, scale=terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -289,7 +312,7 @@ def test_what_is_hidden_has_no_influence(kept, dtype):
         forward(*later, ws, causal=True)[0][:, :, :150],
         first[:, :, :150],
         depth=8,
-        scale=sizes(q, k, v),
+        scale=sizes(*(a[:, :, :150] for a in later), causal=True),
     )
     k[:, :, 200:] = np.nan
     assert np.array_equal(
@@ -308,9 +331,10 @@ def test_large_scores_do_no_harm(causal, kept, dtype):
         assert np.isfinite(a).all()  # one key takes it all
     q, k = 100 * q, 100 * k  # scores of 10^4
     (dq, dk, dv), out = backward(q, k, v, G, ws, keep_weights=kept, causal=causal)
-    assert_equiv(out, attention(q, k, v, causal=causal), depth=8, scale=1e4 * sizes(q, k, v))
-    for grad, want in zip((dq, dk, dv), attention_vjp(q, k, v, G, causal=causal), strict=True):
-        assert_equiv(grad, want, depth=8, scale=sizes(q, k, v, G))
+    want, wants = attention(q, k, v, causal=causal), attention_vjp(q, k, v, G, causal=causal)
+    assert_equiv(out, want, depth=8, scale=sizes(q, k, v, causal=causal))
+    for got, grad, size in zip((dq, dk, dv), wants, sizes(q, k, v, G, causal=causal), strict=True):
+        assert_equiv(got, grad, depth=8, scale=size)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -342,17 +366,184 @@ def test_attention_is_that_of_pytorch(torch, where, S, mask, dtype):
     q, k, v, G = place([make(rng, shape, dtype) for _ in range(4)], where)
     keep = padding(rng, 2, S, "lengths") if "padding" in mask else None
     case = dict(causal="causal" in mask, keep=keep)
-    seen = torch.tensor(np.broadcast_to(visible(S, **case), (2, 1, S, S)).copy())
+    real = np.ones((2, S), bool) if keep is None else keep
+    G *= real[:, None, :, None]  # PyTorch masks keys only: what padding asks for must not count
+    seen = torch.tensor(visible(S, case["causal"], None) & real[:, None, None, :])
     tensors = [torch.tensor(a.copy(), requires_grad=True) for a in (q, k, v)]
     want = torch.nn.functional.scaled_dot_product_attention(
         *tensors, attn_mask=None if mask == "full" else seen
     )
     (want * torch.tensor(G.copy())).sum().backward()
+    rows = np.broadcast_to(real[:, None], (2, 3, S))
     for kept in (False, True):
         grads, out = backward(q, k, v, G, ws, keep_weights=kept, where=where, **case)
-        assert_equiv(out, want.detach().numpy(), depth=8)
+        assert_equiv(out[rows], want.detach().numpy()[rows], depth=8, scale=sizes(q, k, v))
+        # A single key takes all weight, so dL/dq is exactly 0: ours is, PyTorch's is rounding.
         for grad, tensor in zip(grads, tensors, strict=True):
-            assert_equiv(grad, tensor.grad.numpy(), depth=32)
+            assert_equiv(grad, tensor.grad.numpy(), depth=32, scale=sizes(q, k, v, G) / 50)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 5, LONG - 3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_last_queries_are_those_of_pytorch(torch, causal, T, dtype):
+    rng = np.random.default_rng(0)
+    q, k, v, G = (make(rng, (2, 3, n, 8), dtype) for n in (T, LONG, LONG, T))
+    mask = torch.tensor(visible(LONG, causal, None, T))
+    tensors = [torch.tensor(a, requires_grad=True) for a in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask)
+    (want * torch.tensor(G)).sum().backward()
+    for kept in (False, True):
+        grads, out = backward(q, k, v, G, Workspace(), keep_weights=kept, causal=causal)
+        assert_equiv(out, want.detach().numpy(), depth=8, scale=sizes(q, k, v))
+        for grad, tensor in zip(grads, tensors, strict=True):
+            assert_equiv(grad, tensor.grad.numpy(), depth=32, scale=sizes(q, k, v, G) / 50)
+
+
+# --- fewer queries than keys ---
+
+
+@given(seeds, st.integers(1, 9), st.integers(1, 9), dtypes, st.booleans(), masks, st.booleans())
+def test_fewer_queries_are_the_last_of_the_sequence(seed, T, S, dtype, causal, mask, kept):
+    T = min(T, S)
+    rng, ws = np.random.default_rng(seed), Workspace(debug=True)
+    q, k, v, G = make(rng, (4, 2, 2, S, 3), dtype)
+    keep = padding(rng, 2, S, mask)
+    if keep is not None:
+        keep[:, S - T :] = True  # as queries they are real
+    G[:, :, : S - T] = 0
+    case = dict(causal=causal, keep=keep)
+    (dq, dk, dv), out = backward(q, k, v, G, ws, keep_weights=kept, **case)
+    last = [a[:, :, S - T :] for a in (q, G)]
+    grads, part = backward(last[0], k, v, last[1], ws, keep_weights=kept, **case)
+    wants = attention_vjp(last[0], k, v, last[1], **case)
+    assert_equiv(part, out[:, :, S - T :], depth=S, scale=sizes(q, k, v))
+    assert_equiv(part, attention(last[0], k, v, **case), depth=S, scale=sizes(q, k, v))
+    for grad, whole, want in zip(grads, (dq[:, :, S - T :], dk, dv), wants, strict=True):
+        assert_equiv(grad, whole, depth=8 + S, scale=sizes(q, k, v, G))
+        assert_equiv(grad, want, depth=8 + S, scale=sizes(q, k, v, G))
+
+
+def test_no_query_gives_gradients_of_zero():
+    k, v = make(np.random.default_rng(0), (2, 1, 2, 5, 3))
+    q = np.empty((1, 2, 0, 3), np.float32)
+    (dq, dk, dv), out = backward(q, k, v, q, Workspace(), causal=True)
+    assert dq.size == out.size == 0 and not dk.any() and not dv.any()
+
+
+# --- what is refused ---
+
+
+def operands(T=4, S=5, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    a = lambda *shape: make(rng, shape, dtype)  # noqa: E731
+    given = dict(q=a(2, 3, T, 4), k=a(2, 3, S, 4), v=a(2, 3, S, 4))
+    back = dict(o=a(2, 3, T, 4), lse=a(2, 3, T), grad_out=a(2, 3, T, 4))
+    grads = dict(grad_q=a(2, 3, T, 4), grad_k=a(2, 3, S, 4), grad_v=a(2, 3, S, 4))
+    forward_ = given | dict(out=a(2, 3, T, 4), lse=a(2, 3, T), weights=a(2, 3, T, S))
+    return forward_, given | back | grads | dict(weights=a(2, 3, T, S))
+
+
+def refused(arrays, kind, match, **case):
+    before = {n: a.tobytes() for n, a in arrays.items()}
+    weights = arrays["weights"]
+    form = attention_backward_into if "grad_q" in arrays else attention_into
+    given = [a for n, a in arrays.items() if n != "weights"]
+    with pytest.raises(kind, match=match):
+        form(*given, Workspace(), weights=weights, **case)
+    assert before == {n: a.tobytes() for n, a in arrays.items()}
+
+
+@pytest.mark.parametrize("arrays", operands(), ids=["forward", "backward"])
+def test_misfits_of_attention_are_named(arrays):
+    written = [n for n in arrays if n.startswith("grad_") and n != "grad_out"]
+    written = written or ["out", "lse", "weights"]
+    for name, a in arrays.items():
+        wrong = np.concatenate([a, a], axis=0)
+        refused(arrays | {name: wrong}, ValueError, "^k: " if name == "q" else f"^{name}: ")
+        double = arrays | {name: a.astype(np.float64)}
+        refused(double, TypeError, "^k: " if name == "q" else f"^{name}: ")
+        if a.ndim == 4:
+            gaps = np.zeros((*a.shape[:3], 2 * a.shape[3]), a.dtype)[..., ::2]
+            refused(arrays | {name: gaps}, ValueError, f"^{name}: strides")
+    for name in written:
+        frozen = arrays[name].copy()
+        frozen.flags.writeable = False
+        refused(arrays | {name: frozen}, ValueError, f"^{name}: is read-only")
+        for other, b in arrays.items():
+            if other != name:
+                store = np.zeros(arrays[name].size + b.size, np.float32)
+                n = arrays[name].size
+                near, far = store[:n].reshape(arrays[name].shape), store[n - 1 : n - 1 + b.size]
+                pair = {name: near, other: far.reshape(b.shape)}
+                refused(arrays | pair, ValueError, "overlaps")
+
+
+@pytest.mark.parametrize("arrays", operands(5, 4), ids=["forward", "backward"])
+def test_more_queries_than_keys_have_no_place_under_a_causal_mask(arrays):
+    refused(arrays, ValueError, "^q: 5 queries for 4 keys", causal=True)
+    with pytest.raises(ValueError, match="^q: 5 queries for 4 keys"):
+        attention(arrays["q"], arrays["k"], arrays["v"], causal=True)
+
+
+@pytest.mark.parametrize("arrays", operands(), ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("keep", "kind"),
+    [
+        (np.ones((2, 4), bool), ValueError),
+        (np.ones((1, 5), bool), ValueError),
+        (np.ones(5, bool), ValueError),
+        (np.ones((2, 5)), TypeError),
+        (np.ones((2, 5), int), TypeError),
+        ([[True] * 5] * 2, TypeError),
+    ],
+    ids=str,
+)
+def test_masks_that_do_not_fit_are_named(arrays, keep, kind):
+    refused(arrays, kind, "^keep: ", keep=keep)
+
+
+# --- padding ---
+
+
+@given(seeds, st.integers(1, 9), dtypes, st.booleans(), masks, st.booleans())
+def test_padding_may_hold_anything(seed, S, dtype, causal, mask, kept):
+    rng, ws = np.random.default_rng(seed), Workspace(debug=True)
+    clean = make(rng, (4, 2, 2, S, 3), dtype)
+    keep = padding(rng, 2, S, mask)
+    if keep is None:
+        keep = rng.random((2, S)) < 0.5
+    dirty = clean.copy()
+    junk = np.array([np.nan, np.inf, -np.inf, 1e30], dtype)
+    for a in dirty:
+        places = np.broadcast_to(~keep[:, None, :, None], a.shape)
+        a[places] = rng.choice(junk, places.sum())
+    case = dict(causal=causal, keep=keep)
+    want, out = backward(*clean, ws, keep_weights=kept, **case)  # warnings are errors
+    got, out2 = backward(*dirty, ws, keep_weights=kept, **case)
+    assert np.array_equal(out, out2)
+    assert np.array_equal(attention(*clean[:3], **case), attention(*dirty[:3], **case))
+    hidden = np.broadcast_to(~keep[:, None], (2, 2, S))
+    for a, b, c in zip(want, got, attention_vjp(*dirty, **case), strict=True):
+        assert np.array_equal(a, b)
+        assert not a[hidden].any()
+        assert_equiv(a, c, depth=8 + S, scale=sizes(*clean))
+    assert not out[hidden].any()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_padding_over_several_blocks_and_fewer_queries(kept):
+    rng, ws = np.random.default_rng(0), Workspace(debug=True)
+    q, k, v, G = (make(rng, (2, 2, n, 8)) for n in (200, LONG, LONG, 200))
+    keep = np.arange(LONG) >= np.array([[0], [90]])
+    case = dict(causal=True, keep=keep)
+    want, out = backward(q, k, v, G, ws, keep_weights=kept, **case)
+    assert_equiv(out, attention(q, k, v, **case), depth=8, scale=sizes(q, k, v))
+    for a in (k, v):
+        a[1, :, :90] = np.nan
+    got, again = backward(q, k, v, G, ws, keep_weights=kept, **case)
+    assert np.array_equal(out, again)
+    assert all(map(np.array_equal, want, got))
 
 
 # --- memory ---
@@ -375,7 +566,7 @@ def test_what_a_call_takes_is_known_before_it_runs(seed, B, H, S, dtype, causal,
     weights = np.empty((B, H, S, S), dtype) if kept else None
     for back in (False, True):
         need, ws = attention_requirement(dtype, back, causal, masked), Workspace(growth="exact")
-        sizes_ = dict(B=B, S=S, r=block_rows(S, dtype))
+        sizes_ = dict(B=B, S=S, E=2, r=block_rows(S, dtype))
         ws.ensure_capacity(need.requests(**sizes_))
         count = ws.allocation_count
         if back:

@@ -38,13 +38,9 @@ from ctxlab.report import as_json
 from ctxlab.stack import KINDS, Memory
 from ctxlab.testing import assert_equiv
 
-# Every claim of the report, as the project set out to audit them. None may drop out unnoticed.
-AUDITED = """site-cov site-denom site-apply site-mixed site-corr count-sites mem-update mem-apply mem-forward
-mem-batch speed-forward speed-backward why-faster numeric pool-mem pool-speed pow2 lazy norm-cost norm-lock
-norm-gain total all-archs""".split()
-
 GAIN, LOSS = (Interval(v, v, v) for v in (1e6, -1e6))  # percent: beyond any control
-CHANGES = {  # claim -> a figure, its value before, its value after; the verdict must not stay the same
+# claim -> a figure, its value before, its value after; the verdict must not stay the same
+CHANGES = {
     **{f"site-{site}": ("shipped", 10**9, 0) for site in SHIPPED},
     "count-sites": ("batch", 7, 5),
     "mem-update": ("actual", 2 * 768**2 * 4, 2 * 1024**2 * 4),
@@ -94,29 +90,24 @@ def real():
 # The ledger as a whole
 
 
-def test_each_claim_of_the_report_is_audited_or_named_as_not_yet():
-    assert sorted(c.id for c in LEDGER) == sorted(AUDITED)
+def test_no_claim_drops_out_and_each_can_change():
+    assert [c.id for c in LEDGER] == list(dict.fromkeys(c.id for c in LEDGER))
+    assert {c.id for c in LEDGER} == set(CHANGES)
+
+
+def enlarged(value):
+    """Every number in it times three, plus one."""
+    if isinstance(value, dict):
+        return {name: enlarged(v) for name, v in value.items()}
+    if isinstance(value, Interval):
+        return value.scaled(3, 1)
+    return 3 * value + 1 if isinstance(value, int | float) else value
 
 
 @by_claim
-def test_the_entry_is_complete(claim, findings):
-    f = findings[claim.id]
-    assert f.verdict in (CONFIRMED, REFUTED, PARTLY, UNDECIDED)
-    assert f.told
-    assert all((claim.says, claim.rule, claim.notebook, claim.section, claim.units))
-    assert (
-        sum(verdict in claim.rule for verdict in (CONFIRMED, REFUTED, PARTLY)) >= 2
-    )  # another is named
-
-
-ESTIMATES = ("mem-update", "mem-apply", "mem-forward", "mem-batch", "pool-mem", "total")
-
-
-@pytest.mark.parametrize("id", ESTIMATES)
-def test_an_estimate_of_memory_says_what_it_is(id, findings):
-    f = findings[id]
-    assert "peak" in f.told or "traffic" in f.told
-    assert "peak" in f.claim.rule + f.claim.units or "traffic" in f.claim.rule + f.claim.units
+def test_what_is_told_follows_the_figures(claim, findings):
+    figures = {name: enlarged(f) for name, f in findings[claim.id].figures.items()}
+    assert claim.tell(figures) != findings[claim.id].told
 
 
 @by_claim
@@ -138,15 +129,6 @@ def test_measurement_and_rule_can_be_read(claim):
         function, given = claims.core(part)
         assert function.__name__.isidentifier()
         assert all(isinstance(value, str | int | float) for value in given)
-
-
-COMPILED = """site-cov site-denom site-apply site-mixed site-corr mem-update mem-apply mem-forward mem-batch
-speed-forward speed-backward why-faster numeric""".split()
-
-
-@pytest.mark.parametrize("id", COMPILED)
-def test_what_was_counted_in_the_original_stands_beside(id, findings):
-    assert findings[id].claim.original
 
 
 @by_claim
@@ -287,18 +269,25 @@ def test_together(n):
 def test_the_paths_compute_what_the_reference_says(form, real):
     for w in real.workloads:
         D, twice = len(w.C), range(2)  # a buffer that is used again must not bring anything along
+        X, C, G = (a.astype(np.float64) for a in (w.X, w.C, w.G))
+        out_size = np.sqrt(X**2 + (w.s / D) ** 2 * (X**2 @ C**2))
+        grad_size = np.sqrt(G**2 + (w.s / D) ** 2 * (G**2 @ C.T**2))
         run = real.paths(w, "forward")[form]
         for _ in twice:
-            assert_equiv(run(), apply_context(w.X, w.C, w.s), depth=D)
-        run, (grad_x, grad_s) = (
+            assert_equiv(run(), apply_context(w.X, w.C, w.s), depth=D, scale=out_size)
+        run, (grad_x, _) = (
             real.paths(w, "backward")[form],
             apply_context_vjp(w.X, w.C, w.s, w.G),
         )
-        terms = np.sum(np.abs(w.G) * (np.abs(w.X) @ np.abs(w.C))) / D
+        grad_s, terms = (
+            apply_context_vjp(X, C, w.s, G)[1],
+            np.sqrt(np.sum(G**2 * (X**2 @ C**2))) / D,
+        )
+        length = D + int(np.sqrt(X.size))  # sums of D products, and a sum of all made in blocks
         for _ in twice:
             got_x, got_s = run()
-            assert_equiv(got_x, grad_x, depth=D)
-            assert_equiv(np.float32(got_s), np.float32(grad_s), depth=D, scale=terms)
+            assert_equiv(got_x, grad_x, depth=D, scale=grad_size)
+            assert_equiv(np.float32(got_s), np.float32(grad_s), depth=length, scale=terms)
         product, batch, step = forms()[form], w.C.copy(), w.C.copy()
         update(product, w.X, w.Y, batch, 0.1)
         assert_equiv(batch, ema(w.C, similarity(w.X, w.Y), 0.1), depth=32, scale=1.0)

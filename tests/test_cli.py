@@ -19,7 +19,7 @@ from ctxlab.claims import LEDGER
 from ctxlab.cli import parser
 
 CTXLAB = [Path(sys.executable).parent / "ctxlab"]
-# The same command with a small workload at the report's place, where a test is not about what is measured.
+# The same command with a small workload in place of the report's, for tests of something else.
 FAST = [
     sys.executable,
     "-c",
@@ -35,7 +35,9 @@ def small(rng):
     return claims.workload('512 x 768', Pair('random', x, y), rng)
 claims.report_size, cli.BUDGETS['quick'] = small, 0.0
 def stop(b):
-    raise KeyboardInterrupt if os.environ['STOP'] == 'interrupt' else OSError(28, 'No space left on device')
+    if os.environ['STOP'] == 'interrupt':
+        raise KeyboardInterrupt
+    raise OSError(28, 'No space left on device')
 if 'STOP' in os.environ: # at the sixth claim
     claims.LEDGER[5] = replace(claims.LEDGER[5], measure=stop)
 sys.exit(cli.main(sys.argv[1:]))
@@ -201,7 +203,7 @@ def save(**arrays):
 
 
 def spoil(method=zipfile.ZIP_STORED, cut=None, flag=b""):
-    """Save good arrays, then damage the archive: cut it, zero its middle, or change flags of its members."""
+    """Save good arrays, then damage the archive: cut it, zero its middle, or change its flags."""
 
     def make(path):
         np.savez(path, x=matrix(64, 16), y=matrix(64, 16))
@@ -478,7 +480,7 @@ def test_standard_output_on_a_full_disk(tmp_path):
 
 @pytest.fixture
 def can_be_interrupted():
-    """A shell's background job ignores Ctrl-C and its children inherit that; a handled signal they do not."""
+    """A background job ignores Ctrl-C, and so do its children, unless the signal is handled."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)

@@ -248,9 +248,8 @@ def test_a_true_change_is_found():
 @pytest.fixture
 def partial(made, tmp_path):
     b, findings = made
-    (tmp_path / "place").mkdir()
     facts = run_facts(b, {"seed": 0})
-    save_partial(tmp_path / "place", tmp_path, b, facts, findings[:9])
+    save_partial(tmp_path, b, facts, findings[:9])
     return tmp_path, facts
 
 
@@ -315,11 +314,11 @@ def test_a_full_disk_keeps_what_was_kept(step, made, partial, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*(((Path, "write_text")) if step == "write" else (os, "replace")), full)
+    monkeypatch.setattr(*(((Path, "write_bytes")) if step == "write" else (os, "replace")), full)
     with pytest.raises(OSError, match="No space"):
-        save_partial(folder / "place", folder, b, facts, findings)
+        save_partial(folder, b, facts, findings)
     assert (folder / PARTIAL).read_bytes() == before
-    assert os.listdir(folder / "place") == []
+    assert os.listdir(folder) == [PARTIAL]
 
 
 # Claims, explained

@@ -1,19 +1,36 @@
 """Every order of the steps: what is found is what a model without threads finds, with memory and without."""
 
 import _thread
+import collections
+import concurrent.futures
+import contextlib
+import enum
+import functools
 import itertools
 import os
+import queue
 import threading
 import time
+import typing
 import zlib
 from contextlib import ExitStack
 from math import comb, factorial
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlab.interleave import Deadlock, Explored, Sharing, Step, explore, replay
+from ctxlab.interleave import (
+    Deadlock,
+    Endless,
+    Explored,
+    Refused,
+    Sharing,
+    Step,
+    explore,
+    replay,
+)
 
 TOO_MANY = 250  # orders; a program with more is not run in each of them
 
@@ -27,9 +44,23 @@ class Spot:
         self.x, self.y = x, y
 
 
+class Count:
+    n = 0
+    table: typing.ClassVar = {"n": 0}
+
+
+class Slotted:
+    __slots__ = ("n",)
+
+    def __init__(self):
+        self.n = 0
+
+
 class Locks(Spot):
     def __init__(self):
         super().__init__()
+        self.d, self.s, self.deep, self.slots = {"p": 0}, set(), Spot(), Slotted()
+        self.array = np.zeros(2)
         self.a, self.b, self.r = threading.Lock(), threading.Lock(), threading.RLock()
 
 
@@ -62,10 +93,11 @@ def threads_left(before):
     return _thread._count() - before
 
 
-def sharing(cls, *bodies):
-    """A scenario in which every body gets the same object."""
+def sharing(cls, *bodies, aside=()):
+    """A scenario in which every body gets the same object; aside: notes of the test."""
 
     def scenario(schedule):
+        schedule.aside(*aside)
         shared = schedule.share(cls)
         return [lambda body=body: body(shared) for body in bodies]
 
@@ -130,7 +162,7 @@ def locking(program):
     """Threads that add one under nested locks; the last of them tells the sum."""
 
     def scenario(schedule):
-        spot, ended = schedule.share(Locks), []
+        spot = schedule.share(Locks)
 
         def body(parts):
             for nest, add in parts:
@@ -139,10 +171,11 @@ def locking(program):
                         stack.enter_context(getattr(spot, name))
                     if add:
                         spot.x += 1
-            ended.append(1)
-            if len(ended) == len(program):
-                raise Seen(spot.__dict__["x"])
 
+        def tell():
+            raise Seen(spot.x)
+
+        schedule.afterwards(tell)
         return [lambda parts=parts: body(parts) for parts in program]
 
     return scenario
@@ -229,7 +262,9 @@ SIMPLE = st.one_of(
     st.tuples(st.sampled_from(["load", "add", "token", "fresh", "push", "len", "first"]), FIELDS),
     st.tuples(st.just("put"), FIELDS, st.sampled_from([0, 1, 2.5, "a", None, (1, None)])),
     st.tuples(st.just("move"), FIELDS),
-    st.tuples(st.sampled_from(["log", "look", "count", "fail"])),
+    st.tuples(st.sampled_from(["log", "look", "count", "fail", "total", "whole", "walk", "take"])),
+    st.tuples(st.sampled_from(["key", "drop", "member", "entry"]), st.sampled_from("pq")),
+    st.tuples(st.sampled_from(["deep", "slot"])),
 )
 NESTED = st.one_of(
     SIMPLE,
@@ -300,6 +335,32 @@ def perform(op, spot, log, observer):
         observer.note(tuple(log))
     elif what == "count":
         observer.note(len(log))
+    elif what == "total":
+        observer.note(float(spot.array.sum()))
+    elif what == "whole":
+        spot.array += 1
+    elif what == "entry":
+        spot.array["pq".index(rest[0])] += 1
+    elif what == "walk":
+        observer.note([*spot.d])
+    elif what == "take":
+        try:
+            observer.note(log.pop())
+        except IndexError:
+            observer.note("nothing to take")
+    elif what == "key":
+        spot.d[rest[0]] = spot.d.get(rest[0], 0) + 1
+    elif what == "drop":
+        try:
+            del spot.d[rest[0]]
+        except KeyError:
+            observer.note("nothing to drop")
+    elif what == "member":
+        spot.s ^= {rest[0]}
+    elif what == "deep":
+        spot.deep.x += 1
+    elif what == "slot":
+        spot.slots.n += 1
     elif what == "fail":
         raise Seen(f"in the middle: {observer.seen}")
     elif what == "if":
@@ -334,6 +395,12 @@ def running(program, settled):
             if not settled:
                 observer.tell()
 
+        def outcome():
+            kept = dict(spot.d), sorted(spot.s), spot.deep.x, spot.slots.n, spot.array.tolist()
+            raise Seen(f"{kept} {len(log)}")
+
+        if not settled:
+            schedule.afterwards(outcome)
         return [lambda ops=ops: body(ops) for ops in program]
 
     return scenario
@@ -402,7 +469,7 @@ def test_a_run_that_fails_stops_the_others():
         _ = spot.x
         after.append(spot.x)
 
-    run = replay(sharing(Spot, failing, other), (0,))
+    run = replay(sharing(Spot, failing, other, aside=[after]), (0,))
     assert str(run.failure) == "first"
     assert run.path == [0]
     assert after == []
@@ -412,7 +479,12 @@ def test_threads_without_a_step_are_no_part_of_any_order():
     ran = []
     found = both_ways(
         sharing(
-            Spot, lambda spot: ran.append(1), stepping(2), lambda spot: ran.append(1), stepping(2)
+            Spot,
+            lambda spot: ran.append(1),
+            stepping(2),
+            lambda spot: ran.append(1),
+            stepping(2),
+            aside=[ran],
         )
     )
     assert found.interleavings == 6
@@ -463,7 +535,7 @@ def test_a_reentrant_lock_is_held_until_it_is_given_back_as_often():
             assert not inside
             assert spot.x in (0, 2)
 
-    assert both_ways(sharing(Locks, nested, other)).races == []
+    assert both_ways(sharing(Locks, nested, other, aside=[inside])).races == []
 
 
 @pytest.mark.parametrize(
@@ -509,14 +581,14 @@ def test_the_shortest_race_has_the_fewest_switches():
         spot.x += 1
 
     def scenario(schedule):
-        spot, ended = schedule.share(Spot), []
+        spot = schedule.share(Spot)
 
-        def body():
-            add(spot)
-            ended.append(1)
-            assert len(ended) < 2 or spot.__dict__["x"] == 2
+        def both():
+            if spot.x != 2:
+                raise Seen("lost")
 
-        return [body, body]
+        schedule.afterwards(both)
+        return [lambda: add(spot)] * 2
 
     found = explore(scenario, prune=False)
     assert len(found.races) == 4
@@ -546,8 +618,8 @@ def test_a_step_says_who_did_what_where():
         return [body]
 
     assert [str(step)[2:] for step in replay(scenario, ()).steps] == [
-        "acquire a", "store Locks.y (1, None)", "store Locks.x [0]", "store Locks.y object",
-        "append log 'what'", "load log [1]", "release a",
+        "acquire Locks.a", "store Locks.y (1, None)", "store Locks.x [0]", "store Locks.y object",
+        "append log 'what'", "load log [1]", "release Locks.a",
     ]  # fmt: skip
 
 
@@ -571,6 +643,7 @@ def test_the_cores_come_back(end):
     before, during = os.sched_getaffinity(0), []
 
     def scenario(schedule):
+        schedule.aside(during)
         during.append(os.sched_getaffinity(0))
         if end == "scenario raises":
             raise Seen("scenario")
@@ -776,7 +849,7 @@ def test_a_thread_without_a_step_never_chooses():
             time.sleep(0)
 
     run._done, run._next = Done(), chosen_by
-    run.run(sharing(Spot, none, one)(run))
+    run.run(sharing(Spot, none, one, aside=[idents, late, run])(run))
     assert run.path == [1]
     assert idents[0] not in choosers
 
@@ -851,13 +924,15 @@ def test_a_default_of_the_class_is_loaded_in_a_step():
         n = 0
 
     def scenario(schedule):
-        shared, ended = schedule.share(Default), []
+        shared = schedule.share(Default)
 
         def body():
             shared.n += 1
-            ended.append(1)
-            assert len(ended) < 2 or shared.n == 2
 
+        def both():
+            assert shared.n == 2
+
+        schedule.afterwards(both)
         return [body, body]
 
     found = explore(scenario)
@@ -865,7 +940,7 @@ def test_a_default_of_the_class_is_loaded_in_a_step():
     assert len(found.races) < found.runs  # one after the other is right
 
 
-def test_functions_that_are_replaced_are_loaded_in_a_step():
+def test_functions_that_are_replaced_are_refused():
     def look(spot):
         if spot.y is None and spot.y is not None:
             raise Seen("changed")
@@ -882,8 +957,9 @@ def test_functions_that_are_replaced_are_loaded_in_a_step():
     def take(spot):
         spot.y = None
 
-    assert explore(sharing(Spot, look, put)).races
-    assert explore(sharing(Spot, back, take)).races
+    for bodies in ((look, put), (back, take)):
+        with pytest.raises(Refused, match=r"Spot\.y: a thread stores a function"):
+            explore(sharing(Spot, *bodies))
 
 
 def test_deleting_is_a_step():
@@ -952,8 +1028,13 @@ WAITING = {
     "condition": threading.Condition,
     "semaphore": threading.Semaphore,
     "barrier": lambda: threading.Barrier(2),
-    "list of locks": lambda: [threading.Lock()],
-    "tuple of locks": lambda: (threading.RLock(),),
+    "queue": queue.Queue,
+    "simple queue": queue.SimpleQueue,
+    "thread": threading.Thread,
+    "future": concurrent.futures.Future,
+    "event in a list": lambda: [threading.Event()],
+    "event in a tuple": lambda: (threading.Event(),),
+    "event in a dict": lambda: {"event": threading.Event()},
 }
 
 
@@ -963,7 +1044,7 @@ def test_what_would_wait_outside_of_the_schedule_is_refused(name):
         def __init__(self):
             self.it = WAITING[name]()
 
-    with pytest.raises(TypeError, match="it"):
+    with pytest.raises(Refused, match=r"Waiting\.it: a \w+"):
         explore(sharing(Waiting, lambda waiting: None))
 
 
@@ -976,3 +1057,434 @@ def test_most_must_be_a_positive_number(most):
 def test_without_races_there_is_no_shortest():
     with pytest.raises(ValueError, match="race"):
         _ = explore(sharing(Spot, stepping(1))).shortest
+
+
+# Every kind of shared state is seen, or refused by name
+
+
+class Slots:
+    __slots__ = ("n",)
+
+    def __init__(self):
+        self.n = 0
+
+    def add(self):
+        self.n += 1
+
+    def total(self):
+        return self.n
+
+
+class Inner:
+    def __init__(self):
+        self.n = 0
+
+
+class Holding:
+    """Counts in what it holds."""
+
+    make = None
+
+    def __init__(self):
+        self.it = type(self).make()
+
+    def total(self):
+        return self.it[0]
+
+    def add(self):
+        self.it[0] += 1
+
+
+class Dict(Holding):
+    make = staticmethod(lambda: {0: 0})
+
+
+class List(Holding):
+    make = staticmethod(lambda: [0])
+
+
+class Deque(Holding):
+    make = staticmethod(lambda: collections.deque([0]))
+
+
+class Default(Holding):
+    make = staticmethod(lambda: collections.defaultdict(int))
+
+
+class Array(Holding):
+    make = staticmethod(lambda: np.zeros(2))
+
+
+class WholeArray(Array):
+    def add(self):
+        self.it += 1
+
+
+class ArrayView(Array):
+    def add(self):
+        view = self.it[:1].reshape(1, 1)
+        np.add(view, 1, out=view)
+
+
+class ArrayRead(Array):
+    def add(self):
+        self.it[:] = np.asarray(self.it) + 1
+
+
+class Deep(Holding):
+    make = staticmethod(lambda: {"a": ([{"n": 0}],)})
+
+    def add(self):
+        self.it["a"][0][0]["n"] += 1
+
+    def total(self):
+        return self.it["a"][0][0]["n"]
+
+
+class Nested(Holding):
+    make = Inner
+
+    def add(self):
+        self.it.n += 1
+
+    def total(self):
+        return self.it.n
+
+
+class Names:
+    def __init__(self):
+        self.n = 0
+
+    def total(self):
+        return self.n
+
+    def add(self):
+        self.__dict__["n"] = vars(self)["n"] + 1
+
+
+class Unique(Holding):
+    make = staticmethod(set)
+
+    def add(self):
+        if len(self.it) < 1:
+            self.it.add("first")
+        elif "second" not in self.it:
+            self.it.add("second")
+
+    def total(self):
+        return len(self.it)
+
+
+class Made(Holding):
+    """Its threads make what they share."""
+
+    make = staticmethod(lambda: None)
+
+    def add(self):
+        new = Inner()
+        new.n = 1 if self.it is None else self.it.n + 1
+        self.it = new
+
+    def total(self):
+        return self.it.n
+
+
+SEEN = [
+    *(Slots, Dict, List, Deque, Default, Array, WholeArray, ArrayView, ArrayRead, Deep, Nested),
+    *(Names, Unique, Made),
+]
+
+
+def counting(cls):
+    def scenario(schedule):
+        counter = schedule.share(cls)
+
+        def both():
+            if counter.total() != 2:
+                raise Seen("lost")
+
+        schedule.afterwards(both)
+        return [counter.add, counter.add]
+
+    return scenario
+
+
+@pytest.mark.parametrize("cls", SEEN, ids=lambda cls: cls.__name__)
+def test_a_lost_update_is_found_wherever_it_lies(cls):
+    found = both_ways(counting(cls))
+    assert errors(found) == {"Seen: lost"}
+    assert len(found.races) < found.runs  # one after the other is right
+    repeated(counting(cls), found)
+
+
+def test_a_list_dict_or_array_that_bodies_capture_is_seen():
+    def captured(make):
+        def scenario(schedule):
+            counter = make()
+
+            def body():
+                counter[0] += 1
+
+            def both():
+                if counter[0] != 2:
+                    raise Seen("lost")
+
+            schedule.afterwards(both)
+            return [body, body]
+
+        return scenario
+
+    for make in (lambda: [0], lambda: {0: 0}, lambda: np.zeros(1)):
+        assert errors(both_ways(captured(make))) == {"Seen: lost"}
+
+
+def test_objects_locks_defaults_and_partials_that_bodies_capture_are_seen():
+    def scenario(schedule):
+        inner, lock, notes = Inner(), threading.Lock(), []
+
+        def body(me, guard=lock, notes=notes):
+            with guard:
+                inner.n += 1
+            notes.append(me)
+
+        def both():
+            assert inner.n == 2
+            raise Seen(str(notes))
+
+        schedule.afterwards(both)
+        return [functools.partial(body, 0), functools.partial(body, 1)]
+
+    assert errors(both_ways(scenario)) == {"Seen: [0, 1]", "Seen: [1, 0]"}
+
+
+TOTAL, TABLE, PLACE, GLOBAL_LOCK = 0, {"n": 0}, Inner(), threading.Lock()
+
+
+class Tally:
+    n = 0
+    table: typing.ClassVar = {"n": 0}
+    lock = threading.Lock()
+
+
+def rebinding(schedule):
+    n = 0
+
+    def body():
+        nonlocal n
+        n += 1
+
+    return [body, body]
+
+
+def stores_global():
+    global TOTAL
+    TOTAL += 1
+
+
+def adds_to(place, name):
+    setattr(place, name, getattr(place, name) + 1)
+
+
+def adds_to_item(table):
+    table["n"] += 1
+
+
+class Raw:
+    def __init__(self):
+        self.n = 0
+
+    def add(self):
+        object.__setattr__(self, "n", object.__getattribute__(self, "n") + 1)
+
+
+class SecondName:
+    def __init__(self):
+        self.it = None
+
+    def add(self):
+        mine = []
+        self.it = mine
+        mine.append(1)
+
+
+class OfC(dict):
+    def add(self):
+        self["n"] = self.get("n", 0) + 1
+
+
+def generator():
+    yield 1
+
+
+async def coroutine():
+    return 1
+
+
+def takes_global_lock():
+    with GLOBAL_LOCK:
+        pass
+
+
+def twice(body):
+    return lambda schedule: [body, body]
+
+
+def adding_in(cls):
+    def scenario(schedule):
+        counter = schedule.share(cls)
+        return [counter.add, counter.add]
+
+    return scenario
+
+
+def captured_second_name(schedule):
+    counts = [0]
+    view = memoryview(bytearray(1))
+
+    def body():
+        counts[0] += view[0]
+
+    return [body, body]
+
+
+REFUSED = {
+    "a variable that is rebound": ("^n: a variable", rebinding),
+    "a global name": ("^TOTAL: a global", twice(stores_global)),
+    "a global dict": ("^TABLE: ", twice(lambda: adds_to_item(TABLE))),
+    "a global object": ("^PLACE: ", twice(lambda: adds_to(PLACE, "n"))),
+    "a class": ("^Count: ", twice(lambda: adds_to(Count, "n"))),
+    "a dict of a class": ("^Count.*table: ", twice(lambda: adds_to_item(Count.table))),
+    "a lock of a class": ("^Tally.lock: ", twice(lambda: adds_to(Tally, "n"))),
+    "a global lock": ("^GLOBAL_LOCK: a lock", twice(takes_global_lock)),
+    "access past the class": ("^Raw: ", adding_in(Raw)),
+    "a second name": ("it: a list that the thread also calls 'mine'", adding_in(SecondName)),
+    "a class made in C": ("^OfC: ", adding_in(OfC)),
+    "a view of bytes": ("^view: a memoryview", captured_second_name),
+    "a generator": (r"^bodies\[0\]: gives a generator", twice(generator)),
+    "a coroutine": (r"^bodies\[0\]: gives a coroutine", twice(coroutine)),
+    "a number as a body": (r"^bodies\[0\]: a int", twice(3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_seen_is_refused_by_name(name):
+    message, scenario = REFUSED[name]
+    before = _thread._count()
+    with pytest.raises(Refused, match=message):
+        explore(scenario)
+    assert threads_left(before) == 0
+
+
+def test_a_refusal_cannot_be_caught_by_a_thread():
+    def body(spot):
+        with contextlib.suppress(Exception):
+            spot.y = len
+
+    with pytest.raises(Refused, match=r"Spot\.y"):
+        explore(sharing(Spot, body, body))
+
+
+def test_notes_that_are_put_aside_are_not_looked_at():
+    notes = []
+
+    def body(spot):
+        spot.x = 1
+        notes.append(1)
+
+    with pytest.raises(Refused, match=r"^notes: outlives a run"):
+        explore(sharing(Spot, body))
+    assert explore(sharing(Spot, body, aside=[notes])).interleavings == 1
+
+
+def test_a_variable_of_one_thread_alone_may_be_rebound():
+    def scenario(schedule):
+        spot = schedule.share(Spot)
+
+        def make():
+            n = 0
+
+            def body():
+                nonlocal n
+                n += spot.x
+
+            return body
+
+        return [make(), make()]
+
+    assert explore(scenario).interleavings == 2
+
+
+# No run goes on for ever
+
+
+def spins(spot):
+    while not spot.x:
+        pass
+
+
+def spins_without_a_step(spot):
+    while True:
+        pass
+
+
+def waits_in_the_system(spot):
+    threading.Event().wait(20)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (spins, "^steps: 100 were not enough"),
+        (spins_without_a_step, "^seconds: .* in spins_without_a_step"),
+        (waits_in_the_system, "^seconds: .* in wait"),
+    ],
+)
+def test_no_scenario_hangs(body, message):
+    with pytest.raises(Endless, match=message):
+        explore(sharing(Spot, body, stepping(1)), steps=100, seconds=0.5)
+
+
+# What a thread learns from an error counts
+
+
+def test_what_follows_a_caught_error_is_explored():
+    """The situation after the error is not the one before it."""
+
+    def scenario(schedule):
+        items, spot = schedule.share(list, name="items"), schedule.share(Spot)
+
+        def takes():
+            try:
+                items.pop()
+            except IndexError:
+                if spot.x:
+                    raise Seen("empty, then put") from None
+
+        def puts():
+            items.append(1)
+            spot.x = 1
+
+        return [takes, puts]
+
+    found = both_ways(scenario)
+    assert errors(found) == {"Seen: empty, then put"}
+    assert all(len(race.steps) == len(race.path) for race in found.races)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([1], ("list", 1)),
+        (1.5, ("float", "1.5")),
+        (Color := enum.IntEnum("Color", "RED"), 1),
+        (len, max),
+        (np.float32(1), np.float64(1)),
+        (frozenset([1]), frozenset([True])),
+    ],
+    ids=["list", "float", "enum", "function", "width", "frozenset"],
+)
+def test_no_two_values_have_one_label(one, other):
+    run = Sharing()
+    run._started = True
+    one = one.RED if one is Color else one
+    assert run._label(one) != run._label(other)

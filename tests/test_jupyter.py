@@ -1,4 +1,4 @@
-"""In Jupyter: the index opens, its links lead to notebooks, and each notebook runs alone in a new kernel."""
+"""In Jupyter: the index opens, its links lead to notebooks, each notebook runs in a new kernel."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def test_a_notebook_runs_alone_in_a_new_kernel(path):
     nb.cells = list(filter(without_slow, nb.cells))
     start = time.perf_counter()
     where = {"metadata": {"path": path.parent}}
-    # Raises at the first error. The limit is for a cell that hangs; time is printed, and not judged here.
+    # Raises at the first error. The limit is for a cell that hangs; time is only printed.
     NotebookClient(nb, timeout=300, kernel_name="python3", resources=where).execute()
     print(f"{path.stem}: {time.perf_counter() - start:.1f} s")
 

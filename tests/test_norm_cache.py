@@ -1,13 +1,17 @@
 """Caches of one value: what they promise, in every order, and what breaks two of them."""
 
+import copy
 import math
+import pickle
 import sys
 import sysconfig
 import threading
 import time
 import weakref
 from fractions import Fraction
+from functools import partial
 from itertools import product
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -25,6 +29,8 @@ from ctxlab.norm_cache import (
     PlainFlag,
     Recompute,
     Stale,
+    Stress,
+    Trial,
     VersionCounter,
     asking,
     break_even,
@@ -37,6 +43,7 @@ from ctxlab.norm_cache import (
     per_change,
     search,
     stress,
+    trial,
     word_pairs,
 )
 
@@ -44,8 +51,13 @@ every = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS)
 safe = pytest.mark.parametrize("variant", [VARIANTS[name] for name in SAFE], ids=SAFE)
 CACHES = [name for name in VARIANTS if name != "recompute"]
 caches = pytest.mark.parametrize("variant", [VARIANTS[name] for name in CACHES], ids=CACHES)
-WAITLESS = [name for name in SAFE if name != "locked flag"]
-waitless = pytest.mark.parametrize("variant", [VARIANTS[name] for name in WAITLESS], ids=WAITLESS)
+Waitless = partial(DerivedValue, once=False)
+WAITLESS = {
+    name: Waitless if name == "snapshot swap" else VARIANTS[name]
+    for name in SAFE
+    if name != "locked flag"
+}
+waitless = pytest.mark.parametrize("variant", WAITLESS.values(), ids=list(WAITLESS))
 GUARDED = [name for name in SAFE if name != "recompute"]
 guarded = pytest.mark.parametrize("variant", [VARIANTS[name] for name in GUARDED], ids=GUARDED)
 
@@ -128,7 +140,9 @@ def test_a_function_that_needs_arguments_says_so_each_time(variant):
 
 @caches
 @pytest.mark.parametrize(
-    "value", [None, 0, False, "", (), [], math.nan, np.nan, np.zeros(0), NotImplemented], ids=repr
+    "value",
+    [None, 0, False, "", (), (1, "a"), math.nan, np.nan, object(), NotImplemented],
+    ids=repr,
 )
 def test_any_value_is_kept(variant, value):
     calls = []
@@ -384,7 +398,7 @@ def test_racing_first_readers_of_a_derived_value_get_the_same_object(n):
         calls.append(1)
         return object()
 
-    cache = DerivedValue(compute)
+    cache = Waitless(compute)
     for _ in range(5):
         calls.clear()
         found = [reader.end() for reader in [Thread(cache.get) for _ in range(n)]]
@@ -396,7 +410,7 @@ def test_racing_first_readers_of_a_derived_value_get_the_same_object(n):
 
 def test_racing_first_readers_beside_a_change_get_the_object_of_their_own_cell():
     compute = Slow("old")
-    cache = DerivedValue(lambda: [compute()])
+    cache = Waitless(lambda: (compute(),))
     slow = Thread(cache.get)
     assert compute.inside.wait(60)
     early = Thread(cache.get).end()
@@ -405,7 +419,7 @@ def test_racing_first_readers_beside_a_change_get_the_object_of_their_own_cell()
     new = cache.get()
     compute.go_on.set()
     assert slow.end() is early
-    assert (early, new) == (["old"], ["new"])
+    assert (early, new) == (("old",), ("new",))
     assert cache.get() is new
 
 
@@ -422,7 +436,7 @@ def test_only_the_value_that_was_first_is_kept():
         made.append(weakref.ref(large))
         return large
 
-    cache = DerivedValue(compute)
+    cache = Waitless(compute)
     readers = [Thread(cache.get) for _ in range(n)]
     kept = {id(reader.end()) for reader in readers}
     del readers
@@ -462,6 +476,198 @@ def test_no_change_goes_uncounted():
     for writer in [Thread(write) for _ in range(4)]:
         writer.end()
     assert cache._version == 8000
+
+
+# One computation for all, and a value that nobody can write to
+
+
+class Gate:
+    """Counts its calls; each waits to be let on."""
+
+    def __init__(self, *outcomes):
+        self.outcomes, self.calls = list(outcomes), 0
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.calls += 1
+        self.inside.set()
+        assert self.go_on.wait(60)
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+@pytest.mark.parametrize("value", [1.0, None, ()])
+def test_first_readers_compute_once(value):
+    compute = Gate(value)
+    cache = DerivedValue(compute)
+    readers = [Thread(cache.get) for _ in range(8)]
+    assert compute.inside.wait(60)
+    time.sleep(0.02)  # the others come to wait; that they do is not needed for what is checked
+    compute.go_on.set()
+    assert [reader.end() for reader in readers] == [value] * 8
+    assert compute.calls == 1
+
+
+def test_an_error_goes_to_the_reader_that_computed_and_the_next_one_computes():
+    compute = Gate(Broken("first"), Interrupt("second"), 3.0)
+    cache = DerivedValue(compute)
+    readers = [Thread(cache.get) for _ in range(5)]
+    assert compute.inside.wait(60)
+    compute.go_on.set()
+    ends = []
+    for reader in readers:
+        try:
+            ends.append(reader.end())
+        except (Broken, Interrupt) as e:
+            ends.append(str(e))
+    assert sorted(map(str, ends)) == ["3.0", "3.0", "3.0", "first", "second"]
+    assert compute.calls == 3
+
+
+def test_a_reader_after_a_change_does_not_wait_for_the_computation_before_it():
+    compute = Slow("old")
+    cache = DerivedValue(compute)
+    slow = Thread(cache.get)
+    assert compute.inside.wait(60)
+    compute.state = "new"
+    cache.invalidate()
+    assert Thread(cache.get).end() == "new"
+    compute.go_on.set()
+    assert (slow.end(), cache.get()) == ("old", "new")
+
+
+def test_values_that_need_each_other_in_two_threads_do_not_wait_for_each_other():
+    both = threading.Barrier(2)
+    circle = [True]
+
+    def compute_a():
+        if circle[0]:
+            both.wait(60)
+        return b.get() + 1
+
+    def compute_b():
+        if circle[0]:
+            both.wait(60)
+            return a.get()
+        return 1
+
+    a, b = DerivedValue(compute_a), DerivedValue(compute_b)
+    readers = [Thread(a.get), Thread(b.get)]
+    for reader in readers:
+        with pytest.raises(RuntimeError, match="asks for the value"):
+            reader.end()
+    circle[0] = False
+    assert (a.get(), b.get()) == (2, 1)
+
+
+ARRAYS = {
+    "array": (lambda: np.zeros(3), lambda value: value),
+    "tuple": (lambda: (np.zeros(3), 1), lambda value: value[0]),
+    "list": (lambda: [np.zeros(3)], lambda value: value[0]),
+    "dict": (lambda: {"a": [np.zeros(3)]}, lambda value: value["a"][0]),
+    "transposed": (lambda: np.zeros((3, 2)).T, lambda value: value),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("once", [True, False])
+def test_no_reader_can_write_to_what_all_share(name, once):
+    compute, array_in = ARRAYS[name]
+    cache = DerivedValue(compute, once=once)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="read-only"):
+            array_in(cache.get())[0] = 99
+    assert not array_in(cache.get()).any()
+    assert cache.get() is cache.get()
+
+
+def test_lists_and_dicts_cannot_be_changed_by_a_reader():
+    cache = DerivedValue(lambda: {"a": [1, 2]})
+    assert cache.get() == {"a": (1, 2)}
+    assert isinstance(cache.get(), MappingProxyType)
+
+
+def test_the_array_of_the_owner_stays_writable():
+    mine = np.zeros(3)
+    cache = DerivedValue(lambda: mine)
+    assert cache.get() is not mine
+    assert np.shares_memory(cache.get(), mine)
+    mine[0] = 1  # of the owner, who must invalidate
+    assert mine.flags.writeable
+
+
+def number():
+    return 5.0
+
+
+class Layer:
+    def __init__(self, weight):
+        self.weight, self.calls = weight, 0
+        self.twice = DerivedValue(self.double)
+
+    def double(self):
+        return 2 * self.weight
+
+    @DerivedValue
+    def norm(self):
+        self.calls += 1
+        return abs(self.weight)
+
+
+class Parent(Layer):
+    __slots__ = ()
+
+
+def copies(value):
+    return copy.copy(value), copy.deepcopy(value), pickle.loads(pickle.dumps(value))
+
+
+def test_a_copy_computes_anew_by_the_same_function():
+    cache = DerivedValue(number, once=False)
+    cache.get()
+    for other in copies(cache):
+        assert other.get() == 5.0
+        assert other._current is not cache._current
+        assert other._once is False
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_the_value_of_a_copied_object_is_that_of_the_copy(duplicate):
+    layer = Layer(-3.0)
+    assert (layer.norm, layer.twice.get()) == (3.0, -6.0)
+    other = duplicate(layer)
+    other.weight = 4.0
+    del other.norm
+    other.twice.invalidate()
+    assert (other.norm, other.twice.get()) == (4.0, 8.0)
+    assert (layer.norm, layer.twice.get()) == (3.0, -6.0)
+
+
+def test_a_method_becomes_an_attribute_that_is_computed_once():
+    one, other = Layer(-3.0), Parent(7.0)
+    assert (one.norm, one.norm, other.norm) == (3.0, 3.0, 7.0)
+    one.weight = 5.0
+    assert one.norm == 3.0
+    del one.norm
+    assert one.norm == 5.0
+    assert (one.calls, other.calls) == (2, 1)
+    assert isinstance(Layer.norm, DerivedValue)
+    with pytest.raises(AttributeError):
+        one.norm = 3
+
+
+def test_an_attribute_needs_somewhere_to_be_kept():
+    class Slotted:
+        __slots__ = ()
+
+        @DerivedValue
+        def norm(self):
+            return 1.0
+
+    with pytest.raises(TypeError, match="norm: Slotted has no __dict__"):
+        _ = Slotted().norm
 
 
 # In bulk
@@ -583,9 +789,9 @@ def test_a_late_version_of_a_thread_is_found():
 
 
 def test_the_steps_of_a_snapshot_are_those_of_its_lines():
-    """A read: announced, _cell, its length, writes, append, del [1:], [0]. A write: append, _cell, append."""
+    """A read: announced, _current, length, turn, length, writes, append, del, turn, [0]."""
     steps = [str(step)[2:] for step in replay(asking(DerivedValue, ["R", "W"]), ()).steps]
-    assert len(steps) == 7 + 3
+    assert len(steps) == 10 + 3
 
 
 @pytest.mark.parametrize("words", [["RX", "W"], ["r", "W"], [1, "W"]])
@@ -602,6 +808,72 @@ def test_word_pairs_are_all_that_can_show_something(depth):
     assert {frozenset(pair) for pair in found} == expected
     assert len(found) == len(expected)
     assert all(1 <= len(word) <= depth for pair in found for word in pair)
+
+
+class Twice(DerivedValue):
+    """Forgets to look again once it is its turn."""
+
+    def _fill(self, cell, turn):
+        with turn:
+            cell.append(self._compute())
+
+
+class Once:
+    """A compute function that tells how often it has been called for one cell."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self):
+        self.calls.append(1)
+        return 1.0
+
+
+def first_readers(variant):
+    def scenario(schedule):
+        compute = schedule.share(Once)
+        cache = schedule.share(variant, compute)
+
+        def check():
+            assert len(compute.calls) == 1, "computed more than once"
+
+        schedule.afterwards(check)
+        return [cache.get, cache.get]
+
+    return scenario
+
+
+def test_first_readers_compute_once_in_every_order():
+    assert explore(first_readers(DerivedValue)).races == []
+    assert explore(first_readers(Twice)).races
+    assert explore(first_readers(Waitless)).races
+
+
+def test_a_derived_value_that_nobody_waits_for_in_every_order():
+    for found in search(Waitless, [("R", "WR"), ("RR", "W")]).values():
+        assert found.races == []
+
+
+@pytest.mark.parametrize(
+    ("stale", "verdict"),
+    [
+        ({}, "proves nothing"),
+        ({"plain flag": 3}, "proves nothing"),
+        ({"plain flag": 3, "early flag": 1}, "the safe ones none"),
+    ],
+)
+def test_a_trial_proves_something_where_the_broken_variants_fail(stale, verdict):
+    results = {name: Stress(100, 50, stale.get(name, 0), 1.0) for name in VARIANTS}
+    assert verdict in Trial(results).check()
+    for name in SAFE:
+        with pytest.raises(AssertionError, match=f"stale reads of {name}"):
+            Trial(results | {name: Stress(100, 50, 1, 1.0)}).check()
+
+
+def test_a_trial_runs_every_variant():
+    found = trial(400, pause=lambda: time.sleep(0))
+    assert list(found.results) == list(VARIANTS)
+    assert all(each.operations == 400 for each in found.results.values())
 
 
 # What it costs

@@ -1,4 +1,4 @@
-"""The package as a whole: light imports, one list of requirements, the agreed names, documentation."""
+"""The package as a whole: light imports, requirements, its face, documentation."""
 
 import ast
 import importlib
@@ -23,13 +23,17 @@ settings.read(ROOT / "settings.ini", encoding="utf-8")
 FACTS = settings["DEFAULT"]
 
 
+def fresh(code):
+    """What the code prints in a new process."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
 @pytest.mark.parametrize("module", ["ctxlab", "ctxlab.context", "ctxlab.data", "ctxlab.measure"])
 def test_imports_stay_light(module):
     # Only a fresh process can tell what an import drags in.
-    code = f"import sys, numpy; old = {{*sys.modules}}; import {module}; print(*sys.modules.keys() - old)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    before = "import sys, numpy; old = {*sys.modules}"
+    loaded = fresh(f"{before}; import {module}; print(*sys.modules.keys() - old)")
     heavy = {
         "matplotlib",
         "tqdm",
@@ -46,31 +50,11 @@ def test_imports_stay_light(module):
     assert "numpy.random" not in loaded  # NumPy itself loads it when it is used
 
 
-def requirement_names():
-    entries = (FACTS["requirements"] + " " + FACTS["dev_requirements"]).split()
-    return {re.match(r"[\w.-]+", entry)[0] for entry in entries}
-
-
-def test_settings_ini_is_the_only_list_of_requirements():
-    assert {"numpy", "threadpoolctl", "pytest", "hypothesis"} <= requirement_names()
-    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    texts = {
-        node.value
-        for node in ast.walk(setup)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    assert not any(
-        re.search(rf"\b{re.escape(name)}\b", text) for name in requirement_names() for text in texts
-    )
-    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert not re.search(
-        r"^\s*(\[project|dependencies|optional-dependencies)", pyproject, re.MULTILINE
-    )
-    assert not [
-        p.name
-        for p in ROOT.glob("*")
-        if re.search(r"requirements.*\.txt|setup\.cfg|environment.*\.ya?ml", p.name)
-    ]
+@pytest.mark.parametrize("kind", ["", "distributed_"])
+def test_each_requirement_names_its_lowest_version(kind):
+    # The gate of lowest versions installs these entries with == in place of >=.
+    for entry in FACTS[f"{kind}requirements"].split():
+        assert re.fullmatch(r"[\w.-]+(\[[\w,]+\])?>=\d+(\.\d+)+", entry), entry
 
 
 PEERS = {"torch"}  # what timings may be compared with, where it happens to be installed
@@ -95,61 +79,81 @@ def test_every_import_is_a_declared_requirement():
         assert PEERS.isdisjoint(imported(top)), path.name
 
 
-def test_the_version_has_one_source():
-    assert ctxlab.__version__ == FACTS["version"]
+# The face: names and submodules that are loaded when they are first used
 
 
-# As agreed in the design; a parameter's default is part of the promise, annotations are not.
-SIGNATURES = """
-reference.sample_rows(n_rows, max_rows=32)
-reference.similarity(x, y, *, rows=None, max_rows=32)
-reference.similarity_step(x, y)
-reference.ema(previous, new, rate)
-reference.apply_context(x, context, strength)
-reference.apply_context_vjp(x, context, strength, grad_out)
-gemm.gemm(a, b, out, *, alpha=1.0, beta=0.0)
-workspace.Workspace(*, growth='pow2', limit_bytes=None, debug=False)
-workspace.Workspace.take(self, name, shape, dtype=float32)
-workspace.Workspace.ensure_capacity(self, requests)
-workspace.Workspace.next_generation(self)
-workspace.Workspace.clear(self)
-workspace.Workspace.release(self)
-context.SharedAttentionContext(strength=0.0, update_rate=0.01, *, max_rows=32, dtype=float32, workspace=None)
-context.SharedAttentionContext.set_incoming(self, context)
-context.SharedAttentionContext.update(self, x, y, *, dim=None, rows=None)
-context.SharedAttentionContext.update_step(self, x, y, *, dim=None)
-context.SharedAttentionContext.apply(self, x, out=None)
-context.SharedAttentionContext.backward(self, x, grad_out, out=None)
-context.SharedAttentionContext.reset(self)
-context.SharedAttentionContext.weight_norm(self)
-context.SharedAttentionContext.state_dict(self)
-context.SharedAttentionContext.load_state_dict(self, state)
-""".split("\n")[1:-1]
+def test_importing_the_package_loads_nothing():
+    code = "import sys; old = {*sys.modules}; import ctxlab; print(*sys.modules.keys() - old)"
+    assert fresh(code) == ["ctxlab"]
 
 
-def look_up(path):
-    module, *names = path.split(".")
-    found = importlib.import_module(f"ctxlab.{module}")
-    for name in names:
-        found = getattr(found, name)
-    return found
+@pytest.mark.parametrize("name", ctxlab._HOMES)
+def test_a_name_is_that_of_its_module(name):
+    home = importlib.import_module(f"ctxlab.{ctxlab._HOMES[name]}")
+    assert getattr(ctxlab, name) is getattr(home, name)
+    assert getattr(ctxlab, name).__module__ == home.__name__
 
 
-@pytest.mark.parametrize("promise", SIGNATURES, ids=lambda s: s.partition("(")[0])
-def test_signatures_are_as_agreed(promise):
-    path, _, parameters = promise.partition("(")
-    shown = []
-    for p in inspect.signature(look_up(path)).parameters.values():
-        default = getattr(p.default, "__name__", repr(p.default))
-        shown += ["*"] * (p.kind is p.KEYWORD_ONLY and "*" not in shown)
-        shown.append(p.name if p.default is p.empty else f"{p.name}={default}")
-    assert ", ".join(shown) + ")" == parameters
+def test_a_name_is_there_in_a_new_process_and_loads_only_what_it_needs():
+    code = "import sys, ctxlab; ctxlab.Workspace(); print(*sys.modules)"
+    loaded = {name for name in fresh(code) if name.startswith("ctxlab.")}
+    assert "ctxlab.workspace" in loaded
+    assert loaded.isdisjoint({"ctxlab.context", "ctxlab.transformer", "ctxlab.claims"})
 
 
-@pytest.mark.parametrize("name", ["strength", "update_rate", "incoming", "outgoing", "nbytes"])
-def test_properties_are_as_agreed(name):
-    assert isinstance(
-        inspect.getattr_static(look_up("context.SharedAttentionContext"), name), property
+@pytest.mark.parametrize("module", MODULES)
+def test_a_submodule_is_there_without_an_import_of_its_own(module):
+    code = f"import ctxlab; print(ctxlab.{module}.__name__)"
+    assert fresh(code) == [f"ctxlab.{module}"]
+
+
+def test_no_name_hides_a_submodule():
+    assert set(ctxlab._HOMES).isdisjoint(MODULES)
+
+
+def test_dir_and_star_offer_the_face():
+    assert {*ctxlab.__all__, *MODULES} <= set(dir(ctxlab))
+    assert set(fresh("from ctxlab import *; print(*dir())")) >= set(ctxlab._HOMES)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("Worksapce", "Workspace"), ("gem", "gemm"), ("DerivedValues", "DerivedValue")],
+)
+def test_a_wrong_name_gets_the_near_ones(wrong, near):
+    with pytest.raises(AttributeError, match=rf"'ctxlab' .*'{wrong}'; did you mean .*\b{near}\b"):
+        getattr(ctxlab, wrong)
+    with pytest.raises(ImportError, match=wrong):
+        exec(f"from ctxlab import {wrong}")
+
+
+@pytest.mark.parametrize("wrong", ["xyzzy", "_workspace", "__wrapped__"])
+def test_a_name_like_no_other_gets_none(wrong):
+    assert not hasattr(ctxlab, wrong)
+    with pytest.raises(AttributeError, match=f"^module 'ctxlab' has no attribute '{wrong}'$"):
+        getattr(ctxlab, wrong)
+
+
+def test_an_error_inside_a_submodule_is_not_taken_for_a_missing_name(monkeypatch):
+    def broken(name):
+        raise ImportError("numpy is broken", name="numpy")
+
+    monkeypatch.delattr(ctxlab, "load_pairs", raising=False)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(ImportError, match="numpy is broken"):
+        ctxlab.load_pairs  # noqa: B018
+
+
+def test_type_checkers_are_told_the_same_names():
+    tree = ast.parse((ROOT / "ctxlab/__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    told = [
+        (node.module.removeprefix("ctxlab").lstrip("."), alias.name)
+        for node in block.body
+        for alias in node.names
+    ]
+    assert sorted(told) == sorted(
+        [("", m) for m in MODULES] + [(home, name) for name, home in ctxlab._HOMES.items()]
     )
 
 

@@ -1,4 +1,4 @@
-"""The report: a table that fits, a page that stands alone, a file to judge again, all or nothing."""
+"""The report: a table that fits, a page that stands alone, a file to judge again."""
 
 import itertools
 import json
@@ -217,7 +217,7 @@ def test_figures_follow_from_the_raw_timings_in_the_file(made, data):
 
 
 class Page(HTMLParser):
-    """What a browser would find: tags with their attributes, text, and what was not closed properly."""
+    """What a browser would find: tags with their attributes, text, and what was left open."""
 
     VOID = ("meta", "img", "br", "hr", "link", "input")
 
@@ -439,7 +439,7 @@ def old(tmp_path):
 @pytest.mark.parametrize("written", [0, len(FILES)])
 def test_a_failure_leaves_everything_as_it_was(error, target, written, old):
     before = tree(old.parent)
-    with pytest.raises(error), staging(old.parent / target) as place:  # noqa: PT012 -- the block is what fails
+    with pytest.raises(error), staging(old.parent / target) as place:  # noqa: PT012
         for name in FILES[:written]:
             (place / name).write_text("new")
         raise error

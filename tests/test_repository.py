@@ -1,7 +1,6 @@
 """What no module can check: that the repository agrees with itself."""
 
 import ast
-import configparser
 import json
 import re
 import subprocess
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import ctxlab
 from ctxlab.claims import CONFIRMED, LEDGER, PARTLY, REFUTED, UNDECIDED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +15,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "index")
 
 # In two parts each, since this file is searched, too.
-FORBIDDEN = """TO|DO FIX|ME NotImplemented|Error /wo|rk/ /ro|ot/ pypi|.org python|hosted.org anaconda|.org
+FORBIDDEN = """TO|DO FIX|ME NotImplemented|Error /wo|rk/ /ro|ot/ pypi|.org
+python|hosted.org anaconda|.org
 conda-|forge npmjs|.org""".replace("|", "").split()
 
 by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -52,12 +51,6 @@ def imported(path):
                     yield from (
                         a.name.split(".")[1] for a in node.names if a.name.startswith("ctxlab.")
                     )
-
-
-def test_the_version_is_stated_once():
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    assert settings["DEFAULT"]["version"] == ctxlab.__version__
 
 
 @by_notebook
@@ -120,7 +113,7 @@ def tracked():
 
 
 def words(path):
-    """The text of a file; None where it is none. Pictures in a notebook are letters, but no words."""
+    """The text of a file; None where it is none. Pictures in a notebook are no words."""
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The web site: it builds without a warning, every link leads somewhere, and it needs no network."""
+"""The web site: it builds without a warning, every link leads somewhere, no network."""
 
 import importlib
 import importlib.util
@@ -114,7 +114,10 @@ def sources(tmp_path):
 
 
 def test_links_are_turned_to_the_pages_of_the_site(sources):
-    text = "[a](05_context.ipynb#threads) [b](../ctxlab/gemm.py) [c](../LICENSE) [d](../tests/conftest.py)"
+    text = (
+        "[a](05_context.ipynb#threads) [b](../ctxlab/gemm.py) "
+        "[c](../LICENSE) [d](../tests/conftest.py)"
+    )
     want = "[a](05_context.ipynb#threads) [b](api/gemm.md) [c](license.md) [d](tests-conftest.md)"
     assert sources.markdown(text, ROOT / "nbs/index.ipynb", None) == want
     for same in ("[a](#threads)", "[b](https://example.org/x)", "`f[0](x)`", "```\n[a](b)\n```"):
@@ -235,7 +238,8 @@ LEFT = "net::ERR_ABORTED"  # an icon that was still on its way when the test wen
 # What a page is once its formulas are set: counts of what is there, and of what is wrong.
 LOOK = """async () => {
     if (window.MathJax) await MathJax.startup.promise;
-    const all = (selector, wrong = () => true) => [...document.querySelectorAll(selector)].filter(wrong);
+    const all = (selector, wrong = () => true) =>
+        [...document.querySelectorAll(selector)].filter(wrong);
     for (const image of all('img')) image.loading = 'eager';
     await Promise.all(all('img').map(image => image.decode()));
     return {

@@ -19,8 +19,10 @@ from ctxlab.testing import (
 
 
 @given(dtypes, st.integers(1, 10**6), st.floats(0.5, 100))
-def test_tolerance_is_linear(dtype, depth, c):
-    assert tolerance(dtype, depth, c=c) == pytest.approx(depth * c * float(np.finfo(dtype).eps))
+def test_tolerance_grows_with_the_root_of_the_depth(dtype, depth, c):
+    assert tolerance(dtype, depth, c=c) == pytest.approx(
+        depth**0.5 * c * float(np.finfo(dtype).eps)
+    )
 
 
 @pytest.mark.parametrize("depth", [0, -3])
@@ -100,17 +102,61 @@ def test_scale_broadcasts_but_only_to_the_result():
         assert_equiv(actual, expected, scale=np.ones((4, 2, 3)))
 
 
-@pytest.mark.parametrize("scale", [np.nan, np.array([1.0, np.nan])], ids=["scalar", "array"])
-def test_a_scale_that_is_not_a_number_does_not_pass_everything(scale):
-    # Such a scale arises by itself, as |A| @ |B| of an input with a NaN in it.
-    with pytest.raises((AssertionError, ValueError)):
-        assert_equiv(np.array([1.0, 5.0]), np.array([1.0, 1.0]), scale=scale)
+@pytest.mark.parametrize("entry", [np.nan, np.inf, -1.0])
+@pytest.mark.parametrize("shape", [(), (2,)], ids=["scalar", "array"])
+def test_a_scale_that_says_nothing_passes_nothing(entry, shape):
+    # Such a scale arises by itself, as |A| @ |B| of an input with a NaN in it or beyond the dtype.
+    with pytest.raises(AssertionError, match="values: 2 of 2"):
+        assert_equiv(np.array([1.0, 5.0]), np.array([1.0, 1.0]), scale=np.full(shape, entry))
 
 
-def test_special_entries_do_not_set_the_scale():
-    expected = np.array([1.0, np.inf, np.nan])
+@pytest.mark.parametrize("entry", [np.nan, np.inf])
+def test_a_scale_need_not_be_finite_where_the_result_is_not(entry):
+    expected = np.array([1.0, np.nan, np.inf, -np.inf])
+    assert_equiv(expected, expected, scale=np.array([1.0, entry, entry, entry]))
+
+
+def test_each_entry_is_its_own_scale():
+    expected = np.array([1.0, -1e6, 1e-9, 0.0, np.inf, np.nan])
+    for i in range(4):
+        for wrong in (-expected[i], 2 * expected[i], 0.0, expected[i] * (1 + 1e-12)):
+            actual = expected.copy()
+            actual[i] = wrong or 1e-300
+            with pytest.raises(AssertionError, match=f"1 of 6 differ; worst at \\({i},\\)"):
+                assert_equiv(actual, expected)
+
+
+PRODUCTS = {  # what a product may be instead, and at which sizes
+    "sign": lambda a, b: -(a @ b),
+    "factor 2": lambda a, b: 2 * (a @ b),
+    "factor 0": lambda a, b: 0 * (a @ b),
+    "transposed": lambda a, b: (a @ b).T,
+    "operands swapped": lambda a, b: b @ a,
+    "a missing term": lambda a, b: a[:, 1:] @ b[1:],
+    "a term twice": lambda a, b: a @ b + a[:, :1] @ b[:1],
+    "one operand transposed": lambda a, b: a.T @ b,
+}
+
+
+@pytest.mark.parametrize("mutant", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [2, 31, 768])
+def test_a_right_product_passes_and_a_wrong_one_is_found(n, dtype, mutant):
+    a, b = np.random.default_rng(n).standard_normal((2, n, n)).astype(dtype)
+    bound = dict(depth=n, scale=np.sqrt(a**2 @ b**2))
+    assert_equiv(a[:, ::-1].copy() @ b[::-1].copy(), a @ b, **bound)
     with pytest.raises(AssertionError, match="values"):
-        assert_equiv(expected + np.array([1e-6, 0, 0]), expected)
+        assert_equiv(PRODUCTS[mutant](a, b), a @ b, **bound)
+
+
+def test_a_missing_term_is_found_in_a_sum_of_hundreds_of_thousands():
+    a, b = np.random.default_rng(0).standard_normal((2, 512 * 768)).astype(np.float32)
+    terms = a.astype(np.float64) * b
+    bound = dict(depth=terms.size, scale=np.sqrt(np.sum(terms**2)))
+    assert_equiv(np.vdot(a, b), np.float32(terms.sum()), **bound)
+    typical = np.argmin(np.abs(np.abs(terms) - np.median(np.abs(terms))))
+    with pytest.raises(AssertionError, match="values"):
+        assert_equiv(np.vdot(a, b) - np.float32(terms[typical]), np.float32(terms.sum()), **bound)
 
 
 def test_expect_fail_passes_on_the_right_error(capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import DTYPES, dtypes, make, seeds
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxlab.block import FreshWorkspace
@@ -216,7 +216,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours_or_padding(causal, norm_fi
     long, short = x[:1].copy(), x[:1, :25].copy()
     padded_G = G[:1].copy()
     padded_G[:, 25:] = 0
-    long[:, 25:] = 1e3  # whatever the padding holds
+    long[:, 25:], padded_G[:, 25:] = np.nan, np.inf  # whatever the padding holds
     a, b = run(block, long, padded_G, keep=keep), run(block, short, padded_G[:, :25].copy())
     a["y"], a["dx"] = a["y"][:, :25], a["dx"][:, :25]
     close(a, b, 1e-5)
@@ -260,6 +260,8 @@ def test_the_block_is_that_of_pytorch(torch, shape, mask, causal, norm_first, dt
     y = layer(
         tensor, src_mask=later, src_key_padding_mask=None if keep is None else torch.tensor(~keep)
     )
+    if keep is not None:  # PyTorch hides keys only; here padding gives zeros and asks for nothing
+        y = y * torch.tensor(keep[:, :, None])
     (y * torch.tensor(G)).sum().backward()
     want = {"y": y.detach().numpy(), "dx": tensor.grad.numpy()}
     want |= {name: p.grad.numpy() for name, p in layer.named_parameters()}
@@ -518,8 +520,8 @@ def test_a_strength_that_mixed_nothing_has_no_gradient():
     assert run(block, x, G)["context.strength"] == 0  # and not what an earlier pass left there
 
 
-def test_a_context_that_two_blocks_share_is_refused_or_right():
-    # Each block has a strength of its own; the one that goes forward last must not decide for the other.
+def test_a_context_that_two_blocks_share_has_one_strength():
+    # The strength is the context's: both mix with what either of them changes.
     (x, G), pool, ctx = (
         batch(2, 5, 6, np.float64),
         Workspace(),
@@ -528,18 +530,15 @@ def test_a_context_that_two_blocks_share_is_refused_or_right():
     first, second = (
         block_of(6, 2, 8, seed=i, dtype=np.float64, context=ctx, workspace=pool) for i in (1, 2)
     )
+    assert first.parameters()["context.strength"] is second.parameters()["context.strength"]
     second.parameters()["context.strength"][0] = 2
     middle = first.forward(x)
     second.forward(middle)
     want = reference(second, middle.copy(), G)["dx"]
     close({"dx": second.backward(G)}, {"dx": want}, 1e-12)
     want = reference(first, x, want)
-    try:
-        dx = first.backward(second.workspace.take(f"{second.name}.dx", x.shape, np.float64))
-    except (RuntimeError, ValueError) as error:
-        assert "context" in str(error)  # noqa: PT017
-    else:
-        close({"dx": dx} | first.gradients(), {n: a for n, a in want.items() if n != "y"}, 1e-12)
+    dx = first.backward(second.workspace.take(f"{second.name}.dx", x.shape, np.float64))
+    close({"dx": dx} | first.gradients(), {n: a for n, a in want.items() if n != "y"}, 1e-12)
 
 
 def test_the_strength_is_the_parameter():
@@ -581,17 +580,13 @@ def memory_of(block, x, G, **options):
     st.sampled_from(APPROXIMATE),
     st.booleans(),
     st.sampled_from(CONTEXTS),
-    st.sampled_from([None, 1, 3, 32]),
+    st.sampled_from([None, 2, 3, 32]),
     st.booleans(),
 )
 def test_bytes_are_known_beforehand(
     B, S, size, F, dtype, form, approximate, keep_weights, mixes, max_rows, debug
 ):
     (D, H), (causal, norm_first) = size, form
-    rows = B * S if max_rows is None else min(B * S, max_rows)
-    assume(
-        not (rows == 1 and dtype == np.float64 and mixes.startswith("shared"))
-    )  # has a test of its own
     ws, ctx = Workspace(growth="exact", debug=debug), None
     if mixes != "none":
         pool = ws if mixes.startswith("shared") else None

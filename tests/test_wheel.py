@@ -1,6 +1,6 @@
-"""The wheel and the source archive: what is in them, and whether they install and run where nothing else is.
+"""The wheel and the source archive: what is in them, and whether they install and run alone.
 
-Not among the quick tests: run with `pytest -m release`. Needs the package index, and takes a minute a Python.
+Not among the quick tests: run with `pytest -m release`. Needs the package index.
 """
 
 import json
@@ -56,7 +56,7 @@ def interpreters(version):
 
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory):
-    """A source archive made from what git knows or would add, and a wheel made from that archive."""
+    """A source archive made from what git knows or would add, and a wheel made from it."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in run(
         "git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT

@@ -1,15 +1,28 @@
 """`Workspace` against a model of it, what it refuses, stale views, threads, formulas, plans."""
 
+import asyncio
+import contextvars
 import copy
+import gc
 import itertools
 import math
 import operator
+import os
 import pickle
 import re
+import signal
 import sys
 import threading
 import tracemalloc
-from contextlib import contextmanager, suppress
+import types
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 
 import numpy as np
 import pytest
@@ -17,7 +30,8 @@ from conftest import make, seeds
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ctxlab import reference
+from ctxlab import reference, workspace
+from ctxlab.block import FreshWorkspace
 from ctxlab.gemm import blend, gemm
 from ctxlab.measure import page_faults, traced_peak
 from ctxlab.workspace import (
@@ -533,7 +547,7 @@ def test_a_scope_forbids_what_would_end_it(what, debug):
         view = ws.take("x", (5,))
         view.fill(1)
         for _ in range(2):
-            with refused(ws, RuntimeError, "inside a scope; leave it first$"):
+            with refused(ws, RuntimeError, r"inside a scope \(.*\); leave it first$"):
                 ws.arrange(plan({})) if what == "arrange" else getattr(ws, what)()
         assert np.all(view == 1)
     ws.next_generation()
@@ -1927,6 +1941,652 @@ def test_a_plan_waits_until_everything_is_given_back(debug):
     ws.release()
     assert ws.nbytes == 0
     chain(ws)
+
+
+# --- scopes that overlap on one thread ---
+
+
+def holder(ws, name, shape=(4,)):
+    """A generator that keeps a scope open while it is suspended."""
+    with ws.scope(name):
+        view = ws.take(f"{name}.buf", shape)
+        view.fill(1)
+        while (sent := (yield view)) is not None:
+            view = sent()
+
+
+def overlap(*names):
+    """The message of a refusal: both scopes, with the lines where they were opened."""
+    where = r"scope '{}' \(.*test_workspace.py:\d+, in \w+\)"
+    return " overlaps ".join(where.format(name) for name in names) + ", which is open"
+
+
+def steps_alone(*coroutines):
+    """Run coroutines as a loop does: contexts of their own, one step of each in turn."""
+    contexts = [contextvars.copy_context() for _ in coroutines]
+    results = [None] * len(coroutines)
+    left = dict(enumerate(coroutines))
+    while left:
+        for i, coroutine in list(left.items()):
+            try:
+                contexts[i].run(coroutine.send, None)
+            except StopIteration as stop:
+                results[i] = stop.value
+                del left[i]
+            except RuntimeError as error:
+                results[i] = error
+                del left[i]
+    return results
+
+
+@types.coroutine
+def pause():
+    yield
+
+
+async def request(ws, name, pauses):
+    with ws.scope(name):
+        view = ws.take(f"{name}.buf", (4,))
+        view.fill(1)
+        for _ in range(pauses):
+            await pause()
+        return np.array(view)
+
+
+@debugging
+def test_a_scope_in_another_task_is_refused_when_it_is_opened(debug):
+    ws = Workspace(debug=debug)
+    first, second, third = steps_alone(
+        request(ws, "a", 3), request(ws, "b", 1), request(ws, "c", 1)
+    )
+    assert np.all(first == 1)
+    for error, name in ((second, "b"), (third, "c")):
+        assert re.search(overlap(name, "a"), str(error))
+    assert (ws.used_bytes, list(ws._buffers)) == (0, ["a.buf"])
+    assert np.all(steps_alone(request(ws, "b", 1))[0] == 1)  # when the first has ended
+    in_threads(lambda: ws.take("x", (3,)))
+
+
+def test_tasks_of_asyncio_cannot_reach_one_another():
+    ws = Workspace()
+
+    async def late():
+        await asyncio.sleep(0)
+        with ws.scope("late"):
+            ws.take("first.buf", (2, 2)).fill(7)
+
+    async def slow(name):
+        with ws.scope(name):
+            view = ws.take(f"{name}.buf", (4,))
+            view.fill(1)
+            await asyncio.sleep(0.01)
+            return view.copy()
+
+    async def main():
+        tasks = slow("first"), slow("second"), late()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, *others = asyncio.run(main())
+    assert np.all(first == 1)
+    for error, name in zip(others, ("second", "late"), strict=True):
+        assert re.search(overlap(name, "first"), str(error))
+    assert ws.used_bytes == 0
+
+
+FROM_OUTSIDE = {
+    "take": lambda ws: ws.take("x", (3,)),
+    "take the same": lambda ws: ws.take("a.buf", (4,)),
+    "take what was taken before": lambda ws: ws.take("before", (3,)),
+    "ensure_capacity": lambda ws: ws.ensure_capacity({"x": ((3,), f4)}),
+    "next_generation": Workspace.next_generation,
+    "clear": Workspace.clear,
+    "release": Workspace.release,
+    "arrange": lambda ws: ws.arrange(plan({})),
+}
+
+
+@debugging
+@pytest.mark.parametrize("what", FROM_OUTSIDE)
+def test_nothing_is_possible_while_another_task_has_a_scope(what, debug):
+    ws = Workspace(debug=debug)
+    ws.take("before", (3,))
+    task, context = request(ws, "a", 1), contextvars.copy_context()
+    context.run(task.send, None)
+    match = r"a request from outside of scopes overlaps scope 'a' \(.*:\d+, in request\)"
+    with refused(ws, RuntimeError, match):
+        FROM_OUTSIDE[what](ws)
+    with pytest.raises(StopIteration) as end:
+        context.run(task.send, None)
+    assert np.all(end.value.value == 1)
+    assert ws.used_bytes == 12
+
+
+def test_a_task_may_have_a_scope_inside_that_of_the_task_that_waits_for_it():
+    ws = Workspace()
+
+    async def child(name):
+        with ws.scope(name):
+            view = ws.take(f"{name}.buf", (3,))
+            view.fill(3)
+            await asyncio.sleep(0)
+            return float(view.sum())
+
+    async def parent():
+        with ws.scope("parent"):
+            view = ws.take("parent.buf", (4,))
+            view.fill(1)
+            one = await asyncio.create_task(child("one"))
+            two = await asyncio.create_task(child("two"))
+            with pytest.raises(RuntimeError, match=overlap("b", "a")):
+                await asyncio.gather(child("a"), child("b"))
+            return one, two, float(view.sum())
+
+    assert asyncio.run(parent()) == (9, 9, 4)
+    assert ws.used_bytes == 0
+
+
+def test_a_task_that_leaves_before_its_child_is_refused():
+    ws, seen = Workspace(), []
+
+    async def child(go):
+        with ws.scope("child"):
+            view = ws.take("parent.buf", (4,)) if not go else ws.take("child.buf", (4,))
+            view.fill(2)
+            await go.wait()
+            seen.append(float(view.sum()))
+
+    async def main():
+        go = asyncio.Event()
+        with pytest.raises(RuntimeError, match=overlap("parent", "child")):
+            with ws.scope("parent"):
+                ws.take("parent.buf", (4,))
+                task = asyncio.create_task(child(go))
+                await asyncio.sleep(0)
+                with pytest.raises(RuntimeError, match=overlap("parent", "child")):
+                    ws.take("more", (4,))
+        assert ws.used_bytes == 32  # the parent's too: the child may have been handed it
+        with pytest.raises(RuntimeError, match="a request from outside of scopes overlaps"):
+            ws.take("parent.buf", (2,))
+        go.set()
+        await task
+
+    asyncio.run(main())
+    assert seen == [8]
+    assert ws.used_bytes == 0
+    ws.next_generation()
+
+
+@debugging
+def test_generators_that_take_turns_are_refused_and_keep_their_buffers(debug):
+    ws = Workspace(debug=debug)
+    a, b = holder(ws, "a"), holder(ws, "b")
+    first, second = next(a), next(b)
+    with pytest.raises(RuntimeError, match=overlap("a", "b")):
+        a.send(lambda: ws.take("more", (3,)))  # would be given back with b
+    assert np.all(second == 1)
+    assert ws.used_bytes == 32  # also what a took: nobody says that b does not use it
+    with pytest.raises(RuntimeError, match="'b.buf' is in use in scope 'b'"):
+        ws.take("b.buf", (2,))
+    b.close()
+    assert ws.used_bytes == 0
+    if debug:
+        for view in (first, second):
+            with pytest.raises(RuntimeError, match=r"stale: its scope has ended"):
+                view + 1
+    ws.next_generation()
+    assert list(holder(ws, "a")) is not None
+
+
+def test_a_generator_that_ends_before_a_later_one_is_refused():
+    ws = Workspace()
+    a, b = holder(ws, "a"), holder(ws, "b")
+    next(a)
+    kept = next(b)
+    with pytest.raises(RuntimeError, match=overlap("a", "b")):
+        next(a)
+    assert b.send(lambda: ws.take("b.buf", (4,))) is not None
+    assert np.all(kept == 1)
+    with pytest.raises(StopIteration):
+        next(b)
+    assert ws.used_bytes == 0
+    assert ws.take("a.buf", (7,)).shape == (7,)
+
+
+def test_a_generator_that_goes_on_inside_a_later_scope_is_refused():
+    ws = Workspace()
+    a = holder(ws, "a")
+    next(a)
+    with ws.scope("inner"):
+        with pytest.raises(RuntimeError, match=overlap("a", "inner")):
+            a.send(lambda: ws.take("more", (3,)))
+        assert ws.used_bytes == 16
+    assert ws.used_bytes == 0
+
+
+@debugging
+def test_whoever_uses_a_generator_keeps_what_it_takes(debug):
+    ws = Workspace(debug=debug)
+    for view in holder(ws, "a"):
+        mine = ws.take("mine", (3,))
+        mine.fill(5)
+        with pytest.raises(RuntimeError, match=r"name: 'a.buf' is in use in scope 'a' .*suspended"):
+            ws.take("a.buf", (4,))
+        assert np.all(view == 1)
+    assert np.all(mine == 5)
+    assert ws.used_bytes == 12
+    with refused(ws, ValueError, "'mine' is"):
+        ws.take("mine", (4,))
+    with ws.scope("outer"):
+        for _ in holder(ws, "a"):
+            ws.take("inner", (3,))
+        assert ws.used_bytes == 24
+    assert ws.used_bytes == 12
+
+
+@debugging
+def test_generators_in_proper_order_work(debug):
+    ws = Workspace(debug=debug)
+    for _ in range(2):
+        for a in holder(ws, "a"):
+            for b in holder(ws, "b"):
+                with ws.scope("innermost"):
+                    ws.take("x", (5,)).fill(a[0] + b[0])
+        a = holder(ws, "a")
+        next(a)
+        assert a.send(lambda: ws.take("more", (3,))).shape == (3,)
+        a.close()
+        assert ws.used_bytes == 0
+        ws.next_generation()
+
+
+@contextmanager
+def wrapped(ws):
+    with ws.scope("wrapped"):
+        ws.take("before", (3,))
+        yield ws
+
+
+@asynccontextmanager
+async def wrapped_async(ws):
+    with ws.scope("wrapped"):
+        ws.take("before", (3,))
+        yield ws
+
+
+def test_the_scope_of_a_context_manager_is_that_of_whoever_enters_it():
+    ws = Workspace()
+    with wrapped(ws):
+        ws.take("x", (5,))
+        ws.take("before", (3,))
+        with wrapped(ws):
+            ws.take("y", (5,))
+        assert ws.used_bytes == 32
+    assert ws.used_bytes == 0
+    with ExitStack() as stack:
+        stack.enter_context(wrapped(ws))
+        stack.enter_context(ws.scope())
+        ws.take("x", (5,))
+    assert ws.used_bytes == 0
+
+    async def main():
+        async with wrapped_async(ws), AsyncExitStack() as stack:
+            await stack.enter_async_context(wrapped_async(ws))
+            await asyncio.sleep(0)
+            ws.take("x", (5,))
+            ws.take("before", (3,))
+
+    asyncio.run(main())
+    assert ws.used_bytes == 0
+
+
+def test_an_exit_stack_in_the_wrong_order_is_refused():
+    ws, a, b = Workspace(), ExitStack(), ExitStack()
+    a.enter_context(ws.scope("a"))
+    ws.take("x", (3,)).fill(1)
+    b.enter_context(ws.scope("b"))
+    shared, own = ws.take("x", (3,)), ws.take("y", (3,))
+    own.fill(2)
+    with pytest.raises(RuntimeError, match=overlap("a", "b")):
+        a.close()
+    for name in "xy":
+        with refused(ws, ValueError, f"'{name}' is"):
+            ws.take(name, (4,))
+    assert np.all(shared == 1)
+    assert np.all(own == 2)
+    b.close()
+    assert ws.used_bytes == 0
+    assert ws.take("x", (4,)).shape == (4,)
+
+
+def test_an_error_inside_stays_the_context_of_a_refusal():
+    ws = Workspace()
+    with pytest.raises(RuntimeError, match=overlap("a", "b")) as caught, ws.scope("a"):
+        ws.scope("b").__enter__()
+        1 / 0  # noqa: B018
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("name", ["", "loss"])
+def test_a_scope_says_where_it_was_opened(name):
+    ws = Workspace()
+    line = sys._getframe().f_lineno + 1
+    scope = ws.scope(name)
+    shown = f"scope {name!r} (" if name else "scope ("
+    assert str(scope) == f"{shown}{__file__}:{line}, in {sys._getframe().f_code.co_name})"
+
+
+def test_a_scope_is_entered_once_and_left_once():
+    ws = Workspace()
+    with ws.scope("outer"):
+        ws.take("x", (3,)).fill(1)
+        scope = ws.scope("inner")
+        with pytest.raises(RuntimeError, match=r"^scope 'inner' .* never entered$"):
+            scope.__exit__(None, None, None)
+        with scope:
+            with pytest.raises(RuntimeError, match=r"^scope 'inner' .* was entered before"):
+                scope.__enter__()
+            ws.take("y", (3,))
+        assert ws.used_bytes == 12
+        with pytest.raises(RuntimeError, match=r"^scope 'inner' .* it was left before$"):
+            scope.__exit__(None, None, None)
+        with pytest.raises(RuntimeError, match=r"^scope 'inner' .* was entered before"):
+            scope.__enter__()
+        assert ws.used_bytes == 12
+    assert ws.used_bytes == 0
+    ws.next_generation()
+
+
+def test_a_generator_that_is_dropped_gives_back():
+    ws = Workspace()
+    a = holder(ws, "a")
+    next(a)
+    del a
+    gc.collect()
+    assert ws.used_bytes == 0
+    a = holder(ws, "a")
+    cycle = [a]
+    cycle.append(cycle)
+    next(a)
+    del a, cycle
+    assert ws.used_bytes == 16
+    gc.collect()
+    assert ws.used_bytes == 0
+
+
+def test_a_generator_that_another_thread_drops_takes_nothing_from_the_owner(monkeypatch):
+    ws, unraisable = Workspace(), []
+    monkeypatch.setattr(sys, "unraisablehook", lambda seen: unraisable.append(seen.exc_value))
+    box = [holder(ws, "a")]
+    next(box[0])
+    in_threads(box.clear)
+    assert "cannot be left by another thread" in str(unraisable[0])
+    mine = ws.take("mine", (3,))
+    mine.fill(1)
+    assert ws.used_bytes == 12
+    with ws.scope("b"):
+        ws.take("a.buf", (9,)).fill(2)
+    assert np.all(mine == 1)
+    ws.next_generation()
+    in_threads(lambda: ws.take("x", (3,)))
+
+
+def test_a_scope_that_another_thread_leaves_ends_with_the_owners_next_request():
+    ws = Workspace()
+    scope = ws.scope("a")
+    scope.__enter__()
+    ws.take("x", (3,))
+
+    def leave():
+        with pytest.raises(RuntimeError, match="^scope 'a' .* cannot be left by another thread"):
+            scope.__exit__(None, None, None)
+
+    in_threads(leave)
+    assert ws.take("x", (4,)).shape == (4,)
+    assert ws.used_bytes == 16
+
+
+def test_a_scope_that_has_ended_leaves_nothing_in_the_context():
+    ws = Workspace()
+    with ws.scope(), ws.scope():
+        assert ws._here in contextvars.copy_context()
+    assert ws._here not in contextvars.copy_context()
+
+
+def test_a_scope_may_be_left_in_a_copy_of_its_context():
+    ws = Workspace()
+    with ws.scope("outer"):
+        scope = ws.scope("inner")
+        scope.__enter__()
+        ws.take("x", (3,))
+
+        def leave():
+            scope.__exit__(None, None, None)
+            assert ws.take("y", (3,)).shape == (3,)
+
+        contextvars.copy_context().run(leave)
+        assert ws.used_bytes == 12
+        assert ws.take("x", (4,)).shape == (4,)
+    assert ws.used_bytes == 0
+
+
+def test_two_workspaces_do_not_mind_each_other():
+    one, two = Workspace(), Workspace()
+    a, b = holder(one, "a"), holder(two, "b")
+    next(a)
+    next(b)
+    with pytest.raises(StopIteration):
+        next(a)
+    with pytest.raises(StopIteration):
+        next(b)
+    with one.scope(), two.scope(), one.scope():
+        one.take("x", (3,))
+        two.take("y", (3,))
+    assert one.used_bytes == two.used_bytes == 0
+
+
+# --- owners that are lost, and errors in the middle ---
+
+
+def test_the_scope_of_a_dead_thread_is_void():
+    ws, left = Workspace(debug=True), []
+
+    def worker():
+        ws.take("base", (3,)).fill(1)
+        left.extend([ws.scope("outer"), ws.scope("inner")])
+        left[0].__enter__()
+        ws.take("x", (3,)).fill(1)
+        left[1].__enter__()
+        left.append(ws.take("y", (3,)))
+
+    in_threads(worker)
+    assert ws.take("z", (3,)).shape == (3,)
+    assert ws.used_bytes == 48  # what it had taken stays for this generation
+    with pytest.raises(ValueError, match="'y' is"):
+        ws.take("y", (4,))
+    for scope in left[:2]:
+        with pytest.raises(
+            RuntimeError, match="cannot be left: the thread that opened it has ended"
+        ):
+            scope.__exit__(None, None, None)
+    ws.next_generation()
+    assert ws.used_bytes == 0
+    with pytest.raises(RuntimeError, match="stale"):
+        left[2] + 1
+
+
+def test_a_generator_whose_thread_has_ended_can_only_be_closed():
+    ws = Workspace()
+    a = holder(ws, "a")
+    in_threads(lambda: next(a))
+    ws.take("x", (3,))
+    with pytest.raises(RuntimeError, match="the thread that opened it has ended"):
+        a.close()
+    ws.next_generation()
+    assert ws.used_bytes == 0
+
+
+def in_a_child(check):
+    """Exit status of a forked child that runs `check`."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a deadlock is an end, too
+        try:
+            check()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize("how", ["scope", "take", "claim"])
+def test_a_forked_child_owns_what_its_lost_thread_held(how):
+    ws, ready, done = Workspace(), threading.Event(), threading.Event()
+
+    def hold():
+        with ws.scope("a") if how == "scope" else nullcontext():
+            ws.take("x", (3,))
+            if how == "claim":
+                with workspace._claims:
+                    ready.set()
+                    done.wait(1)
+            else:
+                ready.set()
+                done.wait(60)
+
+    def check():
+        assert ws.take("y", (3,)).shape == (3,)
+        ws.next_generation()
+        ws.take("x", (4,))
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    ready.wait()
+    try:
+        assert in_a_child(check) == 0
+    finally:
+        done.set()
+        thread.join()
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_child_goes_on_with_an_open_scope():
+    ws = Workspace()
+    scope = ws.scope("a")
+    scope.__enter__()
+    kept = ws.take("x", (3,))
+    kept.fill(1)
+
+    def check():
+        ws.take("x", (3,)).fill(2)
+        scope.__exit__(None, None, None)
+        assert ws.used_bytes == 0
+
+    assert in_a_child(check) == 0
+    assert np.all(kept == 1)
+    scope.__exit__(None, None, None)
+
+
+def no_memory(*args):
+    raise MemoryError
+
+
+GROWING = {
+    "take": lambda ws: ws.take("new", (3,)),
+    "take more": lambda ws: ws.take("idle", (100,)),
+    "ensure_capacity": lambda ws: ws.ensure_capacity({"idle": ((100,), f4), "new": ((3,), f4)}),
+}
+
+
+@debugging
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "in a scope"])
+@pytest.mark.parametrize("what", GROWING)
+def test_memory_that_runs_out_in_the_middle_changes_nothing(what, inside, debug, monkeypatch):
+    ws = Workspace(debug=debug)
+    with ws.scope():
+        ws.take("idle", (5,))
+    with ws.scope() if inside else nullcontext():
+        kept = ws.take("kept", (3,))
+        kept.fill(1)
+        with monkeypatch.context() as patch:
+            patch.setattr("ctxlab.workspace.aligned_empty", no_memory)
+            with refused(ws, MemoryError, "no memory"):
+                GROWING[what](ws)
+        assert np.all(kept == 1)
+        GROWING[what](ws)
+    ws.next_generation()
+    assert ws.used_bytes == 0
+
+
+def test_memory_that_runs_out_claims_nothing(monkeypatch):
+    ws = Workspace()
+    with monkeypatch.context() as patch:
+        patch.setattr("ctxlab.workspace.aligned_empty", no_memory)
+        for grow in (GROWING["take"], GROWING["ensure_capacity"]):
+            with refused(ws, MemoryError, "no memory"):
+                grow(ws)
+    in_threads(lambda: ws.take("new", (3,)))
+
+
+@debugging
+def test_a_plan_that_finds_no_memory_leaves_what_was_held(debug, monkeypatch):
+    ws = Workspace(debug=debug)
+    p, address = plan(record(chain)), ws.take("x", (3,)).ctypes.data
+    ws.next_generation()
+    with monkeypatch.context() as patch:
+        patch.setattr("ctxlab.workspace.aligned_empty", no_memory)
+        with refused(ws, MemoryError, r"^plan: no memory for \d+ bytes$"):
+            ws.arrange(p)
+    assert ws.take("x", (3,)).ctypes.data == address
+    ws.next_generation()
+    in_threads(lambda: ws.take("x", (3,)))
+
+
+# --- copies ---
+
+COPYING = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda ws: pickle.loads(pickle.dumps(ws)),
+}
+
+
+@debugging
+@pytest.mark.parametrize("how", COPYING)
+def test_a_copy_is_an_empty_workspace_with_the_same_settings(how, debug):
+    ws = Workspace(growth="geometric", limit_bytes=1000, debug=debug)
+    with ws.scope():
+        view = ws.take("x", (3,))
+        view.fill(1)
+        new = COPYING[how](ws)
+        assert (new.growth, new.limit_bytes, new.debug) == ("geometric", 1000, debug)
+        assert figures(new) == (0, 0, 0, 0, 1)
+        new.take("x", (7,)).fill(2)
+        new.next_generation()  # it is outside of the scope
+        assert np.all(view == 1)
+    in_threads(lambda: new.take("y", (3,)))
+    assert ws.used_bytes == 0
+
+
+@pytest.mark.parametrize("how", COPYING)
+@pytest.mark.parametrize("kind", [FreshWorkspace, Recorder])
+def test_a_copy_has_the_class_of_its_original(how, kind):
+    ws = kind()
+    ws.take("x", (3,))
+    new = COPYING[how](ws)
+    assert type(new) is kind
+    assert new.take("x", (4,)).shape == (4,)
+    assert (new.growth, new.debug) == (ws.growth, ws.debug)
+    if kind is Recorder:
+        assert list(new.requests()) == ["x"]
+        assert new.requests()["x"].shape == (4,)
+    else:
+        assert (new.taken_count, ws.taken_count) == (1, 1)
 
 
 # --- corners ---

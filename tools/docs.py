@@ -1,7 +1,7 @@
-"""Build the web site: the notebooks with their stored outputs, and a page of reference for each module.
+"""Build the web site: the notebooks with their stored outputs, a page of reference for each module.
 
-Nothing is executed: a page shows what the notebook stores. The reference is read from the sources of the
-modules, where a comment behind a parameter says what it means.
+Nothing is executed: a page shows what the notebook stores. The reference is read from the sources
+of the modules, where a comment behind a parameter says what it means.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, PACKAGE, CONFIG = ROOT / "nbs", ROOT / "ctxlab", ROOT / "docs"
 INDEX = NOTEBOOKS / "index.ipynb"
 
-# The sidebar. A notebook goes by the number in its name to the first group whose limit is not below it.
+# The sidebar. A notebook goes by the number in its name to the first group with a limit not below.
 GROUPS = {
     "Foundations": 3,
     "Memory": 4,
@@ -155,9 +155,9 @@ class Reference:
         return None
 
     def link(self, text: str, source: Source | None) -> str:
-        """Markdown whose inline code leads to the names of this package, first of all to those of `source`.
+        """Markdown whose inline code leads to the names of this package, those of `source` first.
 
-        Plain lower-case words stay as they are: in a text about norms, `scale` is rarely a function.
+        Plain lower-case words stay as they are: in a text about norms, `scale` is no function.
         """
 
         def role(match: re.Match) -> str:
@@ -177,7 +177,7 @@ class Reference:
     # Types and signatures stand as the source has them: `np.ndarray`, not `numpy.ndarray`.
 
     def full_name(self, name: str, source: Source) -> str:
-        """The full name of a public name that `source` defines or imports; any other name as it is."""
+        """The full name of a public name that `source` defines or imports; others as they are."""
         value = getattr(source.module, name, None)
         for home in (source, *self.sources.values()):
             if value is not None and name in home.public and getattr(home.module, name) is value:
@@ -250,7 +250,7 @@ class Reference:
                             yield member, node, home
 
     def constructor(self, name: str, source: Source) -> tuple[list[Param], str]:
-        """What a class is made of: its fields, or the parameters of its `__init__`, and the signature."""
+        """What a class is made of: its fields, or its parameters, and the signature."""
         for base, home in self.bases(name, source):
             body = home.definition(base).body
             for node in body:
@@ -276,7 +276,8 @@ class Reference:
     def table(self, params: list[Param], source: Source) -> Iterator[str]:
         if any(p.says for p in params):
             default = any(p.default for p in params)
-            yield f"| name | type |{' default |' * default} meaning |\n|---|---|---|{'---|' * default}"
+            yield f"| name | type |{' default |' * default} meaning |"
+            yield f"|---|---|---|{'---|' * default}"
             for p in params:
                 name = p.name if p.name == "returns" else code(p.name)
                 yield (
@@ -392,9 +393,7 @@ def sidebar(notebooks: list[Path], project: list[str]) -> str:
     for path in notebooks:
         number = re.match(r"\d+", path.stem)
         if not number:
-            raise Fault(
-                f"{path.name}: the name must begin with a number, which gives the notebook its place"
-            )
+            raise Fault(f"{path.name}: its name must begin with the number of its place")
         groups[next(name for name, limit in GROUPS.items() if int(number[0]) <= limit)].append(
             path.stem
         )
@@ -413,7 +412,7 @@ def split_directives(source: str) -> tuple[dict[str, str], str]:
 
 
 def alt_text(source: str, heading: str) -> str:
-    """What a plot shows, in the words of its own title and axes; `heading` is for one without a title."""
+    """What a plot shows, in the words of its title and axes; `heading` is for one without."""
     words: dict[str, list[str]] = {"title": [], "xlabel": [], "ylabel": []}
     for kind, text in LABEL.findall(source):
         # Of an f-string, the parts between commas and colons that hold no value.
@@ -459,7 +458,7 @@ class Site:
         return match[0]
 
     def markdown(self, text: str, origin: Path, source: Source | None) -> str:
-        """Markdown with links that hold on the site; blocks of code and headings stay as they are."""
+        """Markdown with links that hold on the site; code blocks and headings stay as they are."""
         blocks = re.split(r"(^```.*?^```|^#.*?$)", text, flags=re.MULTILINE | re.DOTALL)
         for i in range(0, len(blocks), 2):
             spans = re.split(r"(`[^`]*`)", blocks[i])

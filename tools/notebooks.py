@@ -1,6 +1,6 @@
 """Execute the notebooks, build README.md from the index, and check that what is stored is current.
 
-nbdev_test runs every notebook but stores no output, and nbdev_readme needs Quarto: this fills both gaps.
+nbdev_test runs every notebook but stores no output, and nbdev_readme needs Quarto: this does both.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LINK = re.compile(
 )  # the target without its anchor; no URL, no absolute path
 EXPORT = Config(
     {
-        # An HTML table would not survive in the README, and a second image format would be a second file.
+        # An HTML table would not survive in the README, and a second format a second file.
         "NbConvertBase": {"display_data_priority": ["text/markdown", "image/png", "text/plain"]},
         "ExtractOutputPreprocessor": {"extract_output_types": {"image/png"}},
     }
@@ -78,7 +78,7 @@ def is_excluded(path):
 
 
 def run_notebook(path, flags):
-    """Execute `path` and store its outputs; on an error leave the file alone and exit with the traceback."""
+    """Execute `path` and store its outputs; on an error leave the file alone and exit."""
     start, nb = time.time(), read_nb(path)
     os.chdir(path.parent)
     sys.path.insert(0, str(ROOT))
@@ -89,7 +89,7 @@ def run_notebook(path, flags):
         if is_skipped(cell, flags):
             continue  # with the outputs of the last time it ran
         shell._cell_idx = cell.idx_ + 1  # names the cell in the traceback
-        # Warnings and progress bars belong to the run, not to the page: stderr goes to the terminal.
+        # Warnings and progress bars are not for the page: stderr goes to the terminal.
         outputs = shell.run(cell.source, stderr=False)
         if shell.exc:
             sys.exit(shell.prettytb(path))
@@ -141,7 +141,7 @@ def build_readme():
     for cell in nb.cells:
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
-                # Numbered in their order, not by their cell, so that an edit above does not rename them.
+                # Numbered in their order, not by their cell, so that no edit renames them.
                 output.metadata["filename"] = name = f"{source.stem}-{len(alts) + 1}.png"
                 alts[name] = cell.metadata["alt"]
     folder = IMAGES.relative_to(ROOT).as_posix()
