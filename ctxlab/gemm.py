@@ -52,7 +52,7 @@ def _leading(
 
 
 def blas_layout(a: np.ndarray) -> bool:
-    "Whether BLAS can take the matrix `a` as it lies: unit stride on one axis, no overlap on the other."
+    "Whether BLAS can take the matrix `a` as it lies: unit stride on one axis, none too short."
     return _leading(a) is not None
 
 # %% ../nbs/03_gemm.ipynb #f1bc0c36
@@ -75,7 +75,7 @@ def _check_operand(name: str, a: object, dtype: DTypeLike | None = None) -> np.n
 
 
 def _overlaps_itself(a: np.ndarray) -> bool:
-    "Whether two entries of `a` may lie at one place: some step is shorter than what lies within it."
+    "Whether entries of `a` may share a place: some step is shorter than what lies within it."
     reach = a.itemsize if a.size else 0
     for step, n in sorted((abs(s), n) for s, n in zip(a.strides, a.shape, strict=True) if n > 1):
         if step < reach:
@@ -223,7 +223,7 @@ def _call_axpby(
 
 # %% ../nbs/03_gemm.ipynb #be363f88
 def _gemm_passes(blas: _Routine, dtype: np.dtype) -> bool:
-    "Whether trial products of whole numbers are exact, in both orders, and leave their frame alone."
+    "Whether trial products of whole numbers are exact in both orders, and spare their frame."
     A, B = np.arange(33 * 65).reshape(33, 65) % 7 - 3, np.arange(65 * 49).reshape(65, 49) % 5 - 2
     a, b = A.astype(dtype, order="C"), B.astype(dtype, order="F")
     for order in ("C", "F"):
@@ -241,7 +241,7 @@ def _gemm_passes(blas: _Routine, dtype: np.dtype) -> bool:
 
 
 def _axpby_passes(blas: _Routine, dtype: np.dtype) -> bool:
-    "Whether a trial blend of whole numbers is exact, and leaves its frame alone."
+    "Whether a trial blend of whole numbers is exact, and spares its frame."
     x, frame = np.arange(37, dtype=dtype), np.full(39, 9, dtype)
     _call_axpby(blas, 2.0, x, 3.0, frame[1:-1])
     return bool(np.all(frame == [9, *(2 * x + 27), 9]))
@@ -260,7 +260,7 @@ def _numpy_library() -> ctypes.CDLL | None:
 
 @cache  # of what passed its trial; threads that come first together each make their own
 def _numpy_blas(routine: str, dtype: np.dtype) -> _Routine | None:
-    "A CBLAS routine of the OpenBLAS that NumPy runs on, or None: there is none, or it fails its trial."
+    "A CBLAS routine of the OpenBLAS that NumPy runs on; None: there is none, or it fails."
     library = _numpy_library()
     blas = None if library is None else _declare(library, routine, dtype)
     return blas if blas is not None and TRIALS[routine](blas, dtype) else None

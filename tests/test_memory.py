@@ -516,7 +516,7 @@ def marked(name):
     return pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", map(marked, TABLE))
+@pytest.mark.parametrize("name", [marked(name) for name in TABLE])
 @settings(
     max_examples=200,
     phases=[Phase.explicit, Phase.generate],  # what is drawn is small as it is

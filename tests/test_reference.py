@@ -2,6 +2,7 @@
 
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,10 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxlab.reference import (
+    NORM_FLOOR,
+    _centred,
+    _real,
     apply_context,
     apply_context_vjp,
     check_array,
     check_rate,
+    check_rows,
     check_strength,
     context_gradient,
     ema,
@@ -141,6 +146,163 @@ def test_the_floor_is_on_the_product_of_norms(norms, empty, dtype):
     assert (similarity(x, y) == 0).all() == empty
 
 
+# Values of the guards that are worked out by hand or in fractions. The fast path shares `_centred`,
+# so a comparison with it says nothing about them.
+
+
+def exactly_centred(column):
+    """Finite entries less their mean, in fractions."""
+    values = [Fraction(float(v)) if math.isfinite(v) else Fraction(0) for v in column]
+    mean = sum(values, Fraction(0)) / max(len(values), 1)
+    return [v - mean for v in values]
+
+
+@given(
+    seeds,
+    st.integers(0, 7),
+    st.sampled_from(["below 0", "above 0", "mixed", "hostile"]),
+    st.integers(-300, 300),
+    dtypes,
+)
+def test_centred_columns_are_exact_up_to_one_rounding(seed, n, kind, exponent, dtype):
+    rng = np.random.default_rng(seed)
+    a = {
+        "below 0": lambda: -rng.uniform(1, 2, (n, 3)),
+        "above 0": lambda: rng.uniform(1, 2, (n, 3)),
+        "mixed": lambda: rng.standard_normal((n, 3)),
+        "hostile": lambda: make(rng, (n, 3), np.float64, "hostile"),
+    }[kind]()
+    with np.errstate(all="ignore"):
+        a = (a * 2.0 ** (exponent if dtype is np.float64 else exponent // 10)).astype(dtype)
+    A, e = _centred(a)
+    assert A.dtype == np.float64
+    assert A.shape == a.shape
+    assert e.shape == (3,)
+    for j in range(3):
+        column = a[:, j]
+        largest = max((abs(float(v)) for v in column if math.isfinite(v)), default=0.0)
+        scale = Fraction(2) ** int(e[j])
+        if largest:
+            assert Fraction(1, 2) <= Fraction(largest) / scale < 1  # the power that frexp takes out
+        else:
+            assert e[j] == 0
+        for got, want in zip(A[:, j], exactly_centred(column), strict=True):
+            assert abs(Fraction(float(got)) - want / scale) <= Fraction(len(column) * 2, 2**52)
+
+
+@pytest.mark.parametrize(
+    ("column", "centred", "exponent"),
+    [
+        ([-3.0, -5.0], [0.125, -0.125], 3),  # all below 0: the largest size is 5, not 0
+        ([-1.0, -1.0], [0.0, 0.0], 1),
+        ([3.0, 5.0], [-0.125, 0.125], 3),
+        ([-8.0, 8.0], [-0.5, 0.5], 4),
+        ([0.25, np.nan], [0.25, -0.25], -1),
+        ([np.inf, 2.0], [-0.25, 0.25], 2),
+        ([7.0], [0.0], 3),
+        ([0.0, 0.0], [0.0, 0.0], 0),
+        ([], [], 0),
+    ],
+)
+def test_centred_columns_by_hand(column, centred, exponent):
+    A, e = _centred(np.array(column, np.float64)[:, None])
+    assert A[:, 0].tolist() == centred
+    assert e.tolist() == [exponent]
+
+
+def test_constants_are_centred_to_exact_zeros():
+    for value in (0.1, -0.1, 1e300, -1e300, 1e-300, 7e-3):
+        assert not _centred(np.full((7, 2), value))[0].any()
+
+
+@pytest.mark.parametrize("shift", [-1e3, -2.0, 0.0, 2.0, 1e3])
+def test_a_column_below_zero_correlates_as_any_other(shift):
+    x = np.array([[1.0], [2.0], [4.0]]) + shift
+    y = np.array([[0.0], [1.0], [0.0]]) - abs(shift)
+    # Centred (-4, -1, 5) / 3 and (-1, 2, -1) / 3: their product is -3 / 9, their norms are
+    # sqrt(42) / 3 and sqrt(6) / 3.
+    want = math.tanh(-3 / math.sqrt(42 * 6))
+    assert_equiv(
+        similarity(x, y, max_rows=None), np.array([[want]]), c=64, scale=max(1, abs(shift))
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("product", "empty"),
+    [
+        (NORM_FLOOR * (1 - 1e-6), True),
+        (NORM_FLOOR * (1 + 1e-6), False),
+        (NORM_FLOOR / 2, True),
+        (NORM_FLOOR * 2, False),
+    ],
+)
+def test_the_floor_is_where_it_is_said_to_be(product, empty, dtype):
+    x = np.array([[-1.0], [1.0]], dtype)
+    y = (np.array([[-1.0], [1.0]]) * (product / 2)).astype(
+        dtype
+    )  # norms sqrt 2 and product / sqrt 2
+    assert_equiv(similarity(x, y), np.array([[0 if empty else TOP]], dtype), scale=1.0)
+    assert_equiv(similarity(x, -y), np.array([[0 if empty else -TOP]], dtype), scale=1.0)
+    assert_equiv(similarity(y, x), np.array([[0 if empty else TOP]], dtype), scale=1.0)
+    # A token centres across its entries, so the vector (-v, v) has the same norm.
+    u, v = x[:, 0], y[:, 0]
+    half = math.tanh(0.5)
+    want = np.array([[half, -half], [-half, half]], dtype) * (not empty)
+    assert_equiv(similarity_step(u, v), want, scale=1.0)
+
+
+def exact_floor_pair():
+    """Columns whose product of norms is NORM_FLOOR to the last digit: x of norm 1, y of NORM_FLOOR."""
+    x = np.array([[0.5], [0.5], [-0.5], [-0.5]])
+    return x, x * NORM_FLOOR
+
+
+def test_a_product_of_norms_at_the_floor_counts_as_none():
+    x, y = exact_floor_pair()
+    assert math.hypot(*y[:, 0]) == NORM_FLOOR
+    assert similarity(x, y).item() == 0
+    assert similarity(y, x).item() == 0
+    above = y * (1 + 2**-50)
+    assert_equiv(similarity(x, above), np.array([[TOP]]))
+    assert not similarity_step(x[:, 0], y[:, 0]).any()
+    assert similarity_step(x[:, 0], above[:, 0]).all()
+
+
+@pytest.mark.parametrize("exponent", [-1000, -500, -60, 0, 60, 500, 1000])
+def test_the_floor_sees_the_product_at_its_true_scale(exponent):
+    # Norms beyond the range of their product: 2**1000 * 2**1000 is inf, and above the floor.
+    x = np.array([[-1.0, 0.0], [1.0, 0.0]]) * 2.0**exponent
+    large = exponent >= 0
+    assert_equiv(similarity(x, x), np.array([[TOP * large, 0.0], [0.0, 0.0]]))
+    assert_equiv(similarity(x, x * 2.0 ** (-exponent)), np.diag([TOP * (exponent >= -39), 0.0]))
+    token = similarity_step(x[:, 0], x[:, 0])
+    assert (token != 0).all() == large
+
+
+@pytest.mark.parametrize(("exponent", "empty"), [(-41, True), (-40, False)])
+def test_the_floor_lies_between_two_powers_of_two(exponent, empty):
+    # Norms sqrt(2) each: the product is 2 * 2**exponent, and 2**-40 < 1e-12 < 2**-39.
+    x = np.array([[-1.0], [1.0]])
+    assert (similarity(x, x * 2.0**exponent).item() == 0) == empty
+
+
+def test_similarity_by_hand():
+    x = np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 6.0]])
+    y = np.array([[1.0, 5.0], [0.0, 5.0], [2.0, 5.0]])
+    # centred x: (-1, 0, 1), (-2, -2, 4); y: (0, -1, 1), 0. Norms sqrt 2, sqrt 24; sqrt 2, 0.
+    want = [[math.tanh(1 / 2), 0.0], [math.tanh(6 / math.sqrt(48)), 0.0]]
+    assert_equiv(similarity(x, y), np.array(want), scale=1.0)
+    assert_equiv(similarity(y, x), np.array(want).T, scale=1.0)
+
+
+def test_a_token_by_hand():
+    x, y = np.array([1.0, 3.0]), np.array([0.0, 0.0, 6.0])[:2] + np.array([4.0, 0.0])
+    # centred (-1, 1) and (2, -2): norms sqrt 2 and 2 sqrt 2, so c / d = -+2 / 4.
+    half = math.tanh(0.5)
+    assert_equiv(similarity_step(x, y), np.array([[-half, half], [half, -half]]), scale=1.0)
+
+
 def step_in_loops(x, y):
     def centred(a):
         v = [float(e) if math.isfinite(e) else 0.0 for e in a]
@@ -198,9 +360,36 @@ def test_rates_are_clipped(rate, want, dtype):
     assert_equiv(ema(None, new, rate), ema(np.zeros_like(new), new, rate))
 
 
+def test_an_average_by_hand():
+    old, new = np.array([[1.0, -2.0]]), np.array([[5.0, 6.0]])
+    assert ema(old, new, 0.25).tolist() == [[2.0, 0.0]]
+    assert ema(None, new, 0.25).tolist() == [[1.25, 1.5]]
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.array(0.5), Fraction(1, 2)])
+def test_real_numbers_of_every_type_are_taken(value):
+    for number in (_real("s", value), check_rate(value), check_strength(value)):
+        assert type(number) is float
+        assert number == 0.5
+    assert check_rate(True) == 1.0
+
+
+@pytest.mark.parametrize("value", ["0.5", None, 0.5j, np.complex64(1), [0.5], np.ones(1)], ids=repr)
+def test_what_is_no_real_number_is_named(value):
+    for name, check in (("update_rate", check_rate), ("strength", check_strength)):
+        with pytest.raises(TypeError, match=f"^{name}: a real number is needed, not "):
+            check(value)
+
+
+def test_numbers_beyond_float64_are_named():
+    for name, check in (("update_rate", check_rate), ("strength", check_strength)):
+        with pytest.raises(ValueError, match=f"^{name}: the number is beyond the range of float64"):
+            check(10**400)
+
+
 # --- apply and its gradients: the rules for values not finite, as loops ---
 
-# Products and sums of these are exact, so that loops and BLAS must agree to the bit but for the factor s/D.
+# Products and sums of these are exact, so that loops and BLAS agree to the bit but for the factor s/D.
 ENTRIES = [0.0, 1.0, -1.0, 2.0, 0.5, math.nan, math.inf, -math.inf]
 STRENGTHS = [0.5, -2.0, 1 / 3, 1e30, 1e-30]
 
@@ -409,6 +598,64 @@ def test_strengths_must_be_finite_even_without_a_context(strength):
 def test_rows_out_of_range_are_refused(rows):
     with pytest.raises(ValueError, match=r"^rows: "):
         similarity(X, X, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ([], TypeError),  # an empty list has no integers to tell
+        ([0.0], TypeError),
+        ([True], TypeError),
+        ([[0]], TypeError),
+        (0, TypeError),
+        ([-1], ValueError),
+        ([3], ValueError),
+        ([0, 3], ValueError),
+        ([-1, 2], ValueError),
+    ],
+)
+def test_rows_are_numbers_of_rows(rows, error):
+    with pytest.raises(error, match="^rows: "):
+        check_rows(rows, 3)
+
+
+def test_rows_that_are_right_are_returned():
+    for rows in ([2, 0, 2], np.array([1], np.uint8), np.zeros(0, int)):
+        assert check_rows(rows, 3).tolist() == list(rows)
+
+
+@pytest.mark.parametrize("call", [lambda: sample_rows(5.0), lambda: sample_rows(5, 2.0)])
+def test_numbers_of_rows_are_whole(call):
+    with pytest.raises(TypeError, match="integer"):
+        call()
+
+
+def test_whole_numbers_of_rows_by_hand():
+    assert sample_rows(7, 3).tolist() == [0, 2, 4]
+    assert sample_rows(np.int64(4), 2).tolist() == [0, 2]
+    assert sample_rows(0).tolist() == []
+    assert sample_rows(5, 1).tolist() == [0]
+    assert len(sample_rows(100)) == 32
+
+
+def test_an_average_of_what_is_no_array():
+    with pytest.raises(TypeError, match="^new: "):
+        ema(None, [[1.0]], 0.5)
+    with pytest.raises(TypeError, match="^previous: "):
+        ema([[1.0]], np.ones((1, 1)), 0.5)
+
+
+def test_any_number_of_dimensions_and_one_dtype():
+    for shape in ((), (3,), (2, 3, 4)):
+        a = np.ones(shape, np.float32)
+        assert check_array("x", a, None) is a
+        assert check_array("x", a, None, np.float32) is a
+        with pytest.raises(TypeError, match="^x: float32 is not supported here; use float64$"):
+            check_array("x", a, None, np.float64)
+    with pytest.raises(TypeError, match="^x: int64 is not supported here; use float32 or float64$"):
+        check_array("x", np.ones(2, int), None)
+    with pytest.raises(ValueError, match=r"^x: shape \(2,\) has 1 dimensions, needed 2 or 3$"):
+        check_array("x", np.ones(2), (2, 3))
 
 
 def test_subclasses_become_plain_arrays_without_a_copy(tmp_path):
