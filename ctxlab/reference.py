@@ -79,9 +79,10 @@ NORM_FLOOR = 1e-12  # a product of norms at or below it counts as "no norm": sim
 
 def _check_floor(floor: float) -> float:
     "The floor as a float; a ValueError unless it is finite and not negative."
-    if not 0 <= floor < np.inf:
+    number = _real("floor", floor)
+    if not 0 <= number < np.inf:
         raise ValueError(f"floor: {floor}, needed a finite number of at least 0 (0: no floor)")
-    return float(floor)
+    return number
 
 
 def _centred(

@@ -495,6 +495,14 @@ def test_numpy_alone_needs_no_temporary_of_the_results_size(beta, layout):
         assert traced_peak(lambda: gemm(a, b, out)) < 4_000
 
 
+@pytest.mark.parametrize("shape", [(40, 30_000), (30_000, 40)])
+def test_panels_of_a_lopsided_result_are_of_the_stated_size(shape):
+    a, b = np.ones((shape[0], 3), np.float32), np.ones((3, shape[1]), np.float32)
+    out = np.ones(shape, np.float32)
+    with calling("NumPy alone"):
+        assert traced_peak(lambda: gemm(a, b, out, alpha=0.5, beta=2.0)) < 2**20 + 10_000
+
+
 @given(st.integers(0, 5000), st.integers(0, 300_000), st.integers(1, 300_000))
 def test_panels_cover_the_rows_once_and_stay_in_size(n_rows, row_bytes, panel_bytes):
     cut = list(panels(n_rows, row_bytes, panel_bytes))
@@ -513,6 +521,7 @@ def test_aligned_buffers(shape, dtype, offset):
     assert a.flags.writeable
     assert a.flags.aligned
     assert a.ctypes.data % 64 == offset % 64 or a.size == 0
+    assert a.base.nbytes == a.nbytes + 64 + offset
 
 
 def test_the_buffer_size_comes_back_after_an_error():
@@ -633,6 +642,7 @@ BAD_BLENDS = {
     "x transposed": (lambda x, y: (ok(2, 8), y), ValueError, "^y: shape"),
     "a vector x": (lambda x, y: (x.reshape(-1), y), ValueError, "^y: shape .* 2 dimensions"),
     "x in float64": (lambda x, y: (x.astype("f8"), y), TypeError, "^y: float32 is not supported"),
+    "y in float64": (lambda x, y: (x, y.astype("f8")), TypeError, "^y: float64 is not supported"),
     "x big endian": (lambda x, y: (x.astype(">f4"), y), TypeError, "^x: >f4 is not supported"),
     "y big endian": (lambda x, y: (x, y.astype(">f4")), TypeError, "^y: >f4 is not supported"),
     "both float16": (lambda x, y: (x.astype("f2"), y.astype("f2")), TypeError, "^x: float16"),
@@ -900,7 +910,7 @@ def test_nothing_is_kept_before_it_was_tried(fresh, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(module.TRIALS, "gemm", interrupted)
+        patch.setitem(module._TRIALS, "gemm", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _numpy_blas("gemm", dtype)
         assert _numpy_blas.cache_info().currsize == 0
@@ -954,6 +964,16 @@ def test_sizes_beyond_the_integers_of_a_blas_are_not_handed_to_it(
         assert_equiv(out, want, depth=8, scale=np.abs(a) @ np.abs(b) + np.abs(want))
     else:
         assert len(calls) == 1
+
+
+@pytest.mark.parametrize("k", [5, 6])
+def test_an_inner_size_that_no_leading_dimension_shows(k, monkeypatch):
+    calls = []
+    narrow = _Routine(lambda *args: calls.append(args), 5)
+    monkeypatch.setattr(module, "_numpy_blas", lambda routine, dtype: narrow)
+    a, b = np.ones((k, 2), np.float32).T, np.ones((k, 2), np.float32)
+    gemm(a, b, np.zeros((2, 2), np.float32), alpha=0.5)
+    assert len(calls) == (k == 5)
 
 
 @pytest.mark.parametrize("size", [5, 6])

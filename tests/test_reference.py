@@ -1,4 +1,4 @@
-"""Properties that the mathematics promises, and oracles in plain loops for values that are not finite."""
+"""Properties that the mathematics promises, and oracles in loops for values not finite."""
 
 import math
 import re
@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxlab.reference import (
-    NORM_FLOOR,
     _centred,
     _real,
     apply_context,
@@ -29,6 +28,7 @@ from ctxlab.reference import (
 from ctxlab.testing import assert_equiv, numeric_gradient, tolerance
 
 TOP = math.tanh(1)
+FLOOR = 1e-12  # the original's, which is the default
 small = st.integers(1, 6)
 
 
@@ -231,10 +231,10 @@ def test_a_column_below_zero_correlates_as_any_other(shift):
 @pytest.mark.parametrize(
     ("product", "empty"),
     [
-        (NORM_FLOOR * (1 - 1e-6), True),
-        (NORM_FLOOR * (1 + 1e-6), False),
-        (NORM_FLOOR / 2, True),
-        (NORM_FLOOR * 2, False),
+        (FLOOR * (1 - 1e-6), True),
+        (FLOOR * (1 + 1e-6), False),
+        (FLOOR / 2, True),
+        (FLOOR * 2, False),
     ],
 )
 def test_the_floor_is_where_it_is_said_to_be(product, empty, dtype):
@@ -253,14 +253,14 @@ def test_the_floor_is_where_it_is_said_to_be(product, empty, dtype):
 
 
 def exact_floor_pair():
-    """Columns whose product of norms is NORM_FLOOR to the last digit: x of norm 1, y of NORM_FLOOR."""
+    """Columns whose product of norms is FLOOR to the last digit: x of norm 1, y of FLOOR."""
     x = np.array([[0.5], [0.5], [-0.5], [-0.5]])
-    return x, x * NORM_FLOOR
+    return x, x * FLOOR
 
 
 def test_a_product_of_norms_at_the_floor_counts_as_none():
     x, y = exact_floor_pair()
-    assert math.hypot(*y[:, 0]) == NORM_FLOOR
+    assert math.hypot(*y[:, 0]) == FLOOR
     assert similarity(x, y).item() == 0
     assert similarity(y, x).item() == 0
     above = y * (1 + 2**-50)
@@ -389,7 +389,7 @@ def test_numbers_beyond_float64_are_named():
 
 # --- apply and its gradients: the rules for values not finite, as loops ---
 
-# Products and sums of these are exact, so that loops and BLAS agree to the bit but for the factor s/D.
+# Products and sums of these are exact: loops and BLAS agree to the bit but for the factor s/D.
 ENTRIES = [0.0, 1.0, -1.0, 2.0, 0.5, math.nan, math.inf, -math.inf]
 STRENGTHS = [0.5, -2.0, 1 / 3, 1e30, 1e-30]
 
@@ -617,6 +617,47 @@ def test_rows_out_of_range_are_refused(rows):
 def test_rows_are_numbers_of_rows(rows, error):
     with pytest.raises(error, match="^rows: "):
         check_rows(rows, 3)
+
+
+def test_the_message_says_which_rows_there_are():
+    with pytest.raises(ValueError, match=r"^rows: -1\.\.4, needed 0\.\.2$"):
+        check_rows([4, -1], 3)
+
+
+def test_32_rows_are_the_default():
+    x, y = np.random.default_rng(0).standard_normal((2, 100, 3))
+    assert np.array_equal(similarity(x, y), similarity(x, y, rows=np.arange(32) * 100 // 32))
+    assert not np.array_equal(similarity(x, y), similarity(x, y, max_rows=33))
+
+
+@pytest.mark.parametrize("floor", [-1e-300, math.inf, -math.inf, math.nan, 10**400])
+def test_floors_that_cannot_be(floor):
+    for call in (
+        lambda: similarity(X, X, floor=floor),
+        lambda: similarity_step(X[0], X[0], floor=floor),
+    ):
+        with pytest.raises(ValueError, match="^floor: "):
+            call()
+
+
+@pytest.mark.parametrize("floor", ["0", None, 1j])
+def test_floors_are_numbers(floor):
+    with pytest.raises(TypeError, match="^floor: a real number is needed"):
+        similarity(X, X, floor=floor)
+
+
+@pytest.mark.parametrize("exponent", [-1000, -300, 0, 300, 1000])
+def test_without_a_floor_scale_does_not_matter(exponent):
+    x = np.array([[-1.0, 3.0], [1.0, 3.0]]) * 2.0**exponent
+    assert_equiv(similarity(x, x, floor=0), np.diag([TOP, 0.0]), scale=1.0)
+    assert_equiv(similarity(x, -x, floor=0.0), np.diag([-TOP, 0.0]), scale=1.0)
+
+
+@pytest.mark.parametrize(("floor", "empty"), [(2.0, True), (2 - 1e-15, False), (3.0, True)])
+def test_a_floor_of_ones_own(floor, empty):
+    x = np.array([[0.5], [0.5], [-0.5], [-0.5]]) * 2  # of norm 2; half of it has norm 1
+    assert (similarity(x, x / 2, floor=floor).item() == 0) == empty
+    assert (not similarity_step(x[:, 0], x[:, 0] / 2, floor=floor).any()) == empty
 
 
 def test_rows_that_are_right_are_returned():
