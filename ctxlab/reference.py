@@ -46,6 +46,21 @@ def check_same_shape(name: str, a: np.ndarray, like_name: str, like: np.ndarray)
     if a.shape != like.shape:
         raise ValueError(f"{name}: shape {a.shape} does not match {like_name}: {like.shape}")
 
+# %% ../nbs/02_reference.ipynb #ad42f680
+def _real(
+    name: str,  # the argument's name, for the message
+    value: object,  # what the caller passed
+) -> float:
+    "A real number as a float, or a TypeError or ValueError that names it."
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: a real number is needed, not {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: the number is beyond the range of float64") from None
+
 # %% ../nbs/02_reference.ipynb #37446720
 def sample_rows(
     n_rows: int,  # S
@@ -118,7 +133,7 @@ def similarity(
     max_rows: int | None = 32,  # None takes every row
     floor: float = NORM_FLOOR,  # a product of norms at or below it counts as none; 0: no floor
 ) -> np.ndarray:  # (D, D), dtype of x
-    "tanh of the Pearson correlation of feature i of `x` with feature j of `y`; 0 where a norm vanishes."
+    "tanh of Pearson's correlation of feature i of `x` and feature j of `y`; 0 without a norm."
     x = check_array("x", x)
     y = check_array("y", y, dtype=x.dtype)
     check_same_shape("y", y, "x", x)
@@ -129,21 +144,6 @@ def similarity(
     return _tanh_correlation(X.T @ Y, d, np.add.outer(ex, ey), floor).astype(x.dtype)
 
 # %% ../nbs/02_reference.ipynb #5e2e71f1
-def _real(
-    name: str,  # the argument's name, for the message
-    value: object,  # what the caller passed
-) -> float:
-    "A real number as a float, or a TypeError or ValueError that names it."
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
-    if not isinstance(value, Real):
-        raise TypeError(f"{name}: a real number is needed, not {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: the number is beyond the range of float64") from None
-
-
 def check_rate(rate: float) -> float:  # clipped to [0, 1]
     "The update rate as the moving average uses it; NaN is a ValueError."
     rate = _real("update_rate", rate)
@@ -229,7 +229,7 @@ def apply_context(
 
 
 def check_context(context: np.ndarray, x: np.ndarray) -> np.ndarray:
-    "The context, or a ValueError naming both shapes when it does not fit the last dimension of `x`."
+    "The context, or a ValueError naming both shapes when it does not fit the width of `x`."
     C = check_array("context", context, dtype=x.dtype)
     if C.shape != 2 * x.shape[-1:]:
         raise ValueError(
