@@ -174,8 +174,9 @@ def test_a_steady_state_allocates_nothing(growth, debug):
 
     one_pass(201)
     count = ws.allocation_count
+    # Python objects, which are larger without a global lock; the array of 3 rows has 7 200 bytes.
     # A debug workspace compares all bytes with the poison: an array of flags, and it is gone.
-    allowed = 2_500 + debug * 600_000
+    allowed = 6_000 + debug * 600_000
     assert (
         max(traced_peak(lambda rows=rows: one_pass(rows)) for rows in (201, 3, 200, 0, 201))
         < allowed
@@ -2375,13 +2376,16 @@ def test_a_generator_that_is_dropped_gives_back():
     assert ws.used_bytes == 0
 
 
-def test_a_generator_that_another_thread_drops_takes_nothing_from_the_owner(monkeypatch):
-    ws, unraisable = Workspace(), []
-    monkeypatch.setattr(sys, "unraisablehook", lambda seen: unraisable.append(seen.exc_value))
-    box = [holder(ws, "a")]
-    next(box[0])
-    in_threads(box.clear)
-    assert "cannot be left by another thread" in str(unraisable[0])
+def test_a_generator_that_another_thread_closes_takes_nothing_from_the_owner():
+    ws = Workspace()
+    generator = holder(ws, "a")
+    next(generator)
+
+    def close():
+        with pytest.raises(RuntimeError, match="cannot be left by another thread"):
+            generator.close()
+
+    in_threads(close)
     mine = ws.take("mine", (3,))
     mine.fill(1)
     assert ws.used_bytes == 12
