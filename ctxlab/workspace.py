@@ -320,7 +320,7 @@ class _Scope:
         self.token: Token | None = None
 
     def __str__(self) -> str:
-        lines = (line for start, end, line in self.code.co_lines() if start <= self.at < end)
+        lines = (line for _, end, line in self.code.co_lines() if self.at < end)  # in order
         where = f"{self.code.co_filename}:{next(lines, '?')}, in {self.code.co_name}"
         return f"scope {self.name!r} ({where})" if self.name else f"scope ({where})"
 

@@ -61,6 +61,10 @@ def memory(view):
     return range(start, start + a.nbytes)
 
 
+def no_memory(*args):
+    raise MemoryError
+
+
 def figures(ws):
     return ws.nbytes, ws.used_bytes, ws.peak_bytes, ws.allocation_count, ws.generation
 
@@ -170,8 +174,9 @@ def test_a_steady_state_allocates_nothing(growth, debug):
 
     one_pass(201)
     count = ws.allocation_count
+    # Python objects, which are larger without a global lock; the array of 3 rows has 7 200 bytes.
     # A debug workspace compares all bytes with the poison: an array of flags, and it is gone.
-    allowed = 2_500 + debug * 600_000
+    allowed = 6_000 + debug * 600_000
     assert (
         max(traced_peak(lambda rows=rows: one_pass(rows)) for rows in (201, 3, 200, 0, 201))
         < allowed
@@ -463,6 +468,34 @@ def test_growth_beyond_the_limit_is_trimmed_to_the_need():
     assert ws.nbytes == ws.limit_bytes
     assert np.all(kept == 1)
     assert Workspace(limit_bytes=0).take("empty", (0, 3)).size == 0
+
+
+def test_the_limit_counts_what_the_others_hold():
+    ws = Workspace(growth="exact", limit_bytes=5)
+    ws.take("kept", 3, u1)
+    with ws.scope():
+        ws.take("x", 1, u1)
+    ws.take("x", 2, u1)
+    assert ws.nbytes == 5
+
+
+@pytest.mark.parametrize("kinds", [("f8", "f4"), ("f4", "f8"), ("i4", "f4")], ids=str)
+def test_an_equal_shape_of_another_dtype_is_another_request(kinds):
+    ws = Workspace()
+    for dtype in map(np.dtype, kinds):
+        for _ in range(2):
+            assert ws.take("x", (3,), dtype).dtype == dtype
+        ws.next_generation()
+
+
+@pytest.mark.parametrize("dtype", [f4, np.dtype("f4"), "f4"], ids=str)
+def test_a_repetition_is_not_checked_again(dtype, monkeypatch):
+    ws = Workspace()
+    ws.take("x", (3,), dtype)
+    monkeypatch.setattr(Workspace, "_take_new", no_memory)
+    assert ws.take("x", (3,), dtype).shape == (3,)
+    with pytest.raises(MemoryError):
+        ws.take("x", (4,), dtype)
 
 
 @debugging
@@ -1796,6 +1829,36 @@ def chain(ws, n=4, rows=16):
     return h.copy()
 
 
+@pytest.mark.parametrize(
+    ("size", "tight", "lowest"),
+    [(2, 40, 10), (3, 40, 10), (4, 60, 10), (1, 40, 10), (6, 10, 10), (7, 70, 70)],
+)
+def test_a_place_is_the_smallest_gap_or_the_lowest(size, tight, lowest):
+    occupied = [(0, 10), (16, 40), (43, 50), (45, 60), (64, 70)]  # gaps: 6, 3, 4
+    assert workspace._place(size, occupied, True) == tight
+    assert workspace._place(size, occupied, False) == lowest
+    assert workspace._place(size, [(9, 20)], True) == 0
+    assert workspace._place(size, [], False) == 0
+
+
+def test_the_orders_of_the_planner():
+    requests = {  # 64 bytes a piece of alignment; most is alive at step 4, then at step 0
+        "early": ((64,), u1, 0, 1),
+        "wide": ((192,), u1, 4, 4),
+        "long": ((64,), u1, 2, 9),
+        "large": ((128,), u1, 0, 0),
+    }
+    lifetimes = {name: workspace.Lifetime(*r) for name, r in requests.items()}
+    items, live = workspace._items(lifetimes), live_curve(lifetimes)
+    names = list(requests)
+    orders = {o: [names[i.number] for i in fn(items, live)] for o, fn in ORDERS.items()}
+    assert orders == {
+        "size": ["wide", "large", "early", "long"],
+        "breadth": ["wide", "long", "large", "early"],
+        "length": ["long", "early", "wide", "large"],
+    }
+
+
 def test_a_chain_needs_two_buffers():
     p = plan(record(chain))
     assert p.nbytes == p.bound == 2 * 16 * 8 * 4
@@ -2313,13 +2376,16 @@ def test_a_generator_that_is_dropped_gives_back():
     assert ws.used_bytes == 0
 
 
-def test_a_generator_that_another_thread_drops_takes_nothing_from_the_owner(monkeypatch):
-    ws, unraisable = Workspace(), []
-    monkeypatch.setattr(sys, "unraisablehook", lambda seen: unraisable.append(seen.exc_value))
-    box = [holder(ws, "a")]
-    next(box[0])
-    in_threads(box.clear)
-    assert "cannot be left by another thread" in str(unraisable[0])
+def test_a_generator_that_another_thread_closes_takes_nothing_from_the_owner():
+    ws = Workspace()
+    generator = holder(ws, "a")
+    next(generator)
+
+    def close():
+        with pytest.raises(RuntimeError, match="cannot be left by another thread"):
+            generator.close()
+
+    in_threads(close)
     mine = ws.take("mine", (3,))
     mine.fill(1)
     assert ws.used_bytes == 12
@@ -2492,10 +2558,6 @@ def test_a_forked_child_goes_on_with_an_open_scope():
     scope.__exit__(None, None, None)
 
 
-def no_memory(*args):
-    raise MemoryError
-
-
 GROWING = {
     "take": lambda ws: ws.take("new", (3,)),
     "take more": lambda ws: ws.take("idle", (100,)),
@@ -2523,13 +2585,13 @@ def test_memory_that_runs_out_in_the_middle_changes_nothing(what, inside, debug,
     assert ws.used_bytes == 0
 
 
-def test_memory_that_runs_out_claims_nothing(monkeypatch):
+@pytest.mark.parametrize("what", ["take", "ensure_capacity"])
+def test_memory_that_runs_out_claims_nothing(what, monkeypatch):
     ws = Workspace()
     with monkeypatch.context() as patch:
         patch.setattr("ctxlab.workspace.aligned_empty", no_memory)
-        for grow in (GROWING["take"], GROWING["ensure_capacity"]):
-            with refused(ws, MemoryError, "no memory"):
-                grow(ws)
+        with refused(ws, MemoryError, "no memory"):
+            GROWING[what](ws)
     in_threads(lambda: ws.take("new", (3,)))
 
 
