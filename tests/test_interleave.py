@@ -1,4 +1,4 @@
-"""Every order of the steps: what is found is what a model without threads finds, with memory and without."""
+"""Every order of the steps: what is found is what a model without threads finds."""
 
 import _thread
 import collections
@@ -184,7 +184,7 @@ def locking(program):
 
 
 def model(program):
-    """The orders of `locking(program)` and what comes of them, by recursion over what a thread does next."""
+    """The orders of `locking(program)` and what comes of them, by recursion."""
     todo = []
     for parts in program:
         steps = []
@@ -380,7 +380,7 @@ def perform(op, spot, log, observer):
 
 
 def running(program, settled):
-    """Threads that do what the program says; with `settled`, each forgets what it saw after each."""
+    """Threads that do what the program says; `settled`: each forgets what it saw."""
 
     def scenario(schedule):
         spot, log = schedule.share(Locks), schedule.share(list, name="log")
@@ -924,7 +924,7 @@ def test_what_a_thread_keeps_for_itself_counts():
 
 
 def test_an_abandoned_run_has_no_races():
-    """Threads of a run that is given up are unwound; what they raise then has not happened in any order."""
+    """What threads raise while a run is given up has not happened in any order."""
 
     def body(spot):
         complete = False
