@@ -222,16 +222,22 @@ class Schedule:
             return value
         if kind in (bool, float, complex, bytes, range):
             return kind.__name__, repr(value)  # True is not 1
-        if kind in (tuple, list, deque):
-            return (kind.__name__, *map(self._label, value))
+        if isinstance(value, tuple) or kind in (list, deque):
+            return (kind.__qualname__, *map(self._label, value))
         if kind in (set, frozenset):
             return (kind.__name__, *sorted(map(self._label, value), key=repr))
-        if kind in (dict, defaultdict):
+        if kind in (dict, defaultdict, types.MappingProxyType):
             return (kind.__name__, *((self._label(k), self._label(v)) for k, v in value.items()))
         if isinstance(value, np.generic) or kind is np.ndarray:
             return kind.__name__, value.dtype.str, value.shape, value.tobytes()
         if isinstance(value, enum.Enum):
-            return kind.__name__, value.name
+            return kind.__qualname__, value.name
+        if isinstance(value, BaseException):
+            return kind.__qualname__, self._label(value.args)
+        if kind.__module__ in _VALUES:
+            return kind.__qualname__, repr(value)
+        if _frozen(kind):
+            return kind.__qualname__, self._label(_attributes(value))
         shared = _OF.get(id(value))
         if shared is not None:
             return shared[1]
@@ -243,6 +249,11 @@ class Schedule:
             name = kind.__name__, len(self._labels)
             label = _Made(("made", *name)) if self._started else ("given", *name)
             self._labels[id(value)] = value, label
+            if isinstance(value, types.FunctionType) and self._started:
+                held = [
+                    part for _, cell in _variables(value) for part in _contents_of(cell).values()
+                ]
+                self._labels[id(value)] = value, (label, *map(self._label, held))
         return self._labels[id(value)][1]
 
     def _next(self, me: int | None) -> int | None:  # who moves
@@ -875,11 +886,21 @@ class _Names(MutableMapping):
         return len(tuple(iter(self)))
 
 # %% ../nbs/09b_interleave.ipynb #f0ec253d
+class _Code(NamedTuple):
+    "What a function does with names that are not its own."
+
+    loads: frozenset[str]  # global names
+    stores: frozenset[str]
+    rebinds: frozenset[str]  # variables of an outer function
+    attributes: frozenset[str]
+
+
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...)),
     *(type(NotImplemented), enum.Enum, np.generic, np.dtype, BaseException, types.ModuleType),
     *(object, typing.TypeVar, types.GenericAlias, types.MemberDescriptorType),
     *(types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
+    type(_Code.loads),  # a field of a named tuple
 )
 _PLAIN_KINDS = frozenset(_PLAIN)
 _LIBRARY = tuple(
@@ -887,11 +908,14 @@ _LIBRARY = tuple(
 )
 
 
+_VALUES = {"typing", "fractions", "decimal", "datetime", "re"}  # modules of values without parts
+
+
 def _plain(value: Any) -> bool:  # nothing in it can change
     kind = type(value)
     if kind in _PLAIN_KINDS or isinstance(value, (enum.Enum, np.generic, np.dtype, BaseException)):
         return True
-    return kind.__module__ in ("typing", "fractions", "decimal", "datetime", "re")
+    return kind.__module__ in _VALUES
 
 
 def _library(cls_or_file: Any) -> bool:
@@ -903,15 +927,6 @@ def _library(cls_or_file: Any) -> bool:
             return False
         file = getattr(module, "__file__", None) or "<frozen>"
     return file in _OURS or file.startswith(("<frozen", *_LIBRARY))
-
-
-class _Code(NamedTuple):
-    "What a function does with names that are not its own."
-
-    loads: frozenset[str]  # global names
-    stores: frozenset[str]
-    rebinds: frozenset[str]  # variables of an outer function
-    attributes: frozenset[str]
 
 
 @lru_cache(maxsize=4096)
@@ -942,6 +957,7 @@ class _Outside:
         self._watch: dict[Any, Callable[[], Callable[[], bool]]] = {}  # remembers, and compares
         self._same: dict[Any, tuple[str, Callable[[], bool]]] = {}  # identity -> name, unchanged?
         self.aside: set[int] = set()
+        self.tokens: dict[int, object] = {}  # objects that are nothing but themselves
         self.locals: list[threading.local] = []
 
     def holds(self, value: Any) -> bool:
@@ -964,6 +980,8 @@ class _Outside:
         self._same[key] = name, watch()
 
     def add(self, name: str, value: Any) -> None:
+        if type(value) is object:
+            self.tokens[id(value)] = value
         if isinstance(value, (Schedule, *_STAND_INS)) or _plain(value) or id(value) in self._seen:
             return
         kind = type(value)
@@ -974,7 +992,7 @@ class _Outside:
             self._function(name, value)
         elif isinstance(value, type):
             self._class(value)
-        elif kind in (tuple, frozenset, list, set, deque, dict, defaultdict):
+        elif isinstance(value, tuple) or kind in (frozenset, list, set, deque, dict, defaultdict):
             self._items(name, value)
         elif kind is np.ndarray:
             self._remember(id(value), name, partial(_same_bytes, value))
@@ -1151,6 +1169,8 @@ class Sharing(Schedule):
 
     def wrap(self, value: Any, name: str) -> Any:
         "The value, or what stands in its place; what it holds is made ready as well."
+        if type(value) is object:
+            self._label(value)  # known before the threads start, it has a name of its own
         if self._over or _plain(value) or isinstance(value, (Schedule, *_STAND_INS)):
             return value
         ident = id(value)
@@ -1170,6 +1190,8 @@ class Sharing(Schedule):
     def _prepared(self, bodies: Iterable[Callable[[], Any]]) -> list[Callable[[], Any]]:
         ready = list(bodies)
         self._outside.renew()
+        for token in self._outside.tokens.values():
+            self._label(token)
         for i, body in enumerate(ready):
             if not callable(body):
                 raise Refused(f"bodies[{i}]: a {type(body).__name__}, needed a function")

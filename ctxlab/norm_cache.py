@@ -43,7 +43,7 @@ class Cached(Protocol[T]):
     "A value computed from others. Each variant is made from the function that computes it."
 
     def get(self) -> T:
-        "The value; an error of the compute function reaches the caller, and leaves the value out of date."
+        "The value; an error of the compute function reaches the caller, and nothing is kept."
         ...
 
     def invalidate(self) -> None:
@@ -100,7 +100,11 @@ class _Guarded(Generic[T]):
 
 # %% ../nbs/10_norm_cache.ipynb #028ee86b
 class PlainFlag(Cached[T]):
-    "A dirty flag, cleared after computing. Invariant, for one thread and a compute that changes nothing: not dirty means that the value is of now."
+    """A dirty flag, cleared after computing.
+
+    Invariant, for one thread and a compute that changes nothing: not dirty means that the value
+    is of now.
+    """
 
     def __init__(self, compute: Callable[[], T]):
         self._compute, self._dirty = _Guarded(compute), True
@@ -131,7 +135,10 @@ class EarlyFlag(PlainFlag[T]):
 
 # %% ../nbs/10_norm_cache.ipynb #4dcf983c
 class LockedFlag(Cached[T]):
-    "A dirty flag under a lock. Invariant: whoever holds the lock finds value and flag in agreement. Two that ask each other may wait for ever."
+    """A dirty flag under a lock. Two that ask each other may wait for ever.
+
+    Invariant: whoever holds the lock finds value and flag in agreement.
+    """
 
     def __init__(self, compute: Callable[[], T]):
         self._compute, self._dirty = _Guarded(compute), True
@@ -157,7 +164,10 @@ class LockedFlag(Cached[T]):
 
 # %% ../nbs/10_norm_cache.ipynb #469036b3
 class VersionCounter(Cached[T]):
-    "A count of changes. Invariant: a pair holds a value computed from a state no older than its version."
+    """A count of changes.
+
+    Invariant: a pair holds a value computed from a state no older than its version.
+    """
 
     def __init__(self, compute: Callable[[], T]):
         self._compute, self._lock = _Guarded(compute), threading.Lock()
@@ -178,7 +188,10 @@ class VersionCounter(Cached[T]):
 
 # %% ../nbs/10_norm_cache.ipynb #f8423aa5
 class PerThread(Cached[T]):
-    "A value for each thread. Invariant: a thread's value was computed from a state no older than the version beside it."
+    """A value for each thread.
+
+    Invariant: a thread's value was computed from a state no older than the version beside it.
+    """
 
     def __init__(self, compute: Callable[[], T]):
         self._compute, self._version, self._local = _Guarded(compute), object(), threading.local()
@@ -199,7 +212,7 @@ def nothing() -> None:
 
 
 def _read_only(value: Any) -> Any:
-    "The value with read-only views of its arrays, tuples for lists, and read-only mappings for dicts."
+    "The value with read-only views of its arrays, tuples for lists, and mappings for dicts."
     if isinstance(value, np.ndarray):
         view = value.view()
         view.flags.writeable = False
@@ -218,11 +231,13 @@ class DerivedValue(Cached[T]):
 
     Call `invalidate` after each change. Any number of threads may call both methods.
     Invariant: a cell holds a value computed after the cell was put in place.
-    Readers of an empty cell wait for the one that computes, unless they compute something themselves. So hold no
-    lock that `compute` needs while you call `get`, or say `once=False`: then each computes, and nobody waits.
+    Readers of an empty cell wait for the one that computes, unless they compute something
+    themselves. So hold no lock that `compute` needs while you call `get`, or say `once=False`:
+    then each computes, and nobody waits.
     An error of `compute` reaches the caller that ran it, and the cell stays empty.
     A copy, a deep copy or a pickle has the same compute function, and computes anew.
-    As a decorator of a method it makes an attribute: reading it gives the value, `del` invalidates it.
+    As a decorator of a method it makes an attribute: to read it gives the value, `del`
+    invalidates it.
     """
 
     def __init__(
@@ -244,7 +259,7 @@ class DerivedValue(Cached[T]):
         return cell[0]
 
     def invalidate(self) -> None:
-        "Say that something has changed. A `get` that begins after this has returned sees the change."
+        "Say that something has changed. A `get` that begins afterwards sees the change."
         self._current: tuple[list[T], Any] = [], self._turn()
 
     def _fill(self, cell: list[T], turn: Any) -> None:
@@ -282,7 +297,7 @@ class DerivedValue(Cached[T]):
 
 
 class _Attribute(DerivedValue[T]):
-    "The value of one instance for a `DerivedValue` of its class. A copy belongs to the instance's copy."
+    "The value of one instance, for a `DerivedValue` of its class."
 
     def __init__(self, declared: DerivedValue[T], instance: Any):
         compute: Callable[..., T] = declared._compute._compute
@@ -488,7 +503,7 @@ class Trial(NamedTuple):
         return all(self.results[name].stale for name in self.results if name not in SAFE)
 
     def check(self) -> str:
-        "The verdict in one line; an AssertionError if a safe variant was stale in a run that proves."
+        "The verdict in one line. A stale read of a safe variant is an AssertionError."
         stale = [name for name in SAFE if self.results[name].stale]
         assert not stale, f"stale reads of {', '.join(stale)}"
         if not self.proves:
