@@ -93,7 +93,7 @@ def _few(names: list[str], shown: int = 4) -> str:  # a block has a dozen entrie
 
 
 def check_state(state: Mapping[str, Any], shapes: Shapes, optional: Shapes | None = None) -> None:
-    "A ValueError that names misshapen entries, those that are no numbers, and of missing and extra ones the first few."
+    "A ValueError that names entries of another shape or kind, and the first missing and extra ones."
     if not isinstance(state, Mapping):
         raise TypeError(f"state: {type(state).__name__} is no mapping of names to arrays")
     known = shapes | (optional or {})
@@ -198,7 +198,7 @@ class _Parts(Parametric):
         return self._context  # for good, since its strength is among the parameters
 
     def parameters(self) -> dict[str, np.ndarray]:
-        "Name -> array; the arrays themselves, to be changed in place. The strength is the context's."
+        "Name -> array, to be changed in place. That of the strength is the context's."
         if self.context is None:
             return dict(self._parameters)
         return self._parameters | {"context.strength": self.context.parameters()["strength"]}
@@ -223,7 +223,7 @@ class _Stateful(_Parts):
     def load_state_dict(
         self, state: Mapping[str, Any]
     ) -> None:  # as from `state_dict`, or an opened .npz
-        "Restore parameters (and contexts); a ValueError names all that does not fit, and nothing is loaded."
+        "Restore parameters (and contexts); a ValueError names what does not fit, and loads nothing."
         shapes: Shapes = {n: p.shape for n, p in self.parameters().items()}
         contexts: Shapes = (
             {}
@@ -263,7 +263,7 @@ class Block(_Stateful):
 
     def forward(
         self,
-        x: np.ndarray,  # (B, S, D); must stay as it is until backward, and so must arrays among the options
+        x: np.ndarray,  # (B, S, D); stays as it is until backward, as must arrays of options
         out: np.ndarray
         | None = None,  # same shape; default: a buffer that is valid in this generation
         **options: Any,
@@ -311,17 +311,19 @@ class Block(_Stateful):
         "Gradients of the last forward pass; those of the parameters are in `gradients()`."
         if self._saved is None:
             raise RuntimeError(
-                "backward: there is no forward pass to follow; call forward() before each backward()"
+                "backward: there is no forward pass to follow; "
+                "call forward() before each backward()"
             )
         x, h, kept, generation, mixed_with = self._saved
         if generation != self.workspace.generation:
             raise RuntimeError(
-                f"backward: the forward pass was in generation {generation} of the workspace, now is {self.workspace.generation}"
+                f"backward: the forward pass was in generation {generation} of the workspace, "
+                f"now is {self.workspace.generation}"
             )
         if self._mixed_with() != mixed_with:
             raise RuntimeError(
-                "backward: strength or incoming of the context have changed since the forward pass; "
-                "call forward() again"
+                "backward: strength or incoming of the context have changed "
+                "since the forward pass; call forward() again"
             )
         G = check_array("grad_out", grad_out, ndim=(3,), dtype=self.dtype)
         check_same_shape("grad_out", G, "x", x)
@@ -368,7 +370,8 @@ class Block(_Stateful):
             for given, a in inputs.items():
                 if np.shares_memory(out, a):
                     raise ValueError(
-                        f"{given}: is this block's own buffer of this generation; pass another, or `out`"
+                        f"{given}: is this block's own buffer of this generation; "
+                        "pass another, or `out`"
                     )
             return out
         return self._check_out(out, inputs)
@@ -428,7 +431,7 @@ class SizedBlock(Block):
     def requirement(
         self, **options: bool
     ) -> Requirement:  # in the block's letters; `str` of it is the formula
-        "What forward and backward take when no `out` is given; options of forward that take scratch (keep=True) are named."
+        "What both passes take when no `out` is given; options that take scratch are named (keep=True)."
         buffer = lambda name: _buffer(name, self.name, "B", "S", "D", dtype=self.dtype)
         mixes = self.context is not None and self.context.incoming is not None
         kept, forward, backward = (
@@ -453,7 +456,7 @@ class SizedBlock(Block):
     def workspace_bytes(
         self, batch: int, seq_len: int, **options: bool
     ) -> int:  # as for `requirement`
-        "Most bytes that forward and backward take from the workspace, for sequences of this length."
+        "Most bytes that both passes take from the workspace, for sequences of this length."
         shared = dict(
             B=batch,
             S=seq_len,
@@ -501,7 +504,7 @@ def check_gradients(
     G: np.ndarray,  # (B, S, D), dL/dy
     **options: Any,  # of forward; each pass gets copies
 ) -> dict[str, np.ndarray]:  # 'x' and parameters -> gradient
-    "Gradients from `backward` for the input and each parameter, held to central differences."
+    "Gradients from `backward` of all parameters and the input, if they agree with differences."
     x = x.copy()
     arrays = {"x": x} | block.parameters()
 

@@ -46,6 +46,40 @@ from ctxlab.reference import (
 )
 from .workspace import Buffer, Requirement, Workspace, all_of
 
+# %% ../nbs/05_context.ipynb #fa04530a
+def _check_operand(
+    name: str, a: np.ndarray, ndim: tuple[int, ...], dtype: DTypeLike | None
+) -> np.ndarray:
+    "An input of `apply` or `backward`: BLAS must be able to take it as it lies."
+    a = check_array(name, a, ndim=ndim, dtype=dtype)
+    if not (blas_layout(a) if a.ndim == 2 else a.flags.c_contiguous and a.flags.aligned):
+        raise ValueError(
+            f"{name}: strides {a.strides} of shape {a.shape} would need a copy; "
+            f"pass np.ascontiguousarray({name})"
+        )
+    return a
+
+
+def _check_context(context: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
+    C = check_array("context", context, dtype=dtype)
+    if C.shape[0] != C.shape[1]:
+        raise ValueError(f"context: shape {C.shape} is not square")
+    return C
+
+
+def _as_rows(a: np.ndarray) -> np.ndarray:
+    "A batch (B, S, D), which is contiguous, as (B S, D); anything else as it is. Never a copy."
+    return a.reshape(a.shape[0] * a.shape[1], a.shape[2]) if a.ndim == 3 else a
+
+
+def _check_written(name: str, a: np.ndarray, D: int, dtype: DTypeLike) -> None:
+    "A matrix (D, D) that is written to, row after row."
+    a = check_array(name, a, dtype=dtype)
+    if a.shape != (D, D):
+        raise ValueError(f"{name}: shape {a.shape}, needed {(D, D)}")
+    if not (a.flags.writeable and a.flags.c_contiguous and a.flags.aligned):
+        raise ValueError(f"{name}: is not a writeable, aligned array in C order")
+
 # %% ../nbs/05_context.ipynb #185e10c8
 def fold(
     context: np.ndarray,  # (D, D)
@@ -53,6 +87,9 @@ def fold(
     out: np.ndarray,  # (D, D), same dtype, C order
 ) -> np.ndarray:  # out
     "`I + (s/D) C`, the operator that `apply` multiplies with."
+    context = _check_context(context, None)
+    check_out(out, context.shape, context.dtype, {"context": context})
+    _check_written("out", out, len(context), context.dtype)
     np.multiply(context, context.dtype.type(strength / max(len(context), 1)), out=out)
     out.reshape(-1)[:: len(out) + 1] += 1
     return out
@@ -75,18 +112,18 @@ def frobenius(a: np.ndarray) -> float:  # inf or NaN when an entry is, or when t
 
 
 def cannot_overflow(dtype: DTypeLike, *norms: float) -> bool:  # False for NaN
-    "Whether sums of products of factors with these norms stay finite, whatever the order (with a margin of 8)."
-    return math.prod(norms) < np.finfo(dtype).max / 8
+    "Whether sums of products of factors with these norms stay finite, in any order."
+    return math.prod(norms) < np.finfo(dtype).max / 8  # a margin for rounding
 
 # %% ../nbs/05_context.ipynb #f14245af
-def backward_into(
+def _backward_into(
     x: np.ndarray,  # (S, D)
     context: np.ndarray,  # (D, D), same dtype
     strength: float,  # s
     grad_out: np.ndarray,  # (S, D)
     out: np.ndarray,  # (S, D), receives dL/dX
 ) -> float:  # dL/ds
-    "Both gradients of `apply` from the single product `G C^T`, for input that cannot overflow."
+    "`backward_into`, for operands that have been checked."
     D, total = max(len(context), 1), 0.0
     factor = strength / D
     np.matmul(grad_out, context.T, out=out)
@@ -98,13 +135,34 @@ def backward_into(
         blend(grad_out[rows], T, 1.0, factor)
     return total / D
 
+
+def backward_into(
+    x: np.ndarray,  # (S, D)
+    context: np.ndarray,  # (D, D), same dtype
+    strength: float,  # s
+    grad_out: np.ndarray,  # (S, D)
+    out: np.ndarray,  # (S, D), receives dL/dX
+) -> float:  # dL/ds
+    "Both gradients of `apply` from the single product `G C^T`, for input that cannot overflow."
+    context = _check_operand("context", _check_context(context, None), (2,), None)
+    x, grad_out = (
+        _check_operand(name, a, (2,), context.dtype)
+        for name, a in (("x", x), ("grad_out", grad_out))
+    )
+    check_same_shape("grad_out", grad_out, "x", x)
+    if x.shape[1] != len(context):
+        raise ValueError(f"context: shape {context.shape} does not fit x: {x.shape}")
+    inputs = {"x": x, "grad_out": grad_out, "context": context}
+    check_out(out, x.shape, context.dtype, inputs)
+    return _backward_into(x, context, strength, grad_out, _check_operand("out", out, (2,), None))
+
 # %% ../nbs/05_context.ipynb #0cc9c546
 Take = Callable[..., np.ndarray]  # (name, shape, dtype) -> buffer, as `Workspace.take`
 Rows = np.ndarray | slice  # of a batch: row numbers, or evenly spaced ones
 
 
 def _gather(a: np.ndarray, rows: Rows, out: np.ndarray) -> None:
-    "Rows of `a` into `out`, cast to its dtype. Numbers are taken in a loop, because fancy indexing would allocate."
+    "Rows of `a` into `out`, cast to its dtype; in a loop, because fancy indexing would allocate."
     if isinstance(rows, slice):
         out[...] = a[rows]
     else:
@@ -123,7 +181,7 @@ TINY = 1e-140  # a norm below it has squares near the end of float64's range
 
 
 class Norms(NamedTuple):
-    "Norms of columns as `mantissa * 2**exponent`, so that neither they nor their products overflow."
+    "Norms of columns as `mantissa * 2**exponent`, so that they and their products stay finite."
 
     mantissa: np.ndarray  # (D,) float64; 0 for a column without a norm
     exponent: np.ndarray | None  # (D,) integers; None: all 0
@@ -184,7 +242,7 @@ def _needs_floor(x: Norms, y: Norms, floor: float) -> bool:
     if x.exponent is not None:
         return True  # unusual values: look at every product
     smallest = (float(np.min(n.mantissa, where=n.mantissa > 0, initial=np.inf)) for n in (x, y))
-    return math.prod(smallest) <= 2 * floor
+    return math.prod(smallest) <= floor
 
 # %% ../nbs/05_context.ipynb #e5cdd677
 def _learn_panels(
@@ -207,7 +265,7 @@ def _learn_panels(
 def _correlations(
     U: np.ndarray, V: np.ndarray, nx: Norms, ny: Norms, floor: float
 ) -> Callable[[int, slice, np.ndarray], None]:
-    "A `fill` for `_learn_panels`: rows of `U^T V`, and 0 where the product of norms is not above the floor."
+    "A `fill` for `_learn_panels`: rows of `U^T V`, 0 where norms do not exceed the floor."
     clears = _needs_floor(nx, ny, floor)
 
     def fill(term: int, rows: slice, P: np.ndarray) -> None:
@@ -221,6 +279,17 @@ def _correlations(
 def panel_shape(D: int, dtype: DTypeLike) -> tuple[int, int]:
     "The panel that `update` works in."
     return next((rows.stop for rows in panels(D, D * np.dtype(dtype).itemsize)), 0), D
+
+
+def _check_pair(
+    x: np.ndarray, y: np.ndarray, ndim: tuple[int, ...], C: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    "Input and output that `C` learns from, all of one dtype."
+    x = check_array("x", x, ndim=ndim)
+    y = check_array("y", y, ndim=(x.ndim,), dtype=x.dtype)
+    check_same_shape("y", y, "x", x)
+    _check_written("C", C, x.shape[-1], x.dtype)
+    return x, y
 
 
 def _narrow(wide: np.ndarray, dtype: np.dtype, take: Take) -> np.ndarray:
@@ -242,6 +311,8 @@ def update_into(
     floor: float = NORM_FLOOR,
 ) -> None:
     "Blend the batch statistic of `x` and `y` into `C`; scratch O((n + panel) D)."
+    x, y = _check_pair(x, y, (2,), C)
+    rows = rows if isinstance(rows, slice) else check_rows(rows, len(x))
     n, D = len(range(len(x))[rows]) if isinstance(rows, slice) else len(rows), x.shape[1]
     first, second = slice(0, D), slice(D, 2 * D)
     wide = take("context.wide", (n, 2 * D), np.float64)
@@ -254,8 +325,8 @@ def update_into(
 
 # %% ../nbs/05_context.ipynb #7d951473
 def update_step_into(
-    x: np.ndarray,  # (B, D) tokens, one of each sequence
-    y: np.ndarray,  # (B, D), same dtype
+    x: np.ndarray,  # (B, D) tokens, one of each sequence; or (D,)
+    y: np.ndarray,  # same shape and dtype
     rate: float,  # in (0, 1]
     C: np.ndarray,  # (D, D), same dtype, updated in place
     take: Take,  # where scratch comes from
@@ -263,6 +334,7 @@ def update_step_into(
     keeps: bool = False,  # whether tokens of which none has a statistic leave `C` as it is
 ) -> None:
     "Blend the mean of the token statistics of `x` and `y` into `C`; scratch O((B + panel) D)."
+    x, y = map(np.atleast_2d, _check_pair(x, y, (1, 2), C))
     B, D = x.shape
     wide = take("context.wide", (2 * B, D), np.float64)
     wide[:B], wide[B:] = x, y
@@ -328,14 +400,6 @@ def _check_width(x: np.ndarray, outgoing: np.ndarray | None) -> None:
             "call reset() first"
         )
 
-# %% ../nbs/05_context.ipynb #dfd5952d
-def _check_operand(name: str, a: np.ndarray, ndim: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    "An input of `apply` or `backward`: BLAS must be able to take it as it lies."
-    a = check_array(name, a, ndim=ndim, dtype=dtype)
-    if not (blas_layout(a) if a.ndim == 2 else a.flags.c_contiguous and a.flags.aligned):
-        raise _needs_copy(name, a)
-    return a
-
 # %% ../nbs/05_context.ipynb #ea214422
 def _number(name: str, value: Any) -> float:
     "A real number as a float, or a TypeError that names the argument."
@@ -386,7 +450,7 @@ def _check_max_rows(value: Any) -> int | None:
 
 # %% ../nbs/05_context.ipynb #cc08d488
 class Gate:
-    "Many readers, or one writer. Who comes second and does not fit is refused at once, not kept waiting."
+    "Many readers, or one writer. Who comes second and does not fit is refused at once."
 
     def __init__(self, what: str) -> None:  # what is guarded, for the message
         self._what, self._lock, self._readers, self._writing = what, threading.Lock(), 0, False
@@ -502,21 +566,9 @@ class _State:
     def outgoing(self) -> np.ndarray | None:
         return _read_only(self._outgoing)  # (D, D)
 
-# %% ../nbs/05_context.ipynb #d5b1326f
-def _check_context(context: np.ndarray, dtype: DTypeLike) -> np.ndarray:
-    C = check_array("context", context, dtype=dtype)
-    if C.shape[0] != C.shape[1]:
-        raise ValueError(f"context: shape {C.shape} is not square")
-    return C
-
-
-def _as_rows(a: np.ndarray) -> np.ndarray:
-    "A batch (B, S, D) as (B S, D); anything else as it is. Never a copy, since batches are contiguous."
-    return a.reshape(a.shape[0] * a.shape[1], a.shape[2]) if a.ndim == 3 else a
-
 # %% ../nbs/05_context.ipynb #3bc9de79
 class SharedAttentionContext(_State):
-    "A context learned from a layer's input and output (`update`), and mixed into the next layer's input (`apply`)."
+    "Learned from a layer's input and output (`update`), mixed into the next one's input (`apply`)."
 
     def __init__(
         self,
@@ -628,7 +680,7 @@ class SharedAttentionContext(_State):
         grad_out: np.ndarray,  # dL/d(apply(x)), same shape
         out: np.ndarray | None = None,  # same shape, receives dL/dx; default: a new array
     ) -> tuple[np.ndarray, float]:  # dL/dx, and dL/d(strength)
-        "Gradients of `apply`, as `reference.apply_context_vjp`; without a context `grad_out` itself and 0."
+        "Gradients of `apply`, as `reference.apply_context_vjp`; without a context `grad_out` and 0."
         X, G = self._operands(out, x, grad_out)
         self._settle()
         rows, grad_s = np.atleast_2d if X.ndim == 1 else _as_rows, 0.0
@@ -640,7 +692,7 @@ class SharedAttentionContext(_State):
                 if out is not grad_out:
                     out[...] = G
             elif self._is_safe(C, X, G):
-                grad_s = backward_into(rows(X), C, self._strength, rows(G), rows(out))
+                grad_s = _backward_into(rows(X), C, self._strength, rows(G), rows(out))
             else:
                 rows(out)[...], grad_s = apply_context_vjp(rows(X), C, self._strength, rows(G))
         return out, grad_s
@@ -675,7 +727,7 @@ class SharedAttentionContext(_State):
         rows: np.ndarray
         | None = None,  # row numbers to correlate; default: `sample_rows(S, max_rows)`
     ) -> None:
-        "Blend the similarity of the batch into `outgoing`, as `reference.ema` of `reference.similarity`."
+        "Blend the batch statistic into `outgoing`: `reference.ema` of `reference.similarity`."
         x, y = _learnable(x, y, dim, self.dtype, (2,))
         chosen = _spread(len(x), self.max_rows) if rows is None else check_rows(rows, len(x))
         _check_several(chosen, len(x))
@@ -688,7 +740,7 @@ class SharedAttentionContext(_State):
         *,
         dim: int | None = None,  # use the first `dim` entries of both
     ) -> None:
-        "Blend the token statistic into `outgoing`, as `reference.ema` of `reference.similarity_step`."
+        "Blend the token statistic into `outgoing`: `ema` of `reference.similarity_step`."
         self._learn_tokens(x, y, dim)
 
     def _learn_tokens(
@@ -731,7 +783,7 @@ class SharedAttentionContext(_State):
         return abs(self.strength)
 
     def state_dict(self) -> dict[str, Any]:
-        "Arrays and numbers, fit for `np.savez`; absent contexts are left out, and `max_rows` None is 0."
+        "Arrays and numbers, fit for `np.savez`; without absent contexts, `max_rows` None is 0."
         with self._mixing.reading(), self._learning.reading():
             state = dict(
                 strength=self.strength,
@@ -751,7 +803,8 @@ class SharedAttentionContext(_State):
         needed, perhaps = {"strength", "update_rate", "max_rows"}, {"floor", "incoming", "outgoing"}
         if not needed <= set(state) <= needed | perhaps:
             raise ValueError(
-                f"state: keys {sorted(state)}, needed {sorted(needed)} and perhaps {sorted(perhaps)}"
+                f"state: keys {sorted(state)}, needed {sorted(needed)} "
+                f"and perhaps {sorted(perhaps)}"
             )
         new = SharedAttentionContext(
             state["strength"],
@@ -772,7 +825,7 @@ class SharedAttentionContext(_State):
             self._arrivals += 1
 
     def __reduce__(self) -> tuple:
-        "A copy (`copy`, `pickle`) has the same state; locks, scratch and what is folded are made anew."
+        "A copy (`copy`, `pickle`) has the same state; locks and what is folded are made anew."
         return _restored, (type(self), self.dtype, self.workspace, self.state_dict())
 
 

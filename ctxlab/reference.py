@@ -185,7 +185,7 @@ def similarity_step(
     *,
     floor: float = NORM_FLOOR,  # a product of norms at or below it counts as none; 0: no floor
 ) -> np.ndarray:  # (D, D), dtype of x
-    "The token statistic: tanh of the outer product of the centred, normalised vectors; of B tokens the mean."
+    "The token statistic, tanh of the outer product of centred unit vectors; of B tokens the mean."
     x = check_array("x", x, ndim=(1, 2))
     y = check_array("y", y, ndim=(x.ndim,), dtype=x.dtype)
     check_same_shape("y", y, "x", x)

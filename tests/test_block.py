@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from ctxlab.block import FreshWorkspace
+from ctxlab.block import FreshWorkspace, SizedBlock
 from ctxlab.context import SharedAttentionContext
 from ctxlab.diffusion import Denoiser, DiffusionBlock
 from ctxlab.ssm import SSMBlock
@@ -14,7 +14,7 @@ from ctxlab.stack import KINDS, Stack
 from ctxlab.testing import assert_equiv
 from ctxlab.training import LanguageModel
 from ctxlab.transformer import TransformerBlock
-from ctxlab.workspace import Workspace
+from ctxlab.workspace import Workspace, all_of
 
 D = 8
 MAKE = {
@@ -250,6 +250,38 @@ def test_bytes_are_known_whatever_is_learned_from(kind, B, S, max_rows, dtype):
     block = MAKE[kind](context=ctx, workspace=ws, dtype=dtype)
     x, G = inputs(B, S, D)
     run(block, x.astype(dtype), G.astype(dtype))
+    assert ws.peak_bytes == block.workspace_bytes(B, S)
+
+
+class Same(SizedBlock):
+    """Hands its input on, so that nothing takes as much as what the context learns with."""
+
+    def _forward(self, h, y, shape):
+        y[...] = h
+
+    def _backward(self, h, kept, G, grad_h, shape):
+        grad_h[...] = G
+
+    def _kept(self):
+        return []
+
+    def _forward_scratch(self):
+        return all_of()
+
+    _backward_scratch = _forward_scratch
+
+    def _sizes(self, batch, seq_len):
+        return {}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (40, 1), (20, 2), (1, 40)])
+@pytest.mark.parametrize("max_rows", [2, None])
+def test_what_learning_takes_is_known(B, S, max_rows, dtype):
+    ws = Workspace(growth="exact")
+    ctx = SharedAttentionContext(0.5, 0.1, max_rows=max_rows, dtype=dtype, workspace=ws)
+    block = Same(D, {}, rng=None, dtype=dtype, context=ctx, workspace=ws)
+    block.forward(inputs(B, S, D)[0].astype(dtype))
     assert ws.peak_bytes == block.workspace_bytes(B, S)
 
 

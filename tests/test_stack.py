@@ -1,4 +1,4 @@
-"""Stacks of blocks on one workspace: the three kinds, with and without a pool, arranged by a plan."""
+"""Stacks of blocks on one workspace: three kinds, with and without a pool, arranged by a plan."""
 
 import numpy as np
 import pytest
