@@ -649,3 +649,13 @@ def test_silu_keeps_its_tails(dtype):
     big = np.array([-np.finfo(dtype).max, -1e30, 1e30, np.finfo(dtype).max], dtype)
     got = d.silu_backward_into(big, np.ones_like(big), np.empty_like(big), Workspace())
     assert np.array_equal(got, np.array([0, 0, 1, 1], dtype))
+
+
+@pytest.mark.parametrize(
+    "bad", [np.float64(0.5), np.ones((3, 1)), np.array([0.5, 0.0]), [1.5], [np.nan]]
+)
+def test_a_schedule_that_cannot_be_walked_is_named(bad):
+    x = np.ones((1, 2, 3))
+    with pytest.raises(ValueError, match="^alpha_bar: "):
+        d.sample(lambda x, t: 0 * x, x, bad, 1)
+    assert (x == 1).all()
