@@ -20,7 +20,7 @@ from .reference import check_array
 from .workspace import Buffer, Requirement, Workspace, all_of
 
 # %% ../nbs/06a_attention.ipynb #37182616
-def _check_keep(keep: Any, shape: tuple[int, int]) -> None:
+def _check_keep(keep: Any, shape: tuple[int, ...]) -> None:
     "An error that names the mask of padding unless it has one bool for each token."
     if keep is None:
         return
@@ -195,7 +195,7 @@ def _check_attention(
     if not E or (T and not S):
         raise ValueError(f"k: shape {k.shape} for q: {q.shape}; needed features, and keys to see")
     _check_causal(T, S, causal)
-    shapes = dict.fromkeys(("k", "v", "grad_k", "grad_v"), (B, H, S, E))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("k", "v", "grad_k", "grad_v"), (B, H, S, E))
     shapes |= {"lse": (B, H, T), "weights": (B, H, T, S)}
     reads, written = (
         {n: (a, shapes.get(n, q.shape)) for n, a in arrays.items()}
@@ -372,8 +372,6 @@ def attention_backward_into(
 ) -> None:
     "Gradients of `attention_into`, a block of rows at a time."
     more = dict(o=o, lse=lse, grad_out=grad_out, weights=weights)
-    grads = dict(grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
-    _check_attention(q, k, v, more, grads, causal, keep)
-    _attention_backward_into(
-        q, k, v, o, lse, grad_out, *grads.values(), ws, weights=weights, causal=causal, keep=keep
-    )
+    _check_attention(q, k, v, more, dict(grad_q=grad_q, grad_k=grad_k, grad_v=grad_v), causal, keep)
+    case: Any = dict(weights=weights, causal=causal, keep=keep)
+    _attention_backward_into(q, k, v, o, lse, grad_out, grad_q, grad_k, grad_v, ws, **case)

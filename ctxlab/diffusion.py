@@ -932,6 +932,9 @@ def sample(
     ws: Workspace | None = None,  # for a panel
 ) -> np.ndarray:  # x
     "Walk from the last level down to none, without randomness (DDIM)."
+    alpha_bar = np.asarray(alpha_bar)
+    if alpha_bar.ndim != 1 or not np.all((alpha_bar > 0) & (alpha_bar <= 1)):
+        raise ValueError(f"alpha_bar: shape {alpha_bar.shape}, needed (T,) with entries in (0, 1]")
     if not 1 <= steps <= len(alpha_bar):
         raise ValueError(f"steps: {steps}, needed 1..{len(alpha_bar)}")
     check_out(x, np.shape(x), check_array("x", x, (3,)).dtype, {})

@@ -12,6 +12,7 @@ __all__ = ['CUBIC', 'SLOPE', 'APPROXIMATE', 'check_operands', 'layer_norm', 'rms
 # %% ../nbs/06_layers.ipynb #2dd2acbe
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def _overlaps_itself(a: np.ndarray) -> bool:
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
     "Whether both have memory in common; True where that is too hard to tell."
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type] # any number
     except np.exceptions.TooHardError:
         return True
 
@@ -53,14 +54,15 @@ def _same_place(a: np.ndarray, b: np.ndarray) -> bool:
 # %% ../nbs/06_layers.ipynb #af241027
 def check_operands(
     dtype: DTypeLike,  # of all of them
-    reads: _Operands,  # arrays that are only read
-    writes: _Operands,  # arrays that are written to
+    reads: Mapping[str, tuple[Any, tuple[int, ...]]],  # arrays that are only read, and their shapes
+    writes: Mapping[str, tuple[Any, tuple[int, ...]]],  # arrays that are written to, the same
     same: tuple[tuple[str, str], ...] = (),  # (written, other) that may be one and the same array
 ) -> None:
     "A TypeError or ValueError that names the first array that does not fit."
-    arrays = {n: a for n, (a, _) in (reads | writes).items() if a is not None}
+    needed = {**reads, **writes}
+    arrays = {n: a for n, (a, _) in needed.items() if a is not None}
     for name, a in arrays.items():
-        shape = (reads | writes)[name][1]
+        shape = needed[name][1]
         check_array(name, a, ndim=(len(shape),), dtype=dtype)
         if a.shape != shape:
             raise ValueError(f"{name}: shape {a.shape}, needed {shape}")
@@ -177,8 +179,8 @@ def norm_into(
 ) -> np.ndarray:  # out
     "`layer_norm`, or `rms_norm` where there is no bias."
     N, D = _check_rows("x", x)
-    reads = {"x": (x, (N, D)), "weight": (weight, (D,)), "bias": (bias, (D,))}
-    writes = {"out": (out, (N, D)), "stats": (stats, (2, N))}
+    reads: _Operands = {"x": (x, (N, D)), "weight": (weight, (D,)), "bias": (bias, (D,))}
+    writes: _Operands = {"out": (out, (N, D)), "stats": (stats, (2, N))}
     check_operands(x.dtype, reads, writes, (("out", "x"),))
     _check_positive("eps", eps, x.dtype)
     return _norm_into(x, weight, bias, out, stats, eps)
@@ -210,7 +212,7 @@ def renorm_into(
 ) -> np.ndarray:  # out
     "What `norm_into` gave, to the bit."
     N, D = _check_rows("x", x)
-    reads = {"x": (x, (N, D)), "stats": (stats, (2, N))}
+    reads: _Operands = {"x": (x, (N, D)), "stats": (stats, (2, N))}
     reads |= {"weight": (weight, (D,)), "bias": (bias, (D,))}
     check_operands(x.dtype, reads, {"out": (out, (N, D))}, (("out", "x"),))
     return _renorm_into(x, stats, weight, bias, out)
@@ -282,9 +284,9 @@ def norm_backward_into(
 ) -> np.ndarray:  # out
     "Gradients of `norm_into`."
     N, D = _check_rows("x", x)
-    reads = {"x": (x, (N, D)), "stats": (stats, (2, N))}
+    reads: _Operands = {"x": (x, (N, D)), "stats": (stats, (2, N))}
     reads |= {"weight": (weight, (D,)), "grad_out": (grad_out, (N, D))}
-    writes = {"out": (out, (N, D)), "grad_weight": (grad_weight, (D,))}
+    writes: _Operands = {"out": (out, (N, D)), "grad_weight": (grad_weight, (D,))}
     writes |= {"grad_bias": (grad_bias, (D,))}
     check_operands(x.dtype, reads, writes, (("out", "grad_out"),))
     return _norm_backward_into(x, stats, weight, grad_out, out, grad_weight, grad_bias, ws)
@@ -321,7 +323,7 @@ def add_rows(
 ) -> np.ndarray:  # out
     "Add a vector to every row, panel by panel."
     check_array("out", out)
-    reads = {"vector": (vector, (out.shape[1],))}
+    reads: _Operands = {"vector": (vector, (out.shape[1],))}
     check_operands(out.dtype, reads, {"out": (out, out.shape)})
     return _add_rows(out, vector)
 
@@ -355,7 +357,7 @@ def linear_into(
     "`linear`, written to `out`."
     check_array("x", x)
     (N, D), F = x.shape, check_array("weight", weight, dtype=x.dtype).shape[0]
-    reads = {"x": (x, (N, D)), "weight": (weight, (F, D)), "bias": (bias, (F,))}
+    reads: _Operands = {"x": (x, (N, D)), "weight": (weight, (F, D)), "bias": (bias, (F,))}
     check_operands(x.dtype, reads, {"out": (out, (N, F))})
     _check_layouts(x=x, weight=weight, out=out)
     return _linear_into(x, weight, bias, out)
@@ -387,8 +389,12 @@ def linear_backward_into(
     "Gradients of `linear_into`."
     check_array("x", x)
     (N, D), F = x.shape, check_array("weight", weight, dtype=x.dtype).shape[0]
-    reads = {"x": (x, (N, D)), "weight": (weight, (F, D)), "grad_out": (grad_out, (N, F))}
-    writes = {"out": (out, (N, D)), "grad_weight": (grad_weight, (F, D))}
+    reads: _Operands = {
+        "x": (x, (N, D)),
+        "weight": (weight, (F, D)),
+        "grad_out": (grad_out, (N, F)),
+    }
+    writes: _Operands = {"out": (out, (N, D)), "grad_weight": (grad_weight, (F, D))}
     writes |= {"grad_bias": (grad_bias, (F,))}
     check_operands(x.dtype, reads, writes)
     _check_layouts(x=x, weight=weight, grad_out=grad_out, out=out, grad_weight=grad_weight)
@@ -710,7 +716,7 @@ def embedding_backward_into(
     "Gradient of `embedding_into`; tokens are added in their order."
     check_array("grad_table", grad_table)
     ids, shape = _check_row_ids(ids, grad_table), grad_table.shape
-    reads = {"grad_out": (grad_out, (len(ids), shape[1]))}
+    reads: _Operands = {"grad_out": (grad_out, (len(ids), shape[1]))}
     check_operands(grad_table.dtype, reads, {"grad_table": (grad_table, shape)})
     grad_table.fill(0)
     for i, token in enumerate(ids):
@@ -788,7 +794,7 @@ def _check_adam(
     "An error that names the first argument of `adam_into` that it cannot serve."
     param = arrays["param"]
     dtype, shape = check_array("param", param, ndim=(np.ndim(param),)).dtype, param.shape
-    reads = {"grad": (arrays["grad"], shape)}
+    reads: _Operands = {"grad": (arrays["grad"], shape)}
     check_operands(dtype, reads, {n: (arrays[n], shape) for n in ("param", "m", "v")})
     for name, a in arrays.items():
         if not a.flags.c_contiguous:

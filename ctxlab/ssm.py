@@ -24,6 +24,7 @@ from .gemm import gemm, panels, unbuffered
 from ctxlab.layers import (
     _add_residual,
     _overlap,
+    _overlaps_itself,
     _sigmoid_into,
     check_operands,
     sigmoid,
@@ -464,7 +465,7 @@ def rg_lru_backward_into(
     "Gradients of `rg_lru_into`."
     writes = dict(dh=dh, du=du, dr=dr, di=di, grad_decay=grad_decay)
     _check_gates(dict(u=u, r=r, i=i, decay=decay, a=a, states=states), writes)
-    _rg_lru_backward_into(u, r, i, decay, a, states, *writes.values(), ws)
+    _rg_lru_backward_into(u, r, i, decay, a, states, dh, du, dr, di, grad_decay, ws)
 
 # %% ../nbs/09_ssm.ipynb #43fd81cb
 LEAST, MOST = 0.9, 0.999  # decay at r = 1, at the start
@@ -541,6 +542,8 @@ def _check_state(
         raise ValueError(f"state: shape {state.shape}, needed (B, D) = {shape}")
     if not state.flags.writeable:
         raise ValueError("state: is read-only, but is updated in place")
+    if _overlaps_itself(state):
+        raise ValueError("state: its entries share memory; pass an array of its own")
     for name, a in others.items():
         if isinstance(a, np.ndarray) and _overlap(state, a):
             raise ValueError(f"state: overlaps {name} in memory; it needs storage of its own")

@@ -564,3 +564,98 @@ def test_a_denoiser_names_what_is_wrong():
         d.Trainer(model, floor=0)
     with pytest.raises(ValueError, match=r"^noise: "):
         d.Trainer(model).step(x0, noise[:2].copy(), t)
+
+
+# What is refused, and tails
+
+
+def call_of(name):
+    rng, ws = np.random.default_rng(0), Workspace()
+    a = lambda *shape: rng.standard_normal(shape)  # noqa: E731
+    x, t = a(6, 4), np.array([3, 7])
+    return {
+        "combine": (
+            dict(x=x, y=a(6, 4), out=a(6, 4)),
+            1,
+            lambda x, y, out: d.combine_into(x, y, 0.5, 2.0, out, ws),
+        ),
+        "add_noise": (
+            dict(x0=a(2, 3, 4), noise=a(2, 3, 4), out=a(2, 3, 4)),
+            1,
+            lambda x, e, out: d.add_noise_into(x, e, t, COSINE, out, ws),
+        ),
+        "silu": (dict(a=x, out=a(6, 4)), 1, d.silu_into),
+        "silu backward": (
+            dict(a=x, grad_out=a(6, 4), out=a(6, 4)),
+            1,
+            lambda *given: d.silu_backward_into(*given, ws),
+        ),
+        "gate": (dict(residual=x, branch=a(6, 4), gate=a(4), out=a(6, 4)), 1, d.gate_into),
+        "gate backward": (
+            dict(branch=x, gate=a(4), grad_out=a(6, 4), out=a(6, 4), grad_gate=a(4)),
+            2,
+            lambda *given: d.gate_backward_into(*given, ws),
+        ),
+        "part way": (dict(start=x, out=a(6, 4)), 1, lambda x, out: d.part_way_into(x, out, 0.5)),
+        "ddim": (
+            dict(x=x, y=a(6, 4), out=a(6, 4)),
+            1,
+            lambda x, e, out: d.ddim_step_into(x, e, 0.5, 0.9, out, ws),
+        ),
+    }[name]
+
+
+def refuses(call, arrays, kind):
+    before = {n: a.tobytes() for n, a in arrays.items()}
+    with pytest.raises(kind, match=r"^[a-z_0]+: "):
+        call(*arrays.values())
+    assert before == {n: a.tobytes() for n, a in arrays.items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["combine", "add_noise", "silu", "silu backward", "gate", "gate backward", "part way", "ddim"],
+)
+def test_misfits_are_named_and_nothing_is_written(name):
+    arrays, written, call = call_of(name)
+    call(*arrays.values())
+    for wrong, a in arrays.items():
+        refuses(call, arrays | {wrong: np.concatenate([a, a])}, ValueError)
+        refuses(call, arrays | {wrong: a.astype(np.float32)}, TypeError)
+        refuses(call, arrays | {wrong: a.astype(np.float16)}, TypeError)
+    for target in list(arrays)[-written:]:
+        a = arrays[target].copy()
+        a.flags.writeable = False
+        refuses(call, arrays | {target: a}, ValueError)
+        for other, b in arrays.items():
+            if other != target:
+                store = np.ones(a.size + b.size)
+                near = store[: a.size].reshape(a.shape)
+                far = store[a.size - 1 :][: b.size].reshape(b.shape)
+                refuses(call, arrays | {target: near, other: far}, ValueError)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_keeps_its_tails(dtype):
+    a = np.linspace(-87, 60, 4001).astype(dtype)
+    wide, ones = a.astype(np.longdouble), np.ones_like(a)
+    sigma, rows = 1 / (1 + np.exp(-wide)), a != 0
+    limit = 16 * np.finfo(dtype).eps
+    for got in (d.silu(a), d.silu_into(a, np.empty_like(a))):
+        assert np.max(np.abs(got / (wide * sigma) - 1)[rows]) < limit
+    slope = sigma * (1 + wide * (1 - sigma))
+    got = d.silu_backward_into(a, ones, np.empty_like(a), Workspace())
+    assert np.max(np.abs(got - slope) / sigma / (1 + np.abs(a))) < limit
+    big = np.array([-np.finfo(dtype).max, -1e30, 1e30, np.finfo(dtype).max], dtype)
+    got = d.silu_backward_into(big, np.ones_like(big), np.empty_like(big), Workspace())
+    assert np.array_equal(got, np.array([0, 0, 1, 1], dtype))
+
+
+@pytest.mark.parametrize(
+    "bad", [np.float64(0.5), np.ones((3, 1)), np.array([0.5, 0.0]), [1.5], [np.nan]]
+)
+def test_a_schedule_that_cannot_be_walked_is_named(bad):
+    x = np.ones((1, 2, 3))
+    with pytest.raises(ValueError, match="^alpha_bar: "):
+        d.sample(lambda x, t: 0 * x, x, bad, 1)
+    assert (x == 1).all()

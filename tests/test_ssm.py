@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import DTYPES, dtypes, seeds
+from conftest import DTYPES, dtypes, make, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +24,7 @@ from ctxlab.ssm import (
     scan_backward_into,
     scan_into,
     sigmoid,
+    sigmoid_into,
     ssm,
     ssm_shapes,
 )
@@ -179,7 +180,7 @@ def test_scan_allocates_no_array():
     for chunks in (1, 28, None):
         with unbuffered():
             assert (
-                traced_peak(lambda k=chunks: scan_into(a, a, out, ws, chunks=k), warmup=2) < 4_000
+                traced_peak(lambda k=chunks: scan_into(a, a, out, ws, chunks=k), warmup=2) < 6_000
             )
 
 
@@ -533,3 +534,160 @@ def test_longer_than_declared():
     state = block.new_state(1)
     for _ in range(5):  # steps know no length
         block.step(np.ones((1, 4), np.float32), state)
+
+
+# --- decays beyond 1, and near it ---
+
+
+@given(seeds, st.integers(1, 60), dtypes, st.sampled_from(["mixed", "large", "hostile"]))
+def test_decays_beyond_one_give_what_the_plain_scan_gives(seed, S, dtype, kind):
+    rng = np.random.default_rng(seed)
+    a, b = make(rng, (2, S, 3), dtype), make(rng, (2, S, 3), dtype)
+    if kind == "large":  # products of a few leave the range; zeros bring the states back
+        a = (10.0 ** rng.uniform(-30, 30, a.shape) * rng.integers(-1, 2, a.shape)).astype(dtype)
+        b *= (rng.random(b.shape) < 0.2).astype(dtype)
+    if kind == "hostile":
+        a, b = make(rng, a.shape, dtype, "hostile"), make(rng, a.shape, dtype, "hostile")
+    with np.errstate(all="ignore"):
+        want = scan(a, b)
+        size = scan(np.abs(a).astype(np.float64), np.abs(b).astype(np.float64))
+        size += float(np.finfo(dtype).tiny) / float(np.finfo(dtype).eps)
+        for chunks in range(1, S + 1):
+            got = scan_into(a, b, np.empty_like(b), Workspace(debug=True), chunks=chunks)
+            fine = np.isfinite(want) & (size < float(np.finfo(dtype).max) / 2)
+            assert np.array_equal(np.isfinite(got[fine]), np.isfinite(want[fine]))
+            assert_equiv(got[fine], want[fine], depth=S, scale=size[fine])
+
+
+def test_products_that_overflow_send_no_nan():
+    for dtype in DTYPES:
+        a, b = np.full((1, 300, 2), 1e30, dtype), np.zeros((1, 300, 2), dtype)
+        b[:, -1] = 1
+        for chunks in (1, 7, None):
+            got = scan_into(a, b, np.empty_like(b), Workspace(), chunks=chunks)
+            assert np.array_equal(got, b)
+            G = b[:, ::-1].copy()
+            assert np.array_equal(
+                scan_backward_into(a, b, G, np.empty_like(b), np.empty_like(b), Workspace()), G
+            )
+
+
+@given(seeds, st.sampled_from([0.99, 0.999, 0.9999, 0.99999]))
+def test_states_keep_their_digits_near_decay_one(seed, most):
+    rng, (S, D) = np.random.default_rng(seed), (2000, 4)
+    u = normal(rng, np.float32, 1, S, D)
+    r, i = sigmoid(normal(rng, np.float32, 2, 1, S, D))
+    decay = np.full(D, np.log(np.expm1(-np.log(most) / 8)), np.float32)
+    a, states = np.empty_like(u), np.zeros((1, S + 1, D), np.float32)
+    rg_lru_into(u, r, i, decay, a, states, Workspace())
+    wide = [v.astype(np.float64) for v in (u, r, i, decay)]
+    exact = rg_lru(*wide)
+    assert np.abs(states[:, 1:] - exact).max() < 1e-5 * np.abs(exact).max()
+    assert np.abs(rg_lru(u, r, i, decay) - exact).max() < 1e-5 * np.abs(exact).max()
+    right = np.exp(-8 * np.logaddexp(0, wide[3]) * wide[1])
+    assert np.abs(a - right).max() < 0.6 * np.finfo(np.float32).eps  # half a digit below 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decays_of_every_size_keep_their_digits(dtype):
+    decay = np.linspace(-60, 6, 500).astype(dtype)
+    u = np.ones((1, 1, 500), dtype)
+    a, states = np.empty_like(u), np.zeros((1, 2, 500), dtype)
+    rg_lru_into(u, u, u, decay, a, states, Workspace())
+    log_a = -8 * np.logaddexp(0, decay.astype(np.longdouble))
+    limit = 16 * np.finfo(dtype).eps * (1 + np.abs(log_a))
+    assert np.all(np.abs(a[0, 0] / np.exp(log_a) - 1) < limit)
+    scale = np.sqrt(-np.expm1(2 * log_a))
+    assert np.all(np.abs(states[0, 1] / scale - 1) < limit)
+    for extreme in (-200.0, -90.0, 90.0, 1e4):
+        rg_lru_into(u, u, u, np.full(500, extreme, dtype), a, states, Workspace())
+        grads = [np.empty_like(u) for _ in range(3)]
+        gates = (u / 2, u / 2, np.full(500, extreme, dtype))
+        dh, dd = u.copy(), np.empty(500, dtype)
+        rg_lru_backward_into(u, *gates, a, states, dh, *grads, dd, Workspace())
+        assert all(np.isfinite(g).all() for g in (*grads, dd, dh))
+
+
+# --- what is refused ---
+
+
+def call_of(name):
+    rng, (B, S, D), ws = np.random.default_rng(0), (2, 6, 3), Workspace()
+    a = lambda *shape: normal(rng, np.float64, *shape)  # noqa: E731
+    r, i = rng.random((2, B, S, D))
+    u = dict(u=a(B, S, D), r=r, i=i, decay=a(D))
+    return {
+        "scan": (
+            dict(b=a(B, S, D), a=a(B, S, D), state=a(B, D), out=a(B, S, D)),
+            1,
+            lambda b, a, state, out: scan_into(a, b, out, ws, state),
+        ),
+        "scan backward": (
+            dict(a=a(B, S, D), before=a(B, S, D), g=a(B, S, D), out=a(B, S, D), grad_a=a(B, S, D)),
+            2,
+            lambda *given: scan_backward_into(*given, ws),
+        ),
+        "sigmoid": (dict(bias=a(D), x=a(6, D)), 1, lambda bias, x: sigmoid_into(x, bias)),
+        "rg_lru": (
+            u | dict(a=a(B, S, D), states=a(B, S + 1, D)),
+            2,
+            lambda *given: rg_lru_into(*given, ws),
+        ),
+        "rg_lru backward": (
+            u
+            | dict(a=rng.random((B, S, D)), states=a(B, S + 1, D), dh=a(B, S, D), du=a(B, S, D))
+            | dict(dr=a(B, S, D), di=a(B, S, D), grad_decay=a(D)),
+            5,
+            lambda *given: rg_lru_backward_into(*given, ws),
+        ),
+    }[name]
+
+
+NAMES = ("scan", "scan backward", "sigmoid", "rg_lru", "rg_lru backward")
+
+
+def refuses(call, arrays, kind):
+    before = {n: a.tobytes() for n, a in arrays.items()}
+    with pytest.raises(kind, match=r"^[a-z_]+: "):
+        call(*arrays.values())
+    assert before == {n: a.tobytes() for n, a in arrays.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_misfits_of_the_recurrence_are_named_and_nothing_is_written(name):
+    arrays, written, call = call_of(name)
+    call(*arrays.values())
+    for wrong, a in arrays.items():
+        if (name, wrong) != ("sigmoid", "x"):
+            refuses(call, arrays | {wrong: np.concatenate([a, a])}, ValueError)
+        refuses(call, arrays | {wrong: a.astype(np.float32)}, TypeError)
+        refuses(call, arrays | {wrong: a.astype(np.float16)}, TypeError)
+    for target in list(arrays)[-written:]:
+        a = arrays[target].copy()
+        a.flags.writeable = False
+        refuses(call, arrays | {target: a}, ValueError)
+        for other, b in arrays.items():
+            if other != target:
+                store = np.ones(a.size + b.size)
+                near = store[: a.size].reshape(a.shape)
+                far = store[a.size - 1 :][: b.size].reshape(b.shape)
+                refuses(call, arrays | {target: near, other: far}, ValueError)
+
+
+def test_a_gradient_of_decays_needs_the_states():
+    a = np.full((1, 4, 2), 0.5)
+    out, grad = np.zeros_like(a), np.zeros_like(a)
+    with pytest.raises(ValueError, match="^before: "):
+        scan_backward_into(a, None, a.copy(), out, grad, Workspace())
+    with pytest.raises(ValueError, match="^chunks: 4, needed 1..3"):
+        scan_backward_into(a, a.copy(), a.copy(), out, grad, Workspace(), 4)
+    assert not out.any() and not grad.any()
+
+
+def test_a_state_with_entries_in_one_place_is_refused():
+    block, x = SSMBlock(4, rng=np.random.default_rng(0)), np.ones((2, 4), np.float32)
+    shared = np.lib.stride_tricks.as_strided(np.zeros(4, np.float32), (2, 4), (0, 4))
+    for call in (lambda: block.step(x, shared), lambda: block.forward(x[:, None], state=shared)):
+        with pytest.raises(ValueError, match="^state: its entries share memory"):
+            call()
+    assert not shared.any()

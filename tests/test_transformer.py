@@ -1221,3 +1221,50 @@ def test_parameters_are_one_array_and_start_as_they_should():
     )
     parameters.clear()
     assert len(block.parameters()) == 12
+
+
+# --- padding ---
+
+
+@forms
+@pytest.mark.parametrize("keep_weights", [False, True])
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 1e38])
+def test_padding_may_hold_anything(junk, mixes, keep_weights, causal, norm_first):
+    x, G = batch(3, 9, 12)
+    keep = np.arange(9) < np.array([[9], [4], [0]])
+    keep[1, 1] = False  # a hole, too
+    results = []
+    for value in (0.0, junk):
+        ctx = None
+        if mixes:
+            ctx = SharedAttentionContext(0.3, 0.1)
+            ctx.set_incoming(np.tanh(batch(1, 12, 12)[0][0]))
+        block = block_of(
+            causal=causal, norm_first=norm_first, keep_weights=keep_weights, context=ctx
+        )
+        X, dY = x.copy(), G.copy()
+        X[~keep], dY[~keep] = value, -value
+        found = run(block, X, dY, keep=keep)  # warnings are errors
+        assert not found["y"][~keep].any() and not found["dx"][~keep].any()
+        assert all(np.isfinite(a).all() for a in found.values())
+        if mixes:
+            found["learned"] = ctx.outgoing
+        results.append(found)
+    clean, dirty = results
+    for name, a in clean.items():
+        assert np.array_equal(a, dirty[name]), name
+    X = x.copy()
+    X[~keep] = junk
+    p = {n: a for n, a in block.parameters().items() if n != "context.strength"}
+    y, dx, _ = transformer_vjp(
+        p,
+        X,
+        np.where(keep[:, :, None], G, junk),
+        3,
+        causal=causal,
+        norm_first=norm_first,
+        keep=keep,
+    )
+    assert np.isfinite(y).all() and np.isfinite(dx).all()
+    assert not y[~keep].any() and not dx[~keep].any()
