@@ -291,7 +291,7 @@ def result_arrays(
         noise_floor=noise_floor(stats.count),
     )
     constant = dict(constant_x=stats.constant_x, constant_y=stats.constant_y)
-    result = dict(context=stats.similarity(), about=json.dumps(about))
+    result: dict[str, Any] = dict(context=stats.similarity(), about=json.dumps(about))
     result |= _means_and_spreads(stats) | constant | numbers
     return {name: np.asarray(a) for name, a in result.items()}
 
@@ -341,7 +341,9 @@ def summary(
         "features": f"{stats.dim}, {stats.dtype}",
         "layer": f"{layer}, from hidden[{layer - 1}] to hidden[{layer}]",
         "noise floor": f"{floor:.4f}",
-        "rms off the diagonal": times(f["off"]) if stats.dim > 1 else "there is one feature only",
+        "rms off the diagonal": times(f["off"])
+        if len(context) > 1
+        else "there is one feature only",
         "rms on the diagonal": times(f["on"]),
         "beyond 2 noise floors": f"{f['beyond']:.1%} of all entries "
         "(of independent rows 4.6% by chance)",

@@ -473,7 +473,7 @@ def _state(s: ContextStats) -> dict[str, Any]:
         nonfinite_y=s.nonfinite_y,
     )
     split = len(s._cross)
-    both = dict(mean=s._mean, rest=s._rest, m2=s._m2, exponent=s._exponent)
+    both: dict[str, np.ndarray] = dict(mean=s._mean, rest=s._rest, m2=s._m2, exponent=s._exponent)
     x = {f"{name}_x": a[:split] for name, a in both.items()}
     y = {f"{name}_y": a[split:] for name, a in both.items()}
     return numbers | x | y | dict(cross=s._cross)

@@ -235,6 +235,19 @@ def test_the_same_in_float32(scale):
     assert_exact(stats_of(x, x), x, x)
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e-17, 1e-19, 1e-20, 1e-21, 1e-22])
+def test_squares_of_small_values_keep_their_digits(scale):
+    """In float32 they would be subnormal, with a few digits left."""
+    rng = np.random.default_rng(30)
+    x, y = rng.standard_normal((2, 1024, 3)).astype(np.float32)
+    x -= x.mean(axis=0)  # nothing is left of the mean that would show it
+    x *= np.float32(scale)
+    want = correlation_of(x.astype(np.float64), y.astype(np.float64))
+    assert np.abs(stats_of(x, y).correlation() - want).max() < 2e-7
+    ends = np.float64([stats_of(x, x).correlation()[i, i] for i in range(3)])
+    assert np.abs(ends - 1).max() < 2e-7
+
+
 @pytest.mark.parametrize("first", SCALES)
 @pytest.mark.parametrize("then", SCALES)
 def test_chunks_of_different_scales(first, then):
@@ -510,6 +523,23 @@ def test_options_that_cannot_be(options, name):
     assert "\n" not in str(e.value)
 
 
+def test_means_and_spreads():
+    x, y = related(np.random.default_rng(31), 50, 3, np.float64)
+    x *= 1e200
+    got = streaming._means_and_spreads(stats_of(x, y, (20,)))
+    for name, a in (("x", x / 1e200), ("y", y)):
+        unit = 1e200 if name == "x" else 1
+        assert_equiv(got[f"mean_{name}"] / unit, a.mean(0), depth=50, scale=np.abs(a).max(0))
+        assert_equiv(got[f"std_{name}"] / unit, a.std(0), depth=50, scale=a.std(0))
+    assert not any(a.any() for a in streaming._means_and_spreads(ContextStats(3)).values())
+
+
+def test_the_naive_form_is_right_where_means_are_small():
+    x, y = related(np.random.default_rng(32), 50, 3, np.float64)
+    got, want = streaming.naive_correlation(x, y), correlation_of(x, y)
+    assert_equiv(got, want, depth=500, scale=np.ones((3, 3)))
+
+
 # --- sizes ---
 
 
@@ -549,6 +579,18 @@ def test_chunk_rows_states_the_least(dim, dtype):
     with pytest.raises(ValueError, match=str(least)):
         chunk_rows(least - 1, dim, dtype)
     assert chunk_rows("1TB", dim, dtype) == SUB_ROWS
+
+
+@pytest.mark.parametrize("dim", [1, 64, 768, (3, 500)])
+def test_what_is_held_is_what_is_counted(dim):
+    stats = ContextStats(dim)
+    held = 2 * (stats.nbytes - stats.workspace.nbytes)
+    assert held <= streaming.sums_bytes(dim) < held * 1.5 + 100
+    x, y = (np.ones((2000, d), np.float32) for d in stats._cross.shape)
+    x[3, 0] = np.nan  # so that one panel is done in float64
+    stats.update(x, y)
+    counted = streaming._fixed_bytes(dim, np.float32) - streaming.sums_bytes(dim)
+    assert stats.workspace.nbytes <= counted - streaming.SPARE
 
 
 # --- shards ---
@@ -693,6 +735,7 @@ def test_layers_that_are_not_there(tmp_path):
     np.save(tmp_path / "f.y.npy", OK)
     for name, layer, said in [
         ("a.npz", 4, "there is no layer 4; it has 1 to 3"),
+        ("a.npz", 9, "there is no layer 9; it has 1 to 3"),
         ("one.npz", None, "there is no layer 1; it has 1 to 0"),
         ("xy.npz", 1, "has arrays 'x' and 'y'"),
         ("f.x.npy", 2, "is no .npz"),
@@ -704,6 +747,45 @@ def test_layers_that_are_not_there(tmp_path):
     for layer in (0, -1):
         with pytest.raises(ValueError, match="layer: "):
             shards(tmp_path / "a.npz", layer)
+
+
+def npy_by_hand(path, a, version, fortran):
+    """An .npy file with another header than `np.save` would give it."""
+    write = {
+        1: np.lib.format.write_array_header_1_0,
+        2: np.lib.format.write_array_header_2_0,
+    }[version]
+    with open(path, "wb") as f:
+        write(f, dict(descr="<f4", fortran_order=fortran, shape=a.shape))
+        f.write(a.tobytes("F" if fortran else "C"))
+    return path
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("fortran", [False, True])
+def test_headers_of_each_version(version, fortran, tmp_path):
+    """In a single column the two orders are the same."""
+    column = OK[:, :1]
+    path = npy_by_hand(tmp_path / "a.npy", column, version, fortran)
+    assert_exact(shard_stats(shards([(path, path)])[0], MEMORY), column, column)
+    if fortran:
+        npy_by_hand(path, OK, version, fortran)
+        with pytest.raises(InputError, match="Fortran"):
+            shards([(path, path)])
+
+
+@pytest.mark.parametrize(("every", "saved"), [(1, 6), (2, 3), (4, 2), (5, 2), (9, 1)])
+def test_a_checkpoint_every_few_shards(folder, tmp_path, monkeypatch, every, saved):
+    counts, save = [], streaming.save_stats
+
+    def noted(path, stats, done):
+        counts.append(len(done))
+        save(path, stats, done)
+
+    monkeypatch.setattr(streaming, "save_stats", noted)
+    stream(shards(folder), memory=MEMORY, checkpoint=tmp_path / "state", every=every)
+    assert counts == sorted({*range(every, 7, every), 6})
+    assert len(counts) == saved
 
 
 def test_a_file_may_be_paired_with_itself(tmp_path):
