@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ctxlab.gemm import (
-    _needs_copy,
     PANEL_BYTES,
     aligned_empty,
     blas_layout,

@@ -15,7 +15,6 @@ import operator
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -40,7 +39,7 @@ from ctxlab.layers import (
     norm_requirement,
     _renorm_into,
 )
-from .reference import apply_context, check_array, check_same_shape
+from .reference import apply_context, check_array
 from .transformer import _Sublayers, transformer_shapes
 from .workspace import Buffer, Requirement, Workspace, all_of, any_of
 
@@ -521,8 +520,8 @@ class DiffusionBlock(_Modulated):
         self._parameters["modulation.weight"].fill(0)
         self._zero = np.zeros((), self.dtype)
 
-    def forward(
-        self,  # type: ignore[override] # here the noise levels are no option
+    def forward(  # type: ignore[override] # here the noise levels are no option
+        self,
         x: np.ndarray,  # (B, S, D); must stay as it is until backward
         t: np.ndarray,  # (B,) integers in [0, T), the noise level of each sequence
         out: np.ndarray

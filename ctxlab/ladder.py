@@ -136,8 +136,8 @@ def _unit_size(x: np.ndarray) -> np.ndarray:
 
 def check_call(path: str, call: Callable[[], Any], data: Inputs) -> None:
     "The first result of `call` must be the formula's in float64; an AssertionError says where not."
-    wide = Inputs(*(a.astype(np.float64) for a in data[:4]), data.s)
-    X, Y, G, C, s = wide
+    X, Y, G, C = (a.astype(np.float64) for a in data[:4])
+    wide, s = Inputs(X, Y, G, C, data.s), data.s
     want, got, (S, D) = reference_calls(wide)[path](), call(), X.shape
     if path == "backward":
         terms = np.sqrt(np.sum(X**2 * (G**2 @ C.T**2))) / D

@@ -25,7 +25,7 @@ from numpy.typing import DTypeLike
 from .block import Parametric, Shapes, _flat, check_state, converted, initialise
 from .context import SharedAttentionContext, frobenius, panel_shape, update_requirement
 from .files import link_or_copy, whole_files
-from .gemm import aligned_empty, unbuffered
+from .gemm import unbuffered
 from ctxlab.layers import (
     adam_into,
     check_ids,

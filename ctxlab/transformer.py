@@ -8,7 +8,6 @@ __all__ = ['Backward', 'Parameters', 'transformer_shapes', 'transformer', 'trans
 # %% ../nbs/07_transformer.ipynb #a58bdd56
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
