@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from ctxlab import diffusion as diffusion
     from ctxlab import distributed as distributed
     from ctxlab import exact as exact
+    from ctxlab import files as files
     from ctxlab import gemm as gemm
     from ctxlab import growth as growth
     from ctxlab import interleave as interleave
