@@ -300,6 +300,27 @@ def _narrow(wide: np.ndarray, dtype: np.dtype, take: Take) -> np.ndarray:
     return narrow
 
 # %% ../nbs/05_context.ipynb #f87072ff
+def _update_into(
+    x: np.ndarray,  # (S, D)
+    y: np.ndarray,  # (S, D), same dtype
+    rows: Rows,  # which rows to correlate
+    rate: float,  # in (0, 1]
+    C: np.ndarray,  # (D, D), same dtype, updated in place
+    take: Take,  # where scratch comes from
+    floor: float = NORM_FLOOR,
+) -> None:
+    "`update_into`, for operands that have been checked."
+    n, D = len(range(len(x))[rows]) if isinstance(rows, slice) else len(rows), x.shape[1]
+    first, second = slice(0, D), slice(D, 2 * D)
+    wide = take("context.wide", (n, 2 * D), np.float64)
+    for a, columns in ((x, first), (y, second)):
+        _gather(a, rows, wide[:, columns])
+    norms = _standardise(wide, x.dtype == np.float32)
+    U = _narrow(wide, C.dtype, take)
+    fill = _correlations(U[:, first], U[:, second], norms.of(first), norms.of(second), floor)
+    _learn_panels(C, rate, take("context.panel", panel_shape(D, C.dtype), C.dtype), fill)
+
+
 def update_into(
     x: np.ndarray,  # (S, D)
     y: np.ndarray,  # (S, D), same dtype
@@ -312,28 +333,19 @@ def update_into(
     "Blend the batch statistic of `x` and `y` into `C`; scratch O((n + panel) D)."
     x, y = _check_pair(x, y, (2,), C)
     rows = rows if isinstance(rows, slice) else check_rows(rows, len(x))
-    n, D = len(range(len(x))[rows]) if isinstance(rows, slice) else len(rows), x.shape[1]
-    first, second = slice(0, D), slice(D, 2 * D)
-    wide = take("context.wide", (n, 2 * D), np.float64)
-    for a, columns in ((x, first), (y, second)):
-        _gather(a, rows, wide[:, columns])
-    norms = _standardise(wide, x.dtype == np.float32)
-    U = _narrow(wide, C.dtype, take)
-    fill = _correlations(U[:, first], U[:, second], norms.of(first), norms.of(second), floor)
-    _learn_panels(C, rate, take("context.panel", panel_shape(D, C.dtype), C.dtype), fill)
+    _update_into(x, y, rows, rate, C, take, floor)
 
 # %% ../nbs/05_context.ipynb #7d951473
-def update_step_into(
-    x: np.ndarray,  # (B, D) tokens, one of each sequence; or (D,)
-    y: np.ndarray,  # same shape and dtype
+def _update_step_into(
+    x: np.ndarray,  # (B, D) tokens, one of each sequence
+    y: np.ndarray,  # (B, D), same dtype
     rate: float,  # in (0, 1]
     C: np.ndarray,  # (D, D), same dtype, updated in place
     take: Take,  # where scratch comes from
     floor: float = NORM_FLOOR,
     keeps: bool = False,  # whether tokens of which none has a statistic leave `C` as it is
 ) -> None:
-    "Blend the mean of the token statistics of `x` and `y` into `C`; scratch O((B + panel) D)."
-    x, y = map(np.atleast_2d, _check_pair(x, y, (1, 2), C))
+    "`update_step_into`, for operands that have been checked."
     B, D = x.shape
     wide = take("context.wide", (2 * B, D), np.float64)
     wide[:B], wide[B:] = x, y
@@ -342,13 +354,27 @@ def update_step_into(
     empty = (_product_of_norms(nx, ny) if floor > 0 else nx.mantissa * ny.mantissa) <= floor
     if keeps and empty.all():
         return
-    wide[:B][empty] = 0
+    if empty.any():
+        wide[:B][empty] = 0
     U = _narrow(wide, C.dtype, take)
 
     def fill(token: int, rows: slice, P: np.ndarray) -> None:
         np.multiply(U[token, rows, None], U[B + token], out=P)
 
     _learn_panels(C, rate, take("context.panel", panel_shape(D, C.dtype), C.dtype), fill, B)
+
+
+def update_step_into(
+    x: np.ndarray,  # (B, D) tokens, one of each sequence; or (D,)
+    y: np.ndarray,  # same shape and dtype
+    rate: float,  # in (0, 1]
+    C: np.ndarray,  # (D, D), same dtype, updated in place
+    take: Take,  # where scratch comes from
+    floor: float = NORM_FLOOR,
+) -> None:
+    "Blend the mean of the token statistics of `x` and `y` into `C`; scratch O((B + panel) D)."
+    x, y = map(np.atleast_2d, _check_pair(x, y, (1, 2), C))
+    _update_step_into(x, y, rate, C, take, floor)
 
 # %% ../nbs/05_context.ipynb #05c32d3f
 def update_requirement(
@@ -730,7 +756,7 @@ class SharedAttentionContext(_State):
         x, y = _learnable(x, y, dim, self.dtype, (2,))
         chosen = _spread(len(x), self.max_rows) if rows is None else check_rows(rows, len(x))
         _check_several(chosen, len(x))
-        self._learn(update_into, x, y, chosen)
+        self._learn(_update_into, x, y, chosen)
 
     def update_step(
         self,
@@ -749,7 +775,7 @@ class SharedAttentionContext(_State):
         tokens, outputs = np.atleast_2d(x), np.atleast_2d(y)
         if not len(tokens):
             raise ValueError(f"x: shape {x.shape} holds no token; needed at least one")
-        self._learn(partial(update_step_into, keeps=keeps), tokens, outputs)
+        self._learn(partial(_update_step_into, keeps=keeps), tokens, outputs)
 
     def _learn(self, into: Callable[..., None], x: np.ndarray, y: np.ndarray, *rows: Rows) -> None:
         rate = self._rate

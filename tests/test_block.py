@@ -281,7 +281,8 @@ def test_what_learning_takes_is_known(B, S, max_rows, dtype):
     ws = Workspace(growth="exact")
     ctx = SharedAttentionContext(0.5, 0.1, max_rows=max_rows, dtype=dtype, workspace=ws)
     block = Same(D, {}, rng=None, dtype=dtype, context=ctx, workspace=ws)
-    block.forward(inputs(B, S, D)[0].astype(dtype))
+    x, G = inputs(B, S, D)
+    run(block, x.astype(dtype), G.astype(dtype))
     assert ws.peak_bytes == block.workspace_bytes(B, S)
 
 
