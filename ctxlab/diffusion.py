@@ -28,7 +28,6 @@ from ctxlab.layers import (
     adam_into,
     check_form,
     check_operands,
-    embedding_into,
     gelu,
     layer_norm,
     linear,
@@ -156,6 +155,14 @@ def silu(a: np.ndarray) -> np.ndarray:  # same shape
         return a / (1 + np.exp(-a))
 
 
+def _silu_into(a: np.ndarray, out: np.ndarray) -> np.ndarray:
+    "`silu_into` without checks."
+    with np.errstate(over="ignore"):
+        _sigmoid_into(a, out)
+    out *= a
+    return out
+
+
 def silu_into(
     a: np.ndarray,  # any shape
     out: np.ndarray,  # same shape
@@ -163,10 +170,7 @@ def silu_into(
     "`silu`, written to `out`."
     check_array("a", a, (np.ndim(a),))
     check_operands(a.dtype, {"a": (a, a.shape)}, {"out": (out, a.shape)})
-    with np.errstate(over="ignore"):
-        _sigmoid_into(a, out)
-    out *= a
-    return out
+    return _silu_into(a, out)
 
 
 def silu_backward_into(
@@ -179,6 +183,13 @@ def silu_backward_into(
     check_array("a", a, (np.ndim(a),))
     reads = {"a": (a, a.shape), "grad_out": (grad_out, a.shape)}
     check_operands(a.dtype, reads, {"out": (out, a.shape)}, (("out", "grad_out"),))
+    return _silu_backward_into(a, grad_out, out, ws)
+
+
+def _silu_backward_into(
+    a: np.ndarray, grad_out: np.ndarray, out: np.ndarray, ws: Workspace
+) -> np.ndarray:
+    "`silu_backward_into` without checks."
     with ws.scope(), np.errstate(over="ignore"):
         sigma, slope = ws.take("silu.scratch", (2, *a.shape), a.dtype)
         _sigmoid_into(a, sigma)
@@ -357,11 +368,12 @@ class _Modulated(_Sublayers):
         self, t: np.ndarray, kept: SimpleNamespace
     ) -> None:  # levels -> (B, 6, D), with 1 + scale in place of scale
         p = self._parameters
-        embedding_into(_embeddings(self.n_steps, self.dim, self.dtype), t, kept.level)
-        silu_into(
+        table = _embeddings(self.n_steps, self.dim, self.dtype)
+        np.take(table, t, axis=0, out=kept.level, mode="clip")  # the levels were checked
+        _silu_into(
             _linear_into(kept.level, p["time1.weight"], p["time1.bias"], kept.time1), kept.heard1
         )
-        silu_into(
+        _silu_into(
             _linear_into(kept.heard1, p["time2.weight"], p["time2.bias"], kept.time2), kept.heard2
         )
         kept.six = _linear_into(
@@ -382,13 +394,13 @@ class _Modulated(_Sublayers):
                 g["modulation.weight"],
                 g["modulation.bias"],
             )
-            dtime = silu_backward_into(
+            dtime = _silu_backward_into(
                 kept.time2, dheard, ws.take("diffusion.dtime", dheard.shape, self.dtype), ws
             )
             _linear_backward_into(
                 kept.heard1, p["time2.weight"], dtime, dheard, g["time2.weight"], g["time2.bias"]
             )
-            silu_backward_into(kept.time1, dheard, dtime, ws)
+            _silu_backward_into(kept.time1, dheard, dtime, ws)
             _linear_backward_into(
                 kept.level, p["time1.weight"], dtime, None, g["time1.weight"], g["time1.bias"]
             )

@@ -479,8 +479,6 @@ class TransformerBlock(_Sublayers):
                 self._norm_backward(1, kept.first, dm, dm, kept)
                 self._attend_backward(h, dm, grad_h, kept, shape)
                 grad_h += dm
-        if kept.keep is not None:
-            _clear(~kept.keep.reshape(-1), grad_h)
 
     def _kept(self) -> list[Buffer]:
         shapes = {

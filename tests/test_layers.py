@@ -1288,3 +1288,12 @@ def test_sigmoids_keep_their_tails(dtype):
         big, *np.ones((2, 1, 4), dtype), *(pair := np.empty((2, 1, 4), dtype)), Workspace()
     )
     assert np.isfinite(pair).all()
+
+
+@pytest.mark.parametrize("name", ["linear_into", "linear_backward_into"])
+def test_a_matrix_that_blas_would_copy_is_named(name):
+    arrays, _, call = call_of(name)
+    for wrong, a in arrays.items():
+        if a.ndim == 2:
+            gaps = np.repeat(np.repeat(a, 2, axis=0), 2, axis=1)[::2, ::2]
+            refuses(call, arrays | {wrong: gaps}, ValueError, wrong)
