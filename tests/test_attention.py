@@ -443,7 +443,9 @@ def test_no_query_gives_gradients_of_zero():
     k, v = make(np.random.default_rng(0), (2, 1, 2, 5, 3))
     q = np.empty((1, 2, 0, 3), np.float32)
     (dq, dk, dv), out = backward(q, k, v, q, Workspace(), causal=True)
-    assert dq.size == out.size == 0 and not dk.any() and not dv.any()
+    assert dq.size == out.size == 0
+    assert not dk.any()
+    assert not dv.any()
 
 
 # --- what is refused ---
@@ -497,7 +499,7 @@ def test_misfits_of_attention_are_named(arrays):
 @pytest.mark.parametrize("arrays", operands(5, 4), ids=["forward", "backward"])
 def test_more_queries_than_keys_have_no_place_under_a_causal_mask(arrays):
     refused(arrays, ValueError, "^q: 5 queries for 4 keys", causal=True)
-    with pytest.raises(ValueError, match="^q: 5 queries for 4 keys"):
+    with pytest.raises(ValueError, match=r"^q: 5 queries for 4 keys"):
         attention(arrays["q"], arrays["k"], arrays["v"], causal=True)
 
 

@@ -7,6 +7,7 @@ import math
 import pickle
 import threading
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -1810,11 +1811,12 @@ def test_backward_into_refuses_an_output_that_overlaps(place):
 @pytest.mark.parametrize("into", ["update_into", "update_step_into"])
 def test_pairs_that_do_not_fit_are_refused_before_anything_is_written(into, x, y):
     C = C4.copy()
+    learn = {
+        "update_into": partial(update_into, x, y, slice(None)),
+        "update_step_into": partial(update_step_into, x, y),
+    }[into]
     with pytest.raises((TypeError, ValueError), match=r"^(x|y): "):
-        if into == "update_into":
-            update_into(x, y, slice(None), 0.5, C, took)
-        else:
-            update_step_into(x, y, 0.5, C, took)
+        learn(0.5, C, took)
     assert np.array_equal(C, C4)
 
 

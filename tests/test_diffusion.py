@@ -656,6 +656,6 @@ def test_silu_keeps_its_tails(dtype):
 )
 def test_a_schedule_that_cannot_be_walked_is_named(bad):
     x = np.ones((1, 2, 3))
-    with pytest.raises(ValueError, match="^alpha_bar: "):
+    with pytest.raises(ValueError, match=r"^alpha_bar: "):
         d.sample(lambda x, t: 0 * x, x, bad, 1)
     assert (x == 1).all()

@@ -1013,7 +1013,7 @@ def strided(shape, strides):
 def test_entries_that_share_memory_are_noticed(a, overlaps):
     assert _overlaps_itself(a) == overlaps
     if overlaps:
-        with pytest.raises(ValueError, match="^out: entries share memory"):
+        with pytest.raises(ValueError, match=r"^out: entries share memory"):
             check_out(a, a.shape, a.dtype, {})
     else:
         assert check_out(a, a.shape, a.dtype, {}) is a
@@ -1023,7 +1023,7 @@ def test_an_overlap_that_is_hard_to_tell_is_refused_in_time():
     flat = np.zeros(192_163_377, np.int8)  # never touched; an exact answer takes a minute
     a = np.lib.stride_tricks.as_strided(flat, (1049, 1049, 1049), (36674, 61119, 85569))
     b = np.lib.stride_tricks.as_strided(flat[64_023_025:], (1049, 1049, 1), (12223, 12224, 1))
-    with pytest.raises(ValueError, match="^out: may overlap x in memory; it needs storage"):
+    with pytest.raises(ValueError, match=r"^out: may overlap x in memory; it needs storage"):
         _check_apart("out", b, {"x": a})
 
 
@@ -1055,7 +1055,7 @@ def test_a_number_is_a_shape():
 
 
 def test_panels_of_a_negative_number_of_rows():
-    with pytest.raises(ValueError, match="^n_rows: -1 is negative"):
+    with pytest.raises(ValueError, match=r"^n_rows: -1 is negative"):
         panels(-1, 4)
 
 
@@ -1071,6 +1071,6 @@ def test_forms_that_write_check_before_they_make_a_place(form):
         (A.astype(int), A.astype(int), TypeError),
         (A, A[:3], ValueError),
     ):
-        with pytest.raises(error, match="^[ab]: "):
+        with pytest.raises(error, match=r"^[ab]: "):
             product("site", a, b)
     assert not getattr(product, "outs", {})

@@ -615,7 +615,7 @@ def test_rows_out_of_range_are_refused(rows):
     ],
 )
 def test_rows_are_numbers_of_rows(rows, error):
-    with pytest.raises(error, match="^rows: "):
+    with pytest.raises(error, match=r"^rows: "):
         check_rows(rows, 3)
 
 
@@ -636,13 +636,13 @@ def test_floors_that_cannot_be(floor):
         lambda: similarity(X, X, floor=floor),
         lambda: similarity_step(X[0], X[0], floor=floor),
     ):
-        with pytest.raises(ValueError, match="^floor: "):
+        with pytest.raises(ValueError, match=r"^floor: "):
             call()
 
 
 @pytest.mark.parametrize("floor", ["0", None, 1j])
 def test_floors_are_numbers(floor):
-    with pytest.raises(TypeError, match="^floor: a real number is needed"):
+    with pytest.raises(TypeError, match=r"^floor: a real number is needed"):
         similarity(X, X, floor=floor)
 
 
@@ -680,9 +680,9 @@ def test_whole_numbers_of_rows_by_hand():
 
 
 def test_an_average_of_what_is_no_array():
-    with pytest.raises(TypeError, match="^new: "):
+    with pytest.raises(TypeError, match=r"^new: "):
         ema(None, [[1.0]], 0.5)
-    with pytest.raises(TypeError, match="^previous: "):
+    with pytest.raises(TypeError, match=r"^previous: "):
         ema([[1.0]], np.ones((1, 1)), 0.5)
 
 
@@ -691,9 +691,11 @@ def test_any_number_of_dimensions_and_one_dtype():
         a = np.ones(shape, np.float32)
         assert check_array("x", a, None) is a
         assert check_array("x", a, None, np.float32) is a
-        with pytest.raises(TypeError, match="^x: float32 is not supported here; use float64$"):
+        with pytest.raises(TypeError, match=r"^x: float32 is not supported here; use float64$"):
             check_array("x", a, None, np.float64)
-    with pytest.raises(TypeError, match="^x: int64 is not supported here; use float32 or float64$"):
+    with pytest.raises(
+        TypeError, match=r"^x: int64 is not supported here; use float32 or float64$"
+    ):
         check_array("x", np.ones(2, int), None)
     with pytest.raises(ValueError, match=r"^x: shape \(2,\) has 1 dimensions, needed 2 or 3$"):
         check_array("x", np.ones(2), (2, 3))

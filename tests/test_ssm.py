@@ -677,17 +677,18 @@ def test_misfits_of_the_recurrence_are_named_and_nothing_is_written(name):
 def test_a_gradient_of_decays_needs_the_states():
     a = np.full((1, 4, 2), 0.5)
     out, grad = np.zeros_like(a), np.zeros_like(a)
-    with pytest.raises(ValueError, match="^before: "):
+    with pytest.raises(ValueError, match=r"^before: "):
         scan_backward_into(a, None, a.copy(), out, grad, Workspace())
-    with pytest.raises(ValueError, match="^chunks: 4, needed 1..3"):
+    with pytest.raises(ValueError, match=r"^chunks: 4, needed 1..3"):
         scan_backward_into(a, a.copy(), a.copy(), out, grad, Workspace(), 4)
-    assert not out.any() and not grad.any()
+    assert not out.any()
+    assert not grad.any()
 
 
 def test_a_state_with_entries_in_one_place_is_refused():
     block, x = SSMBlock(4, rng=np.random.default_rng(0)), np.ones((2, 4), np.float32)
     shared = np.lib.stride_tricks.as_strided(np.zeros(4, np.float32), (2, 4), (0, 4))
     for call in (lambda: block.step(x, shared), lambda: block.forward(x[:, None], state=shared)):
-        with pytest.raises(ValueError, match="^state: its entries share memory"):
+        with pytest.raises(ValueError, match=r"^state: its entries share memory"):
             call()
     assert not shared.any()

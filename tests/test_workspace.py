@@ -2158,20 +2158,25 @@ def test_a_task_that_leaves_before_its_child_is_refused():
             await go.wait()
             seen.append(float(view.sum()))
 
+    tasks = []
+
+    async def parent(go):
+        with ws.scope("parent"):
+            ws.take("parent.buf", (4,))
+            tasks.append(asyncio.create_task(child(go)))
+            await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match=overlap("parent", "child")):
+                ws.take("more", (4,))
+
     async def main():
         go = asyncio.Event()
         with pytest.raises(RuntimeError, match=overlap("parent", "child")):
-            with ws.scope("parent"):
-                ws.take("parent.buf", (4,))
-                task = asyncio.create_task(child(go))
-                await asyncio.sleep(0)
-                with pytest.raises(RuntimeError, match=overlap("parent", "child")):
-                    ws.take("more", (4,))
+            await parent(go)
         assert ws.used_bytes == 32  # the parent's too: the child may have been handed it
         with pytest.raises(RuntimeError, match="a request from outside of scopes overlaps"):
             ws.take("parent.buf", (2,))
         go.set()
-        await task
+        await tasks[0]
 
     asyncio.run(main())
     assert seen == [8]
@@ -2188,7 +2193,7 @@ def test_generators_that_take_turns_are_refused_and_keep_their_buffers(debug):
         a.send(lambda: ws.take("more", (3,)))  # would be given back with b
     assert np.all(second == 1)
     assert ws.used_bytes == 32  # also what a took: nobody says that b does not use it
-    with pytest.raises(RuntimeError, match="'b.buf' is in use in scope 'b'"):
+    with pytest.raises(RuntimeError, match=r"'b.buf' is in use in scope 'b'"):
         ws.take("b.buf", (2,))
     b.close()
     assert ws.used_bytes == 0
@@ -2323,9 +2328,14 @@ def test_an_exit_stack_in_the_wrong_order_is_refused():
 
 def test_an_error_inside_stays_the_context_of_a_refusal():
     ws = Workspace()
-    with pytest.raises(RuntimeError, match=overlap("a", "b")) as caught, ws.scope("a"):
-        ws.scope("b").__enter__()
-        1 / 0  # noqa: B018
+
+    def divide_between_scopes():
+        with ws.scope("a"):
+            ws.scope("b").__enter__()
+            return 1 / 0
+
+    with pytest.raises(RuntimeError, match=overlap("a", "b")) as caught:
+        divide_between_scopes()
     assert isinstance(caught.value.__context__, ZeroDivisionError)
 
 
@@ -2403,7 +2413,7 @@ def test_a_scope_that_another_thread_leaves_ends_with_the_owners_next_request():
     ws.take("x", (3,))
 
     def leave():
-        with pytest.raises(RuntimeError, match="^scope 'a' .* cannot be left by another thread"):
+        with pytest.raises(RuntimeError, match=r"^scope 'a' .* cannot be left by another thread"):
             scope.__exit__(None, None, None)
 
     in_threads(leave)
