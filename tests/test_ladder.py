@@ -84,7 +84,15 @@ def test_the_command_prints_the_table(tmp_path):
     assert "S = 16, D = 8" in done.stdout
 
 
-WRONG = ["--rows 0", "--dim -1", "--dim x", "--seconds nan", "--seconds -1", "--seed 1.5"]
+WRONG = [
+    "--rows 0",
+    "--rows 1",
+    "--dim -1",
+    "--dim x",
+    "--seconds nan",
+    "--seconds -1",
+    "--seed 1.5",
+]
 
 
 @pytest.mark.parametrize("words", WRONG)
