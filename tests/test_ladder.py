@@ -25,7 +25,7 @@ from ctxlab.measure import Interval, traced_peak
 CTXLAB = Path(sys.executable).parent / "ctxlab"
 
 
-@pytest.mark.parametrize(("S", "D"), [(1, 1), (2, 3), (31, 16), (33, 16), (64, 100), (300, 65)])
+@pytest.mark.parametrize(("S", "D"), [(2, 1), (2, 3), (31, 16), (33, 16), (64, 100), (300, 65)])
 def test_every_rung_is_the_reference(S, D):
     data = inputs(S, D, seed=S)
     calls = checked(rungs(data), data)
@@ -46,9 +46,8 @@ def test_a_wrong_result_is_found(path):
 def test_the_last_rung_allocates_no_matrix(S, D):
     data = inputs(S, D)
     for path, call in ladder.context_calls(data).items():
-        assert traced_peak(call, warmup=2) < max(6 * 2 * D * 8, 4_000), (
-            path
-        )  # vectors of 2 D doubles
+        vectors = 6 * 2 * D * 8  # of 2 D doubles, beside some Python objects
+        assert traced_peak(call, warmup=2) < max(vectors + 1_000, 4_000), path
 
 
 def test_a_wrong_rung_is_never_timed(monkeypatch):
@@ -85,7 +84,15 @@ def test_the_command_prints_the_table(tmp_path):
     assert "S = 16, D = 8" in done.stdout
 
 
-WRONG = ["--rows 0", "--dim -1", "--dim x", "--seconds nan", "--seconds -1", "--seed 1.5"]
+WRONG = [
+    "--rows 0",
+    "--rows 1",
+    "--dim -1",
+    "--dim x",
+    "--seconds nan",
+    "--seconds -1",
+    "--seed 1.5",
+]
 
 
 @pytest.mark.parametrize("words", WRONG)

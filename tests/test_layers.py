@@ -822,9 +822,17 @@ def compare(dtype, tensors, want, got, gradients, G=None, depth=1, scale=None):
     """`got` is `want`, and `gradients` are what PyTorch finds for the tensors behind sum(G want)."""
     torch = sys.modules["torch"]
     (want if G is None else (want * torch.tensor(G)).sum()).backward()
-    assert_equiv(np.asarray(got, dtype), want.detach().numpy(), depth=depth, c=8)
+    want = want.detach().numpy()
+    assert_equiv(np.asarray(got, dtype), want, depth=depth, c=8, scale=size_of(want))
     for mine, tensor in zip(gradients, tensors, strict=True):
-        assert_equiv(np.asarray(mine, dtype), tensor.grad.numpy(), depth=depth, c=8, scale=scale)
+        theirs = tensor.grad.numpy()
+        size = size_of(theirs) if scale is None else scale
+        assert_equiv(np.asarray(mine, dtype), theirs, depth=depth, c=8, scale=size)
+
+
+def size_of(a):
+    """Size of the terms behind each entry: its own, and that of the entries in the mean."""
+    return np.abs(a) + np.sqrt(np.mean(np.square(a, dtype=np.float64)))
 
 
 def with_gradients(*arrays):
@@ -964,7 +972,7 @@ def test_adam_is_the_adamw_of_pytorch(torch, options, dtype):
         adam_into(p, g, m, v, t, ws, **options)
     state = optimiser.state[theirs]
     for got, want in ((p, theirs.detach()), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):
-        assert_equiv(got, want.numpy(), depth=7, c=8)
+        assert_equiv(got, want.numpy(), depth=7, c=8, scale=size_of(want.numpy()))
 
 
 # --- memory ---
