@@ -55,6 +55,12 @@ def _positive(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
+
+def _several(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 2 or more")
+    return int(text)
+
 # %% ../nbs/14_cli.ipynb #1fe62abf
 def _add_common(p: argparse.ArgumentParser) -> None:
     "What all commands that measure take."
@@ -140,7 +146,7 @@ def _add_bench(commands: Any) -> None:
         "installed, it is timed as well, with one thread each.",
     )
     p.add_argument(
-        "--rows", type=_positive, default=512, metavar="S", help="sequence length (default: 512)"
+        "--rows", type=_several, default=512, metavar="S", help="sequence length (default: 512)"
     )
     p.add_argument("--dim", type=_positive, default=768, metavar="D", help="width (default: 768)")
     p.add_argument(

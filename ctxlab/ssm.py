@@ -209,6 +209,10 @@ def scan_backward_into(
     return _scan_backward_into(a, before, grad_out, out, grad_a, ws, chunks)
 
 # %% ../nbs/09_ssm.ipynb #5c53b91e
+def _chunks_of(a: np.ndarray) -> int:
+    return max(1, math.isqrt(2 * check_array("a", a, (3,)).shape[1]))
+
+
 def scan_rungs(
     a: np.ndarray, b: np.ndarray, out: np.ndarray, ws: Workspace
 ) -> dict[str, Any]:  # name -> call
@@ -216,7 +220,7 @@ def scan_rungs(
     return {
         "reference": lambda: scan(a, b),
         "in place": lambda: scan_into(a, b, out, ws, chunks=1),
-        "chunked": lambda: scan_into(a, b, out, ws, chunks=max(1, math.isqrt(2 * a.shape[1]))),
+        "chunked": lambda: scan_into(a, b, out, ws, chunks=_chunks_of(a)),
     }
 
 # %% ../nbs/09_ssm.ipynb #014b6801
