@@ -51,7 +51,7 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 NAME = re.compile(
     r"(?<![`\[{}\\])`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])"
 )  # in inline code, and not in a link
-LABEL = re.compile(r"\b(?:set_)?(title|xlabel|ylabel)(?:=|\()f?'([^']+)'")
+LABEL = re.compile(r"""\b(?:set_)?(title|xlabel|ylabel)(?:=|\()\s*f?(["'])(.+?)\2""")
 IMAGES = {".png", ".svg", ".jpg"}
 
 
@@ -414,7 +414,7 @@ def split_directives(source: str) -> tuple[dict[str, str], str]:
 def alt_text(source: str, heading: str) -> str:
     """What a plot shows, in the words of its title and axes; `heading` is for one without."""
     words: dict[str, list[str]] = {"title": [], "xlabel": [], "ylabel": []}
-    for kind, text in LABEL.findall(source):
+    for kind, _, text in LABEL.findall(source):
         # Of an f-string, the parts between commas and colons that hold no value.
         text = ", ".join(
             part for part in re.split(r"[,:] *", text.replace("\\n", " ")) if "{" not in part
