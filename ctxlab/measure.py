@@ -10,6 +10,7 @@ __all__ = ['AGAIN', 'Interval', 'median_interval', 'Timings', 'Comparison', 'apa
 import os
 import platform
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
@@ -61,7 +62,7 @@ class Timings:
 
     seconds: dict[str, np.ndarray]  # name -> (rounds,)
     control: str  # the function that was timed twice
-    calls: int  # calls in one sample
+    calls: int | dict[str, int]  # calls in one sample: of every function, or by name
     block: np.ndarray | None = (
         None  # (rounds,) which placement of the data a round belongs to; None: one
     )
@@ -120,24 +121,26 @@ def _sample(fn: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _calls_per_sample(fns, least: float) -> int:
-    "Calls that make the quickest function fill `least` seconds; warms every function up on the way."
-    for fn in fns:
-        fn()
-    quickest = min(_sample(fn, 2) for fn in fns)
-    return max(1, int(np.ceil(least / max(quickest, 1e-9))))
+def _calls_per_sample(fn: Callable[[], Any], least: float) -> int:
+    "Calls of `fn` that fill `least` seconds; warms it up on the way."
+    fn()
+    return max(1, int(np.ceil(least / max(_sample(fn, 2), 1e-9))))
 
 # %% ../nbs/01_measure.ipynb #f63a6cbc
 def time_paired(
     fns: Mapping[str, Callable[[], Any]],  # what to time, by name; each is called without arguments
     *,
     control: str | None = None,  # timed twice; default: the first
-    budget: float = 1.0,  # seconds to spend, warm-up not counted
-    rounds: tuple[int, int] = (12, 400),  # least and most rounds, whatever the budget
+    budget: float = 1.0,  # seconds to spend, above 0; three warm-up calls of each not counted
+    rounds: tuple[int, int] = (6, 400),  # least and most rounds, whatever the budget
     least: float = 1e-3,  # seconds that one sample must last
     seed: int = 0,  # of the order within the rounds
 ) -> Timings:
-    "Time functions in turn, in random order, round after round, for `budget` seconds."
+    """Time functions in turn, in random order, round after round, for `budget` seconds.
+
+    Where the budget is too small for the least number of rounds, these are made nevertheless:
+    functions that take longer than the budget run six rounds, and no more.
+    """
     if not fns:
         raise ValueError("fns: is empty; needed at least one function to time")
     if bad := [name for name in fns if name.endswith(AGAIN)]:
@@ -146,8 +149,11 @@ def time_paired(
         control = next(iter(fns))
     if control not in fns:
         raise ValueError(f"control: {control!r}, needed one of {', '.join(fns)}")
+    if not budget > 0:  # NaN is not, either
+        raise ValueError(f"budget: must be a number of seconds above 0, not {budget}")
     timed = dict(fns) | {control + AGAIN: fns[control]}
-    calls = _calls_per_sample(list(timed.values()), least)
+    calls = {name: _calls_per_sample(fn, least) for name, fn in fns.items()}
+    calls[control + AGAIN] = calls[control]
     names, rng = list(timed), np.random.default_rng(seed)
     samples: dict[str, list[float]] = {name: [] for name in timed}
     end, pad = time.perf_counter() + budget, None
@@ -156,7 +162,7 @@ def time_paired(
             break
         for i in rng.permutation(len(names)):
             pad = np.empty(16 * int(rng.integers(64, 4096)), np.uint8)  # noqa: F841 -- shifts what is allocated next
-            samples[names[i]].append(_sample(timed[names[i]], calls))
+            samples[names[i]].append(_sample(timed[names[i]], calls[names[i]]))
     return Timings({name: np.array(s) for name, s in samples.items()}, control, calls)
 
 # %% ../nbs/01_measure.ipynb #28afdc2d
@@ -281,6 +287,9 @@ def machine_line(facts: Mapping[str, Any]) -> str:
     )
 
 # %% ../nbs/01_measure.ipynb #30ae7d7c
+_limit = threading.RLock()  # held by the thread whose limit is in force
+
+
 def _blas_counts() -> list[int]:
     return [pool["num_threads"] for pool in threadpool_info() if pool.get("user_api") == "blas"]
 
@@ -289,21 +298,32 @@ def _blas_counts() -> list[int]:
 def blas_threads(
     count: int | None,  # None: as it is
 ) -> Iterator[None]:
-    "Run the block with `count` threads in every BLAS library that is loaded."
+    """Run the block with `count` threads in every BLAS library that is loaded.
+
+    The number belongs to the process, so only one thread at a time may hold a limit: another
+    thread that asks meanwhile gets a RuntimeError. Blocks of one thread may be nested.
+    """
     if count is None:
         yield
         return
     if count < 1:
         raise ValueError(f"threads: must be 1 or more, not {count}")
-    with threadpool_limits(count, user_api="blas"):
-        counts = _blas_counts()
-        if not counts:
-            raise ValueError(
-                "threads: this BLAS does not say how many it runs, so it cannot be told either"
-            )
-        if set(counts) != {count}:
-            raise ValueError(f"threads: {count} are not to be had; BLAS runs {min(counts)}")
-        yield
+    if not _limit.acquire(blocking=False):
+        raise RuntimeError(
+            "threads: another thread has set a limit; wait until its block has ended"
+        )
+    try:
+        with threadpool_limits(count, user_api="blas"):
+            counts = _blas_counts()
+            if not counts:
+                raise ValueError(
+                    "threads: this BLAS does not say how many it runs, so it cannot be told either"
+                )
+            if set(counts) != {count}:
+                raise ValueError(f"threads: {count} are not to be had; BLAS runs {min(counts)}")
+            yield
+    finally:
+        _limit.release()
 
 # %% ../nbs/01_measure.ipynb #da505ee2
 def megabytes(n: float) -> str:  # '1.57 MB'
