@@ -72,7 +72,7 @@ def small_bench(name="mine", x=None, y=None):
         x, y = rng.standard_normal((2, 80, 32))
     mine, other = pair(name, x, y), pair("other", *rng.standard_normal((2, 64, 48)))
     return Bench(
-        [workload(name, mine, rng), workload("other", other, rng)], [mine], 0.0, blocks=(1, 32, 64)
+        [workload(name, mine, rng), workload("other", other, rng)], [mine], 1e-9, blocks=(1, 32, 64)
     )
 
 

@@ -1,8 +1,11 @@
 """The instruments, on data whose truth is known and on a clock that the test turns by hand."""
 
 import json
+import threading
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -324,6 +327,85 @@ def test_traced_peak_works_inside_another_trace():
         tracemalloc.stop()
     assert 80_000 <= traced_peak(lambda: traced_peak(lambda: np.empty(10_000))) < 90_000
     assert not tracemalloc.is_tracing()
+
+
+SEES_ALL = measure._has_native_peak() or tuple(map(int, np.__version__.split(".")[:2])) >= (2, 5)
+
+
+@pytest.mark.skipif(not SEES_ALL, reason="no witness of NumPy's own copies here")
+@pytest.mark.parametrize("n", [256, 700, 1024])
+def test_traced_peak_sees_the_copy_of_a_strided_operand(n):
+    big, b = np.ones((n, 2 * n), np.float32), np.ones((n, n), np.float32)
+    out = np.empty((n, n), np.float32)
+    holes = [np.ones(n * n, np.float32) for _ in range(5)]
+    del holes[::2]  # free blocks in which the copy would fit
+    size = n * n * 4
+    for _ in range(3):
+        assert size <= traced_peak(lambda: np.matmul(big[:, ::2], b, out=out)) < size + 10_000
+        assert traced_peak(lambda: np.matmul(b, b, out=out)) < 2_000
+
+
+def test_temporaries_one_after_another_are_no_sum():
+    a = np.ones(10**6)
+    assert 8e6 <= traced_peak(lambda: [(a + 1).sum() for _ in range(10)]) < 8e6 + 20_000
+
+
+@contextmanager
+def busy(name):
+    stop = threading.Event()
+
+    def run():
+        while not stop.is_set():
+            np.empty(1_000_000)
+
+    thread = threading.Thread(target=run, name=name)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("clock", [True, False])
+def test_a_thread_beside_the_call_is_named(monkeypatch, clock):
+    if not clock:
+        monkeypatch.delattr(time, "pthread_getcpuclockid", raising=False)
+    with busy("noisy"), pytest.raises(RuntimeError, match="other threads ran .*noisy"):
+        traced_peak(lambda: time.sleep(0.05))
+    assert not tracemalloc.is_tracing()
+
+
+def test_a_thread_that_starts_meanwhile_is_named():
+    with ExitStack() as stack, pytest.raises(RuntimeError, match="late"):
+        traced_peak(lambda: (stack.enter_context(busy("late")), time.sleep(0.05)), warmup=0)
+
+
+@pytest.mark.parametrize("clock", [True, False])
+def test_threads_that_wait_or_belong_to_the_call_are_no_matter(monkeypatch, clock):
+    if not clock:
+        monkeypatch.delattr(time, "pthread_getcpuclockid", raising=False)
+
+    def own():
+        with busy("own"):
+            time.sleep(0.01)
+
+    stop = threading.Event()
+    waiting = threading.Thread(target=stop.wait)
+    waiting.start()
+    try:
+        assert traced_peak(lambda: time.sleep(0.01)) < 4_000
+        assert traced_peak(own) >= 8_000_000
+    finally:
+        stop.set()
+        waiting.join()
+
+
+def test_threads_of_a_pool_count_where_that_is_asked_for():
+    with ThreadPoolExecutor(1) as pool:
+        assert traced_peak(lambda: pool.submit(np.ones, 10**6).result(), threads=True) >= 8e6
+        with pytest.raises(RuntimeError, match="other threads ran"):
+            traced_peak(lambda: pool.submit(np.ones, 10**7).result())
 
 
 def test_an_error_ends_the_trace():
