@@ -326,7 +326,8 @@ def traced_peak(
     own adjustment would end, at 32 and 64 MiB.
 
     Threads that `fn` starts and joins belong to it. If another thread runs meanwhile, its
-    allocations cannot be told from those of `fn`: a RuntimeError names it. Do not nest: the
+    allocations cannot be told from those of `fn`: a RuntimeError names it. (Without clocks of
+    threads, as on Windows, one that is found where it was goes unnoticed.) Do not nest: the
     inner one resets the peak.
     """
     for _ in range(warmup):

@@ -367,10 +367,27 @@ def busy(name):
         thread.join()
 
 
-@pytest.mark.parametrize("clock", [True, False])
-def test_a_thread_beside_the_call_is_named(monkeypatch, clock):
-    if not clock:
-        monkeypatch.delattr(time, "pthread_getcpuclockid", raising=False)
+def test_without_clocks_a_thread_that_has_moved_is_named(monkeypatch):
+    monkeypatch.delattr(time, "pthread_getcpuclockid", raising=False)
+    first, moved, last = (threading.Event() for _ in range(3))
+
+    def run():
+        first.wait()
+        moved.set()
+        last.wait()
+
+    thread = threading.Thread(target=run, name="moving")
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match="other threads ran .*moving"):
+            traced_peak(lambda: (first.set(), moved.wait(), time.sleep(0.05)), warmup=0)
+    finally:
+        last.set()
+        thread.join()
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clocks of threads here")
+def test_a_thread_beside_the_call_is_named():
     with busy("noisy"), pytest.raises(RuntimeError, match="other threads ran .*noisy"):
         traced_peak(lambda: time.sleep(0.05))
     assert not tracemalloc.is_tracing()
