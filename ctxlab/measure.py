@@ -7,9 +7,12 @@ __all__ = ['AGAIN', 'Interval', 'median_interval', 'Timings', 'Comparison', 'apa
            'page_faults', 'resident_bytes', 'machine', 'machine_line', 'blas_threads', 'megabytes']
 
 # %% ../nbs/01_measure.ipynb #f6393641
+import ctypes
 import os
 import platform
+import re
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
@@ -61,7 +64,7 @@ class Timings:
 
     seconds: dict[str, np.ndarray]  # name -> (rounds,)
     control: str  # the function that was timed twice
-    calls: int  # calls in one sample
+    calls: int | dict[str, int]  # calls in one sample: of every function, or by name
     block: np.ndarray | None = (
         None  # (rounds,) which placement of the data a round belongs to; None: one
     )
@@ -120,24 +123,26 @@ def _sample(fn: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _calls_per_sample(fns, least: float) -> int:
-    "Calls that make the quickest function fill `least` seconds; warms every function up on the way."
-    for fn in fns:
-        fn()
-    quickest = min(_sample(fn, 2) for fn in fns)
-    return max(1, int(np.ceil(least / max(quickest, 1e-9))))
+def _calls_per_sample(fn: Callable[[], Any], least: float) -> int:
+    "Calls of `fn` that fill `least` seconds; warms it up on the way."
+    fn()
+    return max(1, int(np.ceil(least / max(_sample(fn, 2), 1e-9))))
 
 # %% ../nbs/01_measure.ipynb #f63a6cbc
 def time_paired(
     fns: Mapping[str, Callable[[], Any]],  # what to time, by name; each is called without arguments
     *,
     control: str | None = None,  # timed twice; default: the first
-    budget: float = 1.0,  # seconds to spend, warm-up not counted
-    rounds: tuple[int, int] = (12, 400),  # least and most rounds, whatever the budget
+    budget: float = 1.0,  # seconds to spend, above 0; three warm-up calls of each not counted
+    rounds: tuple[int, int] = (6, 400),  # least and most rounds, whatever the budget
     least: float = 1e-3,  # seconds that one sample must last
     seed: int = 0,  # of the order within the rounds
 ) -> Timings:
-    "Time functions in turn, in random order, round after round, for `budget` seconds."
+    """Time functions in turn, in random order, round after round, for `budget` seconds.
+
+    Where the budget is too small for the least number of rounds, these are made nevertheless:
+    functions that take longer than the budget run six rounds, and no more.
+    """
     if not fns:
         raise ValueError("fns: is empty; needed at least one function to time")
     if bad := [name for name in fns if name.endswith(AGAIN)]:
@@ -146,8 +151,11 @@ def time_paired(
         control = next(iter(fns))
     if control not in fns:
         raise ValueError(f"control: {control!r}, needed one of {', '.join(fns)}")
+    if not budget > 0:  # NaN is not, either
+        raise ValueError(f"budget: must be a number of seconds above 0, not {budget}")
     timed = dict(fns) | {control + AGAIN: fns[control]}
-    calls = _calls_per_sample(list(timed.values()), least)
+    calls = {name: _calls_per_sample(fn, least) for name, fn in fns.items()}
+    calls[control + AGAIN] = calls[control]
     names, rng = list(timed), np.random.default_rng(seed)
     samples: dict[str, list[float]] = {name: [] for name in timed}
     end, pad = time.perf_counter() + budget, None
@@ -156,7 +164,7 @@ def time_paired(
             break
         for i in rng.permutation(len(names)):
             pad = np.empty(16 * int(rng.integers(64, 4096)), np.uint8)  # noqa: F841 -- shifts what is allocated next
-            samples[names[i]].append(_sample(timed[names[i]], calls))
+            samples[names[i]].append(_sample(timed[names[i]], calls[names[i]]))
     return Timings({name: np.array(s) for name, s in samples.items()}, control, calls)
 
 # %% ../nbs/01_measure.ipynb #28afdc2d
@@ -182,28 +190,167 @@ def time_placed(
     }
     return Timings(seconds, runs[0].control, runs[0].calls, block)
 
+# %% ../nbs/01_measure.ipynb #b0d9e701
+def _marks() -> dict[threading.Thread, Any]:
+    "How far each other thread has come: its processor time; elsewhere the place where it is."
+    frames = sys._current_frames()
+    marks: dict[threading.Thread, Any] = {}
+    for thread in threading.enumerate():
+        if thread is threading.current_thread() or thread.ident is None:
+            continue
+        try:
+            marks[thread] = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+        except (AttributeError, OSError):  # no such clock, or the thread has just ended
+            frame = frames.get(thread.ident)
+            marks[thread] = frame and (id(frame), frame.f_lasti)
+    return marks
+
+
+def _ran(before: dict[threading.Thread, Any], after: dict[threading.Thread, Any]) -> list[str]:
+    "Names of the threads that ran between two marks, were it only to end."
+    ran = [thread.name for thread in before if thread not in after]
+    for thread, mark in after.items():
+        was = before.get(thread, 0.0)
+        if isinstance(mark, float) and isinstance(was, float):
+            moved = mark - was > 2e-4  # seconds; a thread that waits does not advance
+        else:
+            moved = mark != was
+        if moved:
+            ran.append(thread.name)
+    return sorted(ran)
+
+# %% ../nbs/01_measure.ipynb #b0d9e703
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
+_MAPPED = 1 << 16  # bytes from which on a block is a mapping while the native witness looks
+_SLACK = 1 << 17  # native bytes beyond the traced ones that are taken for rounding and noise
+
+
+class _MallInfo(ctypes.Structure):
+    "glibc's `struct mallinfo2`: ten numbers, of which the fifth is the bytes in mappings."
+
+    _fields_ = [
+        ("arena", 4 * ctypes.c_size_t),
+        ("mapped", ctypes.c_size_t),
+        ("more", 5 * ctypes.c_size_t),
+    ]
+
+
+class _NativePeak:
+    "Peak of the bytes that the C library's `malloc` gave out in blocks of 64 KiB or more (glibc)."
+
+    busy = False  # one call inside another: only the outer one looks
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None)
+        self.held: list[int | None] = []
+        self.libc.malloc.restype = ctypes.c_void_p
+        self.libc.malloc.argtypes = [ctypes.c_size_t]
+        self.libc.free.argtypes = [ctypes.c_void_p]
+        self.libc.open_memstream.restype = ctypes.c_void_p
+        self.libc.fclose.argtypes = [ctypes.c_void_p]
+        self.libc.mallinfo2.restype = _MallInfo
+
+    def record(self) -> int:
+        "Most bytes that were ever in mappings, out of the text that malloc writes to stderr."
+        text, size = ctypes.c_char_p(), ctypes.c_size_t()
+        stream = self.libc.open_memstream(ctypes.byref(text), ctypes.byref(size))
+        stderr = ctypes.c_void_p.in_dll(self.libc, "stderr")
+        usual, stderr.value = stderr.value, stream
+        self.libc.malloc_stats()
+        stderr.value = usual
+        self.libc.fclose(stream)
+        found = re.search(rb"max mmap bytes *= *(\d+)", text.value or b"")
+        self.libc.free(text)
+        return int(found[1]) if found else 0
+
+    def __enter__(self) -> "_NativePeak":
+        _NativePeak.busy = True
+        self.libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+        size = 1 << 25
+        while size >= _MAPPED:  # takes the free blocks of the heap, the largest first
+            block = self.libc.malloc(size)
+            self.held.append(block)
+            if block is None or ctypes.c_size_t.from_address(block - 8).value & 2:  # a mapping
+                self.libc.free(self.held.pop())
+                size //= 2
+        gap = self.record() - self.libc.mallinfo2().mapped
+        self.held.append(self.libc.malloc(max(gap, _MAPPED)))
+        self.before = self.record()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bytes = self.record() - self.before
+        for block in self.held:
+            self.libc.free(block)
+        self.libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own adjustment ends
+        self.libc.mallopt(_M_TRIM_THRESHOLD, 1 << 26)
+        _NativePeak.busy = False
+
+
+class _NoNativePeak:
+    "Where the C library keeps no record."
+
+    bytes = 0
+
+    def __enter__(self) -> "_NoNativePeak":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def _has_native_peak() -> bool:
+    "Is this a C library that keeps the record?"
+    return platform.libc_ver()[0] == "glibc" and hasattr(ctypes.CDLL(None), "mallinfo2")
+
+
+def _native_peak() -> "_NativePeak | _NoNativePeak":
+    "The native witness, where there is one that is free."
+    if _has_native_peak() and not _NativePeak.busy:
+        return _NativePeak()
+    return _NoNativePeak()
+
 # %% ../nbs/01_measure.ipynb #2b0fa81f
 def traced_peak(
     fn: Callable[[], Any],  # called without arguments; its result counts, too
     *,
     warmup: int = 1,  # calls before the one that counts, so that lazily built buffers exist
+    threads: bool = False,  # True: what other threads allocate counts, too, as of a cluster
 ) -> int:  # bytes
-    "Most bytes that were alive during `fn()` beyond those alive before it. Do not nest: the inner one resets the peak."
+    """Most bytes that were alive during `fn()` beyond those alive before it.
+
+    The tracer sees what goes through Python's and NumPy's allocators, to the byte. On glibc
+    a native witness sees every `malloc` of 64 KiB or more, to the page; its peak counts
+    where it exceeds the tracer's by 128 KiB and a sixteenth (rounding to pages). Elsewhere
+    only the tracer looks. On glibc the thresholds of `malloc` are afterwards fixed where its
+    own adjustment would end, at 32 and 64 MiB.
+
+    Threads that `fn` starts and joins belong to it. If another thread runs meanwhile, its
+    allocations cannot be told from those of `fn`: a RuntimeError names it. (Without clocks of
+    threads, as on Windows, one that is found where it was goes unnoticed.) Do not nest: the
+    inner one resets the peak.
+    """
     for _ in range(warmup):
         fn()
     was_tracing = tracemalloc.is_tracing()
     if not was_tracing:
         tracemalloc.start()
     try:
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-        result = fn()
-        peak = tracemalloc.get_traced_memory()[1] - before
+        with _native_peak() as native:
+            marks = _marks()
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            result = fn()
+            peak = max(tracemalloc.get_traced_memory()[1] - before, 0)
+            ran = _ran(marks, _marks())
         del result
     finally:
         if not was_tracing:
             tracemalloc.stop()
-    return max(peak, 0)
+    if ran and not threads:
+        raise RuntimeError(f"fn: other threads ran during the call ({', '.join(ran)}); stop them")
+    unseen = native.bytes - peak
+    return native.bytes if unseen > _SLACK + peak // 16 else peak
 
 # %% ../nbs/01_measure.ipynb #24b5f718
 def page_faults(
@@ -281,6 +428,9 @@ def machine_line(facts: Mapping[str, Any]) -> str:
     )
 
 # %% ../nbs/01_measure.ipynb #30ae7d7c
+_limit = threading.RLock()  # held by the thread whose limit is in force
+
+
 def _blas_counts() -> list[int]:
     return [pool["num_threads"] for pool in threadpool_info() if pool.get("user_api") == "blas"]
 
@@ -289,21 +439,32 @@ def _blas_counts() -> list[int]:
 def blas_threads(
     count: int | None,  # None: as it is
 ) -> Iterator[None]:
-    "Run the block with `count` threads in every BLAS library that is loaded."
+    """Run the block with `count` threads in every BLAS library that is loaded.
+
+    The number belongs to the process, so only one thread at a time may hold a limit: another
+    thread that asks meanwhile gets a RuntimeError. Blocks of one thread may be nested.
+    """
     if count is None:
         yield
         return
     if count < 1:
         raise ValueError(f"threads: must be 1 or more, not {count}")
-    with threadpool_limits(count, user_api="blas"):
-        counts = _blas_counts()
-        if not counts:
-            raise ValueError(
-                "threads: this BLAS does not say how many it runs, so it cannot be told either"
-            )
-        if set(counts) != {count}:
-            raise ValueError(f"threads: {count} are not to be had; BLAS runs {min(counts)}")
-        yield
+    if not _limit.acquire(blocking=False):
+        raise RuntimeError(
+            "threads: another thread has set a limit; wait until its block has ended"
+        )
+    try:
+        with threadpool_limits(count, user_api="blas"):
+            counts = _blas_counts()
+            if not counts:
+                raise ValueError(
+                    "threads: this BLAS does not say how many it runs, so it cannot be told either"
+                )
+            if set(counts) != {count}:
+                raise ValueError(f"threads: {count} are not to be had; BLAS runs {min(counts)}")
+            yield
+    finally:
+        _limit.release()
 
 # %% ../nbs/01_measure.ipynb #da505ee2
 def megabytes(n: float) -> str:  # '1.57 MB'

@@ -1,7 +1,11 @@
 """The instruments, on data whose truth is known and on a clock that the test turns by hand."""
 
 import json
+import threading
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -151,6 +155,22 @@ def test_threads_that_cannot_be_had(count):
     assert [blas["num_threads"] for blas in machine()["blas"]] == before
 
 
+def test_limits_of_two_threads_do_not_overlap():
+    before = [blas["num_threads"] for blas in machine()["blas"]]
+    with ThreadPoolExecutor(1) as pool:
+        with blas_threads(1):
+            with pytest.raises(RuntimeError, match="^threads: another thread has set a limit"):
+                pool.submit(blas_threads(1).__enter__).result()
+            pool.submit(blas_threads(None).__enter__).result()
+        assert pool.submit(enter_and_leave).result() is None
+    assert [blas["num_threads"] for blas in machine()["blas"]] == before
+
+
+def enter_and_leave():
+    with blas_threads(1):
+        pass
+
+
 @pytest.mark.parametrize(("effect", "outcome"), [(3.0, "slower"), (1 / 3, "faster")])
 @pytest.mark.parametrize("noise", [name for name in NOISE if name != "heavy tail"])
 def test_a_factor_of_three_is_found(noise, effect, outcome):
@@ -199,7 +219,7 @@ def clock(monkeypatch):
     return now
 
 
-@pytest.mark.parametrize(("budget", "rounds"), [(0, 12), (1e9, 40), (33.0, 14)])
+@pytest.mark.parametrize(("budget", "rounds"), [(1e-9, 12), (1e9, 40), (33.0, 14)])
 def test_rounds_follow_the_budget_within_their_limits(clock, budget, rounds):
     # A round costs 0.5 + 0.5 + 1.5 seconds: the control runs twice.
     t = time_paired(
@@ -214,7 +234,7 @@ def test_rounds_follow_the_budget_within_their_limits(clock, budget, rounds):
 
 
 @pytest.mark.parametrize("control", [None, "b"])
-def test_every_function_runs_equally_often(clock, control):
+def test_every_function_fills_its_samples_and_no_more(clock, control):
     costs = {"a": 0.25, "b": 0.5, "c": 0.125}
     t = time_paired(
         {n: clock.costing(n, s) for n, s in costs.items()},
@@ -223,11 +243,30 @@ def test_every_function_runs_equally_often(clock, control):
         least=1.0,
     )
     assert t.control == (control or "a")
-    assert t.calls == 8  # the quickest needs 8 calls to fill a second
-    per_name = 20 * t.calls + 3  # and 3 to warm up
+    calls = {"a": 4, "b": 2, "c": 8}  # that fill a second
+    assert t.calls == calls | {t.control + AGAIN: calls[t.control]}
     assert {n: clock.calls.count(n) for n in costs} == {
-        n: per_name * (1 + (n == t.control)) for n in costs
+        n: 20 * calls[n] * (1 + (n == t.control)) + 3
+        for n in costs  # and 3 to warm up
     }
+
+
+def test_a_slow_function_beside_a_quick_one_keeps_the_budget(clock):
+    fns = {"quick": clock.costing("quick", 1e-7), "slow": clock.costing("slow", 1e-4)}
+    time_paired(fns, budget=0.1)
+    assert clock.time < 0.1 + 0.01  # a round more, at most, and the warm-up
+
+
+def test_functions_longer_than_the_budget_run_six_rounds(clock):
+    t = time_paired({"a": clock.costing("a", 5.0)}, budget=0.1)
+    assert t.seconds["a"].shape == (6,)
+    t.compare("a")  # six are enough for an interval
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, float("nan"), float("-inf")])
+def test_a_budget_that_is_none_is_refused_before_anything_runs(budget):
+    with pytest.raises(ValueError, match="^budget: must be a number of seconds above 0"):
+        time_paired({"a": lambda: pytest.fail("it ran")}, budget=budget)
 
 
 def test_the_order_varies_with_round_and_seed(clock):
@@ -242,7 +281,7 @@ def test_the_order_varies_with_round_and_seed(clock):
 
 
 def test_functions_slower_than_the_least_run_once_a_sample(clock):
-    assert time_paired({"a": clock.costing("a", 2.0)}, least=1.0, budget=0).calls == 1
+    assert time_paired({"a": clock.costing("a", 2.0)}, least=1.0, budget=1e-9).calls["a"] == 1
 
 
 def test_an_unknown_control_is_refused():
@@ -288,6 +327,102 @@ def test_traced_peak_works_inside_another_trace():
         tracemalloc.stop()
     assert 80_000 <= traced_peak(lambda: traced_peak(lambda: np.empty(10_000))) < 90_000
     assert not tracemalloc.is_tracing()
+
+
+SEES_ALL = measure._has_native_peak() or tuple(map(int, np.__version__.split(".")[:2])) >= (2, 5)
+
+
+@pytest.mark.skipif(not SEES_ALL, reason="no witness of NumPy's own copies here")
+@pytest.mark.parametrize("n", [256, 700, 1024])
+def test_traced_peak_sees_the_copy_of_a_strided_operand(n):
+    big, b = np.ones((n, 2 * n), np.float32), np.ones((n, n), np.float32)
+    out = np.empty((n, n), np.float32)
+    holes = [np.ones(n * n, np.float32) for _ in range(5)]
+    del holes[::2]  # free blocks in which the copy would fit
+    size = n * n * 4
+    for _ in range(3):
+        assert size <= traced_peak(lambda: np.matmul(big[:, ::2], b, out=out)) < size + 10_000
+        assert traced_peak(lambda: np.matmul(b, b, out=out)) < 2_000
+
+
+def test_temporaries_one_after_another_are_no_sum():
+    a = np.ones(10**6)
+    assert 8e6 <= traced_peak(lambda: [(a + 1).sum() for _ in range(10)]) < 8e6 + 20_000
+
+
+@contextmanager
+def busy(name):
+    stop = threading.Event()
+
+    def run():
+        while not stop.is_set():
+            np.empty(1_000_000)
+
+    thread = threading.Thread(target=run, name=name)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_without_clocks_a_thread_that_has_moved_is_named(monkeypatch):
+    monkeypatch.delattr(time, "pthread_getcpuclockid", raising=False)
+    first, moved, last = (threading.Event() for _ in range(3))
+
+    def run():
+        first.wait()
+        moved.set()
+        last.wait()
+
+    thread = threading.Thread(target=run, name="moving")
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match="other threads ran .*moving"):
+            traced_peak(lambda: (first.set(), moved.wait(), time.sleep(0.05)), warmup=0)
+    finally:
+        last.set()
+        thread.join()
+
+
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clocks of threads here")
+def test_a_thread_beside_the_call_is_named():
+    with busy("noisy"), pytest.raises(RuntimeError, match="other threads ran .*noisy"):
+        traced_peak(lambda: time.sleep(0.05))
+    assert not tracemalloc.is_tracing()
+
+
+def test_a_thread_that_starts_meanwhile_is_named():
+    with ExitStack() as stack, pytest.raises(RuntimeError, match="late"):
+        traced_peak(lambda: (stack.enter_context(busy("late")), time.sleep(0.05)), warmup=0)
+
+
+@pytest.mark.parametrize("clock", [True, False])
+def test_threads_that_wait_or_belong_to_the_call_are_no_matter(monkeypatch, clock):
+    if not clock:
+        monkeypatch.delattr(time, "pthread_getcpuclockid", raising=False)
+
+    def own():
+        with busy("own"):
+            time.sleep(0.01)
+
+    stop = threading.Event()
+    waiting = threading.Thread(target=stop.wait)
+    waiting.start()
+    try:
+        assert traced_peak(lambda: time.sleep(0.01)) < 4_000
+        assert traced_peak(own) >= 8_000_000
+    finally:
+        stop.set()
+        waiting.join()
+
+
+def test_threads_of_a_pool_count_where_that_is_asked_for():
+    with ThreadPoolExecutor(1) as pool:
+        assert traced_peak(lambda: pool.submit(np.ones, 10**6).result(), threads=True) >= 8e6
+        with pytest.raises(RuntimeError, match="other threads ran"):
+            traced_peak(lambda: pool.submit(np.ones, 10**7).result())
 
 
 def test_an_error_ends_the_trace():
