@@ -326,7 +326,8 @@ def traced_peak(
     own adjustment would end, at 32 and 64 MiB.
 
     Threads that `fn` starts and joins belong to it. If another thread runs meanwhile, its
-    allocations cannot be told from those of `fn`: a RuntimeError names it. (Without clocks of
+    allocations cannot be told from those of `fn`: the call is made again, and after the third
+    time a RuntimeError names the thread. (Without clocks of
     threads, as on Windows, one that is found where it was goes unnoticed.) Do not nest: the
     inner one resets the peak.
     """
@@ -336,14 +337,17 @@ def traced_peak(
     if not was_tracing:
         tracemalloc.start()
     try:
-        with _native_peak() as native:
-            marks = _marks()
-            tracemalloc.reset_peak()
-            before = tracemalloc.get_traced_memory()[0]
-            result = fn()
-            peak = max(tracemalloc.get_traced_memory()[1] - before, 0)
-            ran = _ran(marks, _marks())
-        del result
+        for _ in range(3):  # a thread may run once by chance, as one that prints in a notebook
+            with _native_peak() as native:
+                marks = _marks()
+                tracemalloc.reset_peak()
+                before = tracemalloc.get_traced_memory()[0]
+                result = fn()
+                peak = max(tracemalloc.get_traced_memory()[1] - before, 0)
+                ran = _ran(marks, _marks())
+            del result
+            if threads or not ran:
+                break
     finally:
         if not was_tracing:
             tracemalloc.stop()
