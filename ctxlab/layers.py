@@ -409,7 +409,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:  # same shape
 
 def _sigmoid_into(x: np.ndarray, out: np.ndarray) -> None:  # may be the same array
     "`sigmoid`, written to `out`; the caller ignores overflow."
-    np.negative(x, out=out)
+    np.multiply(x, -1, out=out)  # NumPy 2.4 negates columns of 16-byte steps as if contiguous
     np.exp(out, out=out)
     out += 1
     np.reciprocal(out, out=out)

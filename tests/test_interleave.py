@@ -15,6 +15,7 @@ import time
 import typing
 import zlib
 from contextlib import ExitStack
+from dataclasses import replace
 from fractions import Fraction
 from math import comb, factorial
 
@@ -439,8 +440,9 @@ def test_settling_changes_neither_orders_nor_races_where_threads_forget(program)
 @settings(max_examples=8)
 def test_exploring_is_repeatable(program):
     one, other = (explore(running(program, settled=True)) for _ in range(2))
-    assert one == other
-    assert [(r.path, r.steps) for r in one.races] == [(r.path, r.steps) for r in other.races]
+    # Two errors are never equal, so races are compared by what they say.
+    assert replace(one, races=[]) == replace(other, races=[])
+    assert list(map(repr, one.races)) == list(map(repr, other.races))
 
 
 # Threads that end in unusual ways

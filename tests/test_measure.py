@@ -159,7 +159,7 @@ def test_limits_of_two_threads_do_not_overlap():
     before = [blas["num_threads"] for blas in machine()["blas"]]
     with ThreadPoolExecutor(1) as pool:
         with blas_threads(1):
-            with pytest.raises(RuntimeError, match="^threads: another thread has set a limit"):
+            with pytest.raises(RuntimeError, match=r"^threads: another thread has set a limit"):
                 pool.submit(blas_threads(1).__enter__).result()
             pool.submit(blas_threads(None).__enter__).result()
         assert pool.submit(enter_and_leave).result() is None
@@ -265,7 +265,7 @@ def test_functions_longer_than_the_budget_run_six_rounds(clock):
 
 @pytest.mark.parametrize("budget", [0, -1.0, float("nan"), float("-inf")])
 def test_a_budget_that_is_none_is_refused_before_anything_runs(budget):
-    with pytest.raises(ValueError, match="^budget: must be a number of seconds above 0"):
+    with pytest.raises(ValueError, match=r"^budget: must be a number of seconds above 0"):
         time_paired({"a": lambda: pytest.fail("it ran")}, budget=budget)
 
 
@@ -369,26 +369,64 @@ def busy(name):
 
 def test_without_clocks_a_thread_that_has_moved_is_named(monkeypatch):
     monkeypatch.delattr(time, "pthread_getcpuclockid", raising=False)
-    first, moved, last = (threading.Event() for _ in range(3))
+    go, moved = ([threading.Event() for _ in range(4)] for _ in range(2))
 
-    def run():
-        first.wait()
-        moved.set()
-        last.wait()
+    def run():  # waits at another place after each call
+        go[0].wait()
+        moved[0].set()
+        go[1].wait()
+        moved[1].set()
+        go[2].wait()
+        moved[2].set()
+        go[3].wait()
+
+    calls = iter(range(3))
+
+    def fn():
+        call = next(calls)
+        go[call].set()
+        moved[call].wait()
+        time.sleep(0.05)
 
     thread = threading.Thread(target=run, name="moving")
     thread.start()
     try:
-        with pytest.raises(RuntimeError, match="other threads ran .*moving"):
-            traced_peak(lambda: (first.set(), moved.wait(), time.sleep(0.05)), warmup=0)
+        with pytest.raises(RuntimeError, match=r"other threads ran .*moving"):
+            traced_peak(fn, warmup=0)
     finally:
-        last.set()
+        for event in go:
+            event.set()
         thread.join()
+
+
+def test_a_thread_that_ran_once_by_chance_costs_one_more_call():
+    go, done, stop, calls = threading.Event(), threading.Event(), threading.Event(), []
+
+    def run():
+        go.wait()
+        held = [bytes(1000) for _ in range(3000)]
+        done.set()
+        stop.wait()
+        held.clear()
+
+    def fn():
+        calls.append("call")
+        go.set()
+        done.wait()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert traced_peak(fn, warmup=0) < 100_000  # of the second call: the first saw 3 MB
+    finally:
+        stop.set()
+        thread.join()
+    assert len(calls) == 2
 
 
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clocks of threads here")
 def test_a_thread_beside_the_call_is_named():
-    with busy("noisy"), pytest.raises(RuntimeError, match="other threads ran .*noisy"):
+    with busy("noisy"), pytest.raises(RuntimeError, match=r"other threads ran .*noisy"):
         traced_peak(lambda: time.sleep(0.05))
     assert not tracemalloc.is_tracing()
 

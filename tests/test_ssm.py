@@ -289,7 +289,8 @@ def test_gradients(seed, B, S, D, F, mixes):
 
         slope = numeric_gradient(along, np.zeros(1))[0]
         scale = 10 + abs(slope) + np.abs(gradient * tangent).sum()
-        assert_equiv(np.sum(gradient * tangent), slope, c=1e8, scale=scale)
+        # Two features in a norm bend quickly: differences lose more to the third derivative there.
+        assert_equiv(np.sum(gradient * tangent), slope, c=1e9, scale=scale)
 
 
 @given(
