@@ -265,6 +265,9 @@ class _NativePeak:
 
     def __enter__(self) -> "_NativePeak":
         _NativePeak.busy = True
+        # For several threads OpenBLAS makes a table of half a megabyte, which is no array.
+        self.limit = threadpool_limits(1, user_api="blas")
+        self.limit.__enter__()
         self.libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED)
         size = 1 << 25
         while size >= _MAPPED:  # takes the free blocks of the heap, the largest first
@@ -284,6 +287,7 @@ class _NativePeak:
             self.libc.free(block)
         self.libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own adjustment ends
         self.libc.mallopt(_M_TRIM_THRESHOLD, 1 << 26)
+        self.limit.__exit__(None, None, None)
         _NativePeak.busy = False
 
 
@@ -322,8 +326,9 @@ def traced_peak(
     The tracer sees what goes through Python's and NumPy's allocators, to the byte. On glibc
     a native witness sees every `malloc` of 64 KiB or more, to the page; its peak counts
     where it exceeds the tracer's by 128 KiB and a sixteenth (rounding to pages). Elsewhere
-    only the tracer looks. On glibc the thresholds of `malloc` are afterwards fixed where its
-    own adjustment would end, at 32 and 64 MiB.
+    only the tracer looks. On glibc the call runs with one BLAS thread, and the thresholds of
+    `malloc` are afterwards fixed where its own adjustment would end, at 32 and 64 MiB: time
+    in another process.
 
     Threads that `fn` starts and joins belong to it. If another thread runs meanwhile, its
     allocations cannot be told from those of `fn`: the call is made again, and after the third
