@@ -1832,3 +1832,22 @@ def test_usual_values_take_the_quick_way():
     columns = np.ones((6, 3)) * [1.0, 2.0, 0.0]
     columns[:, 1] = X[:, 0]
     assert _standardise(columns, False).exponent is None
+
+
+@pytest.mark.parametrize("width", [3, 5])
+def test_rows_of_another_width_than_the_context_are_refused(width):
+    x, out = np.ones((6, width), np.float32), np.zeros((6, width), np.float32)
+    with pytest.raises(ValueError, match=r"^context: shape \(4, 4\)"):
+        backward_into(x, np.eye(4, dtype=np.float32), 0.5, x.copy(), out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-7, 1e5 + 0.1])
+def test_a_constant_feature_in_float64_has_no_spread_even_without_a_floor(value):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 29, 4))
+    x[:, 1] = value
+    ctx = SharedAttentionContext(update_rate=1.0, dtype=np.float64, floor=0.0)
+    ctx.update(x, y)
+    assert not ctx.outgoing[1].any()
+    assert ctx.outgoing[[0, 2, 3]].all()
