@@ -1,187 +1,212 @@
-"""Each check of a main result is seen to fail: the function under test is broken, and the notebook runs.
+"""Checks that can fail: every check of the ladder and of the notebooks' main results, on mutants.
 
-A mutant changes what a function returns or writes: its sign, a factor of 2 or 0, one entry, rows in
-another order. The cells of the notebook then run, from the definition on, until a check fails.
+A mutant is a right result that is spoilt on purpose: its sign, its size, its axes or one entry.
+Each check must pass on the right result and fail on every mutant of it.
 """
 
 import json
-import os
-import re
-from functools import cache, wraps
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 
-from ctxlab import ladder
+from ctxlab.ladder import PATHS, RUNGS, check_call, inputs, rungs
 
-NBS = Path(__file__).resolve().parent.parent / "nbs"
-SKIPPED = re.compile(r"^#\|\s*(slow|eval:\s*false)\b|nbdev_export\(\)", re.MULTILINE)
+NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 
 
 def one_entry(a):
-    """The largest entry, as seen by its size, is off by a half of it."""
-    changed = np.array(a)
-    at = np.unravel_index(np.argmax(np.abs(np.nan_to_num(changed))), changed.shape)
-    changed[at] = 1.5 * changed[at] + 1
-    return changed
+    "One entry of middling size has the wrong sign, or the largest one where most are zero."
+    a = np.array(a)
+    order = np.argsort(np.abs(a), axis=None)
+    middle, largest = order[a.size // 2], order[-1]
+    at = middle if a.flat[middle] else largest
+    a.flat[at] = -a.flat[at]
+    return a
 
 
-MUTANTS = {
-    "sign": lambda a: -np.asarray(a),
-    "twice": lambda a: 2 * np.asarray(a),
-    "nothing": lambda a: 0 * np.asarray(a),
-    "one entry": one_entry,
+def transposed(a):
+    "The last two axes are swapped where they are equally long."
+    square = a.ndim > 1 and a.shape[-1] == a.shape[-2]
+    return a.swapaxes(-1, -2).copy() if square else a.copy()
+
+
+NUMBER_MUTANTS = {
+    "sign": lambda a: -a,
+    "factor 2": lambda a: 2 * a,
+    "factor 0": lambda a: 0 * a,
 }
+ARRAY_MUTANTS = NUMBER_MUTANTS | {"transpose": transposed, "one entry": one_entry}
+SIZES = {"small": (40, 40), "large": (512, 768)}
 
 
-def changed(value, mutant):
-    """`value` after the change; arrays that may be written to are changed in place."""
-    with np.errstate(all="ignore"):
-        new = MUTANTS[mutant](value)
-    if isinstance(value, np.ndarray) and value.flags.writeable:
-        value[...] = new
-        return value
-    return new.astype(value.dtype) if isinstance(value, np.ndarray) else type(value)(new)
+def mutants_of(a):
+    "Every mutant that differs from `a`, by name."
+    a = np.asarray(a)
+    of = ARRAY_MUTANTS if a.ndim else NUMBER_MUTANTS
+    spoilt = {name: mutate(a) for name, mutate in of.items()}
+    return {name: b for name, b in spoilt.items() if not np.array_equal(a, b, equal_nan=True)}
 
 
-def broken(function, mutant, where):
-    """`function`, whose result, part of the result, or written argument is changed."""
-
-    @wraps(function)
-    def mutated(*args, **options):
-        result = function(*args, **options)
-        if where == "result":
-            return changed(result, mutant)
-        kind, index = where
-        if kind == "argument":
-            changed(args[index], mutant)
-            return result
-        parts = list(result)
-        parts[index] = changed(parts[index], mutant)
-        return tuple(parts)
-
-    return mutated
+@pytest.fixture(scope="module", params=SIZES)
+def ladder(request):
+    "Inputs of one size, and every rung of every path on them."
+    data = inputs(*SIZES[request.param])
+    return data, rungs(data)
 
 
-@cache
-def code(notebook):
-    """The cells of code that run in tests."""
-    stored = json.loads((NBS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(c["source"]) for c in stored if c["cell_type"] == "code"]
-    return [source for source in sources if not SKIPPED.search(source)]
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("path", PATHS)
+def test_the_ladder_finds_every_mutant(path, rung, ladder):
+    data, calls = ladder
+    right = calls[path][rung]()
+    parts = right if isinstance(right, tuple) else (right,)
+    parts = [np.array(part) for part in parts]  # later calls write to what the first one gave
+
+    def passes(parts):
+        got = tuple(parts) if len(parts) > 1 else parts[0]
+        try:
+            check_call(path, lambda: got, data)
+        except AssertionError:
+            return False
+        return True
+
+    assert passes(parts)
+    survivors = []
+    for i, part in enumerate(parts):
+        found = mutants_of(part)
+        assert set(found) >= set(NUMBER_MUTANTS)
+        assert ("transpose" in found) == (part.ndim == 2 and part.shape[0] == part.shape[1])
+        for name, wrong in found.items():
+            if passes([*parts[:i], wrong, *parts[i + 1 :]]):
+                survivors.append((i, name))
+    assert not survivors
 
 
-def run(notebook, name, mutant, where):
-    """Run the cells with the function `name` broken as soon as it is defined."""
-    space, is_broken = {"__name__": "__main__"}, False
-    for source in code(notebook):
-        exec(compile(source, f"{notebook}: {name}", "exec"), space)
-        if not is_broken and re.search(rf"^def {name}\b", source, re.MULTILINE):
-            space[name] = broken(space[name], mutant, where)
-            is_broken = True
-    assert is_broken, f"{notebook} does not define {name}"
-
-
-# Notebook, function, and what of it is changed.
-RESULTS = [
-    ("02_reference", "similarity", "result"),
-    ("02_reference", "similarity_step", "result"),
-    ("02_reference", "ema", "result"),
-    ("02_reference", "apply_context", "result"),
-    ("02_reference", "apply_context_vjp", ("part", 0)),
-    ("02_reference", "apply_context_vjp", ("part", 1)),
-    ("02_reference", "context_gradient", "result"),
-    ("03_gemm", "gemm", "result"),
-    ("03_gemm", "blend", ("argument", 1)),
-    ("05_context", "backward_into", "result"),
-    ("05_context", "backward_into", ("argument", 4)),
-    ("05_context", "fold", "result"),
-    ("06_layers", "norm_into", ("argument", 3)),
-    ("06_layers", "linear_into", ("argument", 3)),
-    ("06_layers", "swiglu_into", "result"),
-    ("06_layers", "cross_entropy_into", "result"),
-    ("06_layers", "adam_into", ("argument", 0)),
-    ("06_layers", "gelu_into", ("argument", 3)),
-    ("06_layers", "norm_backward_into", ("argument", 4)),
-    ("06_layers", "norm_backward_into", ("argument", 5)),
-    ("06_layers", "linear_backward_into", ("argument", 4)),
-    ("06_layers", "embedding_into", ("argument", 2)),
-    ("06a_attention", "attention_into", ("argument", 3)),
-    ("06a_attention", "attention_backward_into", ("argument", 6)),
-    ("06a_attention", "attention_backward_into", ("argument", 7)),
-    ("06a_attention", "attention_backward_into", ("argument", 8)),
-    ("03a_original", "forward", "result"),
-    ("03a_original", "backward", ("part", 0)),
-    ("03a_original", "backward", ("part", 1)),
-    ("07_transformer", "transformer", "result"),
-    ("07_transformer", "transformer_vjp", ("part", 0)),
-    ("08_diffusion", "diffusion", "result"),
-    ("08_diffusion", "silu_into", "result"),
-    ("09_ssm", "scan_backward_into", ("argument", 3)),
-    ("09_ssm", "rg_lru_into", ("argument", 5)),
-    ("09_ssm", "scan_into", ("argument", 2)),
+# Notebook, function under test, text that only its check cell holds, and what is spoilt: an
+# argument that the function writes to, counted from 0, or a result, counted from -1 backwards.
+CHECKS = [
+    ("02_reference", "similarity", "pearson = np.corrcoef", -1),
+    ("02_reference", "similarity_step", "step = similarity_step(X[0], Y[0])", -1),
+    ("02_reference", "ema", "0.9 * previous + 0.1 * new", -1),
+    ("02_reference", "apply_context", "assert_equiv(apply_context(x, C, 0.5), x @ M", -1),
+    ("02_reference", "apply_context_vjp", "grad_x, grad_s = apply_context_vjp(x", -2),
+    ("02_reference", "apply_context_vjp", "grad_x, grad_s = apply_context_vjp(x", -1),
+    ("02_reference", "context_gradient", "of_context = numeric_gradient", -1),
+    ("03_gemm", "gemm", "def held_equal", -1),
+    ("03_gemm", "_accumulate", "_accumulate(a, b, one, alpha, beta)", 2),
+    ("03_gemm", "blend", "blend(x[:, part].copy(), got", 1),
+    ("03a_original", "forward", "def check_forward", -1),
+    ("03a_original", "backward", "def check_backward", -2),
+    ("03a_original", "backward", "def check_backward", -1),
+    ("03a_original", "update", "def check_update", 3),
+    ("03a_original", "update_step", "def check_update", 3),
+    ("05_context", "fold", "M = fold(C, s, np.empty_like(C))", 2),
+    ("05_context", "backward_into", "got = out, backward_into(X", 4),
+    ("05_context", "backward_into", "got = out, backward_into(X", -1),
+    ("05_context", "update_into", "update_into(x, y, slice(None)", 4),
+    ("05_context", "update_step_into", "update_step_into(x, y, 0.25", 3),
+    ("05_context", "SharedAttentionContext.apply", "assert_equiv(ctx.apply(X), apply", -1),
+    ("05_context", "SharedAttentionContext.backward", "grad_x, grad_s = exact.backward", -2),
+    ("05_context", "SharedAttentionContext.backward", "grad_x, grad_s = exact.backward", -1),
+    ("06_layers", "norm_into", "norm_into(x + 100, w, b", -1),
+    ("06_layers", "norm_backward_into", "assert_gradients(layer_norm", 4),
+    ("06_layers", "norm_backward_into", "assert_gradients(layer_norm", 5),
+    ("06_layers", "linear_into", "assert_gradients(linear, G", -1),
+    ("06_layers", "linear_backward_into", "assert_gradients(linear, G", 3),
+    ("06_layers", "linear_backward_into", "assert_gradients(linear, G", 4),
+    ("06_layers", "gelu_into", "gelu_into(z.copy(), beta", -1),
+    ("06_layers", "gelu_backward_into", "gelu_into(z.copy(), beta", 3),
+    ("06_layers", "swiglu_into", "assert_gradients(swiglu", -1),
+    ("06_layers", "swiglu_backward_into", "assert_gradients(swiglu", 3),
+    ("06_layers", "swiglu_backward_into", "assert_gradients(swiglu", 4),
+    ("06_layers", "cross_entropy_into", "want = cross_entropy(dz, targets)", -1),
+    ("06_layers", "cross_entropy_into", "want = cross_entropy(dz, targets)", 0),
+    ("06_layers", "adam_into", "def adam_plain", 0),
+    ("06_layers", "adam_into", "def adam_plain", 2),
+    ("06_layers", "adam_into", "def adam_plain", 3),
+    ("06a_attention", "attention_into", "def cases", 3),
+    ("06a_attention", "attention_backward_into", "def gradients", 6),
+    ("06a_attention", "attention_backward_into", "def gradients", 7),
+    ("06a_attention", "attention_backward_into", "def gradients", 8),
+    ("07_transformer", "transformer", "want = transformer(block.parameters(), x, H", -1),
+    ("07_transformer", "TransformerBlock.forward", "want = transformer(block.parameters()", -1),
+    ("08_diffusion", "silu_into", "a, G = 3 * normal(5, 7)", -1),
+    ("08_diffusion", "silu_backward_into", "a, G = 3 * normal(5, 7)", -1),
+    ("09_ssm", "scan_into", "decays = {", -1),
+    ("09_ssm", "scan_backward_into", "before = np.concatenate([state[:, None]", 3),
+    ("09_ssm", "scan_backward_into", "before = np.concatenate([state[:, None]", 4),
+    ("09_ssm", "rg_lru_into", "(3, 2, 40000)", 5),
+    ("09_ssm", "rg_lru_backward_into", "rg_lru_backward_into(u, sigmoid", 7),
+    ("11_streaming", "ContextStats.similarity", "def assert_exact", -1),
+    ("11_streaming", "ContextStats.correlation", "mixed = ContextStats(4", -1),
 ]
 
 
-@pytest.fixture
-def in_the_folder(monkeypatch):
-    matplotlib.use("Agg")
-    monkeypatch.chdir(NBS)
-    monkeypatch.setitem(os.environ, "IN_TEST", "1")
+def cells(notebook):
+    "Sources of the code cells that compute, without those that plot, export or take long."
+    stored = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    for source in ("".join(c["source"]) for c in stored if c["cell_type"] == "code"):
+        if not any(word in source for word in ("#| slow", "nbdev_export", "plt.subplots")):
+            yield "\n".join(line for line in source.splitlines() if "plt" not in line)
 
 
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("mutant", MUTANTS)
-@pytest.mark.parametrize(("notebook", "name", "where"), RESULTS, ids=lambda v: str(v))
-def test_a_broken_result_is_found_by_its_notebook(notebook, name, where, mutant, in_the_folder):
-    with pytest.raises(AssertionError):
-        run(notebook, name, mutant, where)
+def before_check(notebook, text):
+    "The names that the notebook has defined before its check cell, and the source of that cell."
+    sources = list(cells(notebook))
+    holding = [i for i, source in enumerate(sources) if text in source]
+    assert len(holding) == 1, f"{text!r} is in {len(holding)} cells"
+    names = {"__name__": notebook}
+    for source in sources[: holding[0]]:
+        exec(source, names)  # a notebook of this repository
+    return names, sources[holding[0]]
 
 
-# The ladder
+def spoiling(function, place, mutate):
+    "`function`, with what is at `place` replaced by its mutant."
+
+    def wrong(*args, **options):
+        result = function(*args, **options)
+        results = list(result) if isinstance(result, tuple) else [result]
+        right = results[place] if place < 0 else args[place]
+        mutant = mutate(np.array(right))
+        if isinstance(right, np.ndarray) and right.ndim:
+            right[...] = mutant  # in place, as callers may look into the array that they passed
+            return result
+        results[place] = type(right)(mutant)
+        return tuple(results) if isinstance(result, tuple) else results[0]
+
+    return wrong
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-@pytest.mark.parametrize("path", ladder.PATHS)
-@pytest.mark.parametrize("rung", ladder.RUNGS)
-@pytest.mark.parametrize(("S", "D"), [(33, 7), (512, 768)])
-def test_a_broken_call_is_found_by_the_ladder(S, D, rung, path, mutant):
-    data, call = prepared(S, D, path, rung)
-    parts = [0, 1] if path == "backward" else [None]
-    for part in parts:
-
-        def wrong(part=part):
-            result = call()
-            if part is None:
-                return copied(result, mutant)
-            parts = list(result)
-            parts[part] = copied(parts[part], mutant)
-            return tuple(parts)
-
-        with pytest.raises(AssertionError):
-            ladder.check_call(path, wrong, data)
+def owner_of(names, function):
+    "Where the notebook holds a function: how to look it up, how to replace it."
+    if "." not in function:
+        return names[function], partial(names.__setitem__, function)
+    kind, method = function.split(".")
+    return getattr(names[kind], method), partial(setattr, names[kind], method)
 
 
-def copied(value, mutant):
-    """A copy of the value, changed."""
-    return changed(np.array(value) if isinstance(value, np.ndarray) else value, mutant)
+@pytest.mark.parametrize(("notebook", "function", "text", "place"), CHECKS)
+def test_a_notebook_finds_every_mutant(notebook, function, text, place):
+    names, source = before_check(notebook, text)
+    right, replace = owner_of(names, function)
+    possible, survivors = set(), []
 
+    def watched(a):
+        possible.update(mutants_of(a))
+        return a
 
-def prepared(S, D, path, rung):
-    """The data, and a call that gives the right result each time it is new."""
-    data = inputs(S, D)
-    return data, lambda: ladder.rungs(data)[path][rung]()
-
-
-@cache
-def inputs(S, D):
-    return ladder.inputs(S, D)
-
-
-def test_a_context_in_transposed_order_is_found():
-    data = inputs(512, 768)
-    right = ladder.rungs(data)["update"]["less work"]
-    with pytest.raises(AssertionError):
-        ladder.check_call("update", lambda: np.ascontiguousarray(right().T), data)
+    replace(spoiling(right, place, watched))
+    exec(source, names)  # what is right passes
+    assert possible >= set(NUMBER_MUTANTS)
+    for name in sorted(possible):
+        replace(spoiling(right, place, ARRAY_MUTANTS[name]))
+        try:
+            with np.errstate(all="ignore"):
+                exec(source, names)
+        except AssertionError:
+            continue
+        survivors.append(name)
+    assert not survivors
