@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -14,6 +14,7 @@ SUFFIX = "_requirements"  # of the extras
 STATUS = {"3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 CLASSIFIERS = [
     f"Development Status :: {STATUS[facts['status']]}",
+    "Framework :: Pytest",
     f"Intended Audience :: {facts['audience']}",
     f"Natural Language :: {facts['language']}",
     "Operating System :: MacOS",
@@ -35,11 +36,14 @@ setup(
     keywords=facts["keywords"],
     classifiers=CLASSIFIERS,
     python_requires=f">={facts['min_python']}",
-    packages=["ctxlab"],
-    package_data={"ctxlab": ["py.typed", "*.mplstyle", "assets/*"]},
+    packages=find_packages(include=["ctxlab", "ctxlab.*"]),
+    package_data={"": ["*.pyi"], "ctxlab": ["py.typed", "*.mplstyle", "assets/*"]},
     install_requires=facts["requirements"].split(),
     extras_require={
         key.removesuffix(SUFFIX): facts[key].split() for key in facts if key.endswith(SUFFIX)
     },
-    entry_points={"console_scripts": facts["console_scripts"].split()},
+    entry_points={
+        "console_scripts": facts["console_scripts"].split(),
+        "pytest11": facts["pytest_plugins"].split(),
+    },
 )

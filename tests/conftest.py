@@ -1,7 +1,9 @@
 """What the tests share: one hypothesis profile, and arrays of every kind, made from a seed,
-and what a comparison with PyTorch needs."""
+what a comparison with PyTorch needs, and how a workspace refuses."""
 
+import threading
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from ctxlab.testing import sprinkle
+from ctxlab.testing import _sprinkle
 
 # The same examples in every run, and no time limit that a busy machine could break.
 # New examples: pytest -m hypothesis --hypothesis-profile=fresh (or thorough, for a hunt)
@@ -30,6 +32,7 @@ settings.load_profile("ctxlab")
 DTYPES = (np.float32, np.float64)
 KINDS = ("normal", "steps", "tiny", "huge", "wide", "hostile")
 
+few = settings(max_examples=25)
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from(DTYPES)
 kinds = st.sampled_from(KINDS)
@@ -47,7 +50,7 @@ def make(rng, shape, dtype=np.float32, kind="normal"):
     elif kind == "wide":  # float32 squares overflow and underflow
         x *= 10.0 ** rng.uniform(-30, 30, shape)
     x = np.asarray(x, dtype)
-    return sprinkle(x, rng) if kind == "hostile" else x
+    return _sprinkle(x, rng) if kind == "hostile" else x
 
 
 def lay(a, layout, fill=np.nan):
@@ -90,3 +93,46 @@ def torch():
         module = pytest.importorskip("torch")
     module.set_num_threads(1)
     return module
+
+
+debugging = pytest.mark.parametrize("debug", [False, True], ids=["normal", "debug"])
+
+
+def no_memory(*args):
+    raise MemoryError
+
+
+def figures(ws):
+    return ws.nbytes, ws.used_bytes, ws.peak_bytes, ws.allocation_count, ws.generation
+
+
+@contextmanager
+def refused(ws, error, match):
+    """One clear line, and nothing has changed."""
+    before = figures(ws), ws.summary(), repr(ws)
+    with pytest.raises(error, match=match) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert (figures(ws), ws.summary(), repr(ws)) == before
+
+
+def in_threads(*functions):
+    """Run them at the same time; the first error is raised here."""
+    errors = []
+
+    def guarded(fn):
+        try:
+            fn()
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=guarded, args=(fn,)) for fn in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    if errors:
+        raise next(
+            (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
+        )

@@ -1,4 +1,8 @@
-"""Attention against its reference, central differences and PyTorch: masks, blocks, strides, memory."""
+"""Attention against its reference, central differences and PyTorch: masks, blocks, strides,
+memory.
+"""
+
+import gc
 
 import numpy as np
 import pytest
@@ -6,17 +10,17 @@ from conftest import DTYPES, dtypes, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctxlab.attention import (
+from ctxlab.gemm import _PANEL_BYTES, unbuffered
+from ctxlab.measure import traced_peak
+from ctxlab.models.attention import (
+    _attention_requirement,
+    _block_rows,
+    _visible,
     attention,
     attention_backward_into,
     attention_into,
-    attention_requirement,
     attention_vjp,
-    block_rows,
-    visible,
 )
-from ctxlab.gemm import PANEL_BYTES, unbuffered
-from ctxlab.measure import traced_peak
 from ctxlab.testing import assert_equiv, numeric_gradient
 from ctxlab.workspace import Workspace
 
@@ -81,9 +85,11 @@ def backward(q, k, v, G, ws, *, keep_weights=False, where="apart", **case):
 
 
 def sizes(q, k, v, G=None, *, causal=False, keep=None):
-    """Size of the terms behind each entry: of the result, or of dq, dk and dv; absolute values throughout."""
+    """Size of the terms behind each entry: of the result, or of dq, dk and dv; absolute values
+    throughout.
+    """
     seen, root, tiny = (
-        visible(q.shape[2], causal, keep),
+        _visible(q.shape[2], causal, keep),
         np.sqrt(q.shape[3]),
         np.finfo(q.dtype).tiny,
     )
@@ -157,7 +163,7 @@ def test_attention_is_the_reference(seed, B, H, S, E, dtype, causal, mask, where
 @pytest.mark.parametrize("where", PLACES)
 def test_many_blocks_are_the_reference(where, causal, mask, dtype):
     rng, ws, shape = np.random.default_rng(0), Workspace(), (2, 2, LONG, 8)
-    assert LONG / 6 < block_rows(LONG, dtype) < LONG / 2
+    assert LONG / 6 < _block_rows(LONG, dtype) < LONG / 2
     q, k, v, G = place([make(rng, shape, dtype) for _ in range(4)], where)
     case = dict(causal=causal, keep=padding(rng, 2, LONG, mask))
     want, wants = attention(q, k, v, **case), attention_vjp(q, k, v, G, **case)
@@ -173,7 +179,8 @@ def test_many_blocks_are_the_reference(where, causal, mask, dtype):
 
 @pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 362, 363, 513])
 def test_lengths_around_the_edges_of_a_block(length):
-    # 256 rows of 256 float32 are a panel to the byte; 362 and 363 leave a last block of 0 and of 1 row more.
+    # 256 rows of 256 float32 are a panel to the byte; 362 and 363 leave a last block of 0 and of 1
+    # row more.
     rng, ws = np.random.default_rng(length), Workspace()
     q, k, v, G = make(rng, (4, 1, 1, length, 4))
     for causal in (False, True):
@@ -187,13 +194,13 @@ def test_lengths_around_the_edges_of_a_block(length):
 
 
 def test_one_row_may_be_more_than_a_panel():
-    S = PANEL_BYTES // 4 + 5
-    assert block_rows(S) == 1
-    assert block_rows(S // 2 + 1) == 1
-    assert block_rows(S // 2 - 5) == 2
-    assert block_rows(0) == 0
-    assert block_rows(1) == 1
-    assert block_rows(100) == 100
+    S = _PANEL_BYTES // 4 + 5
+    assert _block_rows(S) == 1
+    assert _block_rows(S // 2 + 1) == 1
+    assert _block_rows(S // 2 - 5) == 2
+    assert _block_rows(0) == 0
+    assert _block_rows(1) == 1
+    assert _block_rows(100) == 100
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,8 +214,8 @@ def test_blocks_agree_with_each_other(dtype, monkeypatch):
         for causal in (False, True)
     }
     for rows in (1, 2, 7, 22):
-        monkeypatch.setattr("ctxlab.attention.PANEL_BYTES", rows * 23 * q.itemsize)
-        assert block_rows(23, dtype) == rows
+        monkeypatch.setattr("ctxlab.models.attention._PANEL_BYTES", rows * 23 * q.itemsize)
+        assert _block_rows(23, dtype) == rows
         for causal in (False, True):
             for kept in (False, True):
                 grads, out = backward(
@@ -227,7 +234,7 @@ def test_kept_weights_and_sums_are_what_they_claim(seed, B, S, E, dtype, causal,
     q, k, v = make(rng, (3, B, 2, S, E), dtype)
     keep = padding(rng, B, S, mask)
     out, lse, weights = forward(q, k, v, Workspace(), keep_weights=True, causal=causal, keep=keep)
-    seen = np.broadcast_to(visible(S, causal, keep), weights.shape)
+    seen = np.broadcast_to(_visible(S, causal, keep), weights.shape)
     assert not weights[~seen].any()  # also above the diagonal, which is never computed
     some = seen.any(axis=-1)
     assert_equiv(weights.sum(axis=-1), some.astype(dtype), depth=S)
@@ -383,7 +390,7 @@ def test_attention_is_that_of_pytorch(torch, where, S, mask, dtype):
     case = dict(causal="causal" in mask, keep=keep)
     real = np.ones((2, S), bool) if keep is None else keep
     G *= real[:, None, :, None]  # PyTorch masks keys only: what padding asks for must not count
-    seen = torch.tensor(visible(S, case["causal"], None) & real[:, None, None, :])
+    seen = torch.tensor(_visible(S, case["causal"], None) & real[:, None, None, :])
     tensors = [torch.tensor(a.copy(), requires_grad=True) for a in (q, k, v)]
     want = torch.nn.functional.scaled_dot_product_attention(
         *tensors, attn_mask=None if mask == "full" else seen
@@ -404,7 +411,7 @@ def test_attention_is_that_of_pytorch(torch, where, S, mask, dtype):
 def test_the_last_queries_are_those_of_pytorch(torch, causal, T, dtype):
     rng = np.random.default_rng(0)
     q, k, v, G = (make(rng, (2, 3, n, 8), dtype) for n in (T, LONG, LONG, T))
-    mask = torch.tensor(visible(LONG, causal, None, T))
+    mask = torch.tensor(_visible(LONG, causal, None, T))
     tensors = [torch.tensor(a, requires_grad=True) for a in (q, k, v)]
     want = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask)
     (want * torch.tensor(G)).sum().backward()
@@ -582,8 +589,8 @@ def test_what_a_call_takes_is_known_before_it_runs(seed, B, H, S, dtype, causal,
     lse, keep = np.empty((B, H, S), dtype), rng.random((B, S)) < 0.5 if masked else None
     weights = np.empty((B, H, S, S), dtype) if kept else None
     for back in (False, True):
-        need, ws = attention_requirement(dtype, back, causal, masked), Workspace(growth="exact")
-        sizes_ = dict(B=B, S=S, E=2, r=block_rows(S, dtype))
+        need, ws = _attention_requirement(dtype, back, causal, masked), Workspace(growth="exact")
+        sizes_ = dict(B=B, S=S, E=2, r=_block_rows(S, dtype))
         ws.ensure_capacity(need.requests(**sizes_))
         count = ws.allocation_count
         if back:
@@ -606,6 +613,7 @@ def test_the_steady_state_allocates_no_array(where, S, dtype):
     lse, ws = np.zeros((2, 2, S), dtype), Workspace()
     weights, keep = np.zeros((2, 2, S, S), dtype), np.arange(S) < np.array([[S], [S // 2]])
     peaks = {}
+    gc.collect()  # or cycles of other tests are collected, or not, while bytes are counted
     with unbuffered():
         for causal in (False, True):
             for mask in (None, keep):
@@ -620,7 +628,8 @@ def test_the_steady_state_allocates_no_array(where, S, dtype):
                             *arrays[:4], lse, *arrays[4:], ws, **case
                         )
                     )
-    assert {name: peak for name, peak in peaks.items() if peak >= 8_000} == {}
+    # Small objects of Python; the smallest array that could be made takes 16 KB (64 x 64 float32).
+    assert {name: peak for name, peak in peaks.items() if peak >= 12_000} == {}
 
 
 def test_no_array_of_the_size_of_the_weights_is_ever_made():
@@ -633,4 +642,4 @@ def test_no_array_of_the_size_of_the_weights_is_ever_made():
         attention_backward_into(*arrays[:4], lse, *arrays[4:], ws, causal=True)
 
     with unbuffered():
-        assert traced_peak(both, warmup=0) < 3 * PANEL_BYTES < S * S * 4 / 40
+        assert traced_peak(both, warmup=0) < 3 * _PANEL_BYTES < S * S * 4 / 40

@@ -1,19 +1,20 @@
 """What all blocks share: names, the strength of a context, copies, sequences of one token."""
 
 import copy
+import dataclasses
 import pickle
 
 import numpy as np
 import pytest
 
-from ctxlab.block import FreshWorkspace, SizedBlock
 from ctxlab.context import SharedAttentionContext
-from ctxlab.diffusion import Denoiser, DiffusionBlock
-from ctxlab.ssm import SSMBlock
-from ctxlab.stack import KINDS, Stack
+from ctxlab.models.block import Block, _FreshWorkspace
+from ctxlab.models.diffusion import Denoiser, DiffusionBlock
+from ctxlab.models.ssm import SSMBlock
+from ctxlab.models.stack import _KINDS, _Stack
+from ctxlab.models.training import LanguageModel
+from ctxlab.models.transformer import TransformerBlock
 from ctxlab.testing import assert_equiv
-from ctxlab.training import LanguageModel
-from ctxlab.transformer import TransformerBlock
 from ctxlab.workspace import Workspace, all_of
 
 D = 8
@@ -142,8 +143,12 @@ def test_blocks_of_a_model_may_be_renamed():
         m.backward()
     assert same(model.gradients().values(), twin.gradients().values())
     assert {n.partition(".")[0] for n in twin.parameters()} == {
-        "embedding", "positions", "norm", "blocks", "last",
-    }  # fmt: skip
+        "embedding",
+        "positions",
+        "norm",
+        "blocks",
+        "last",
+    }
     assert twin.parameters().keys() == twin.gradients().keys()
     twin.load_state_dict(twin.state_dict())
 
@@ -253,7 +258,33 @@ def test_bytes_are_known_whatever_is_learned_from(kind, B, S, max_rows, dtype):
     assert ws.peak_bytes == block.workspace_bytes(B, S)
 
 
-class Same(SizedBlock):
+@by_kind
+def test_a_kind_is_a_block_and_holds_parameters(kind):
+    names = [base.__name__ for base in type(MAKE[kind]()).__mro__]
+    assert names == [f"{kind}Block", "Block", "_Parametric", "object"]
+
+
+@by_kind
+def test_what_a_block_keeps_has_names_and_types(kind):
+    block = MAKE[kind]()
+    forward(block, inputs(2, 3, D)[0])
+    fields = dataclasses.fields(block._saved.kept)
+    buffers = {b.name.removeprefix(f"{block.name}.") for b in block._kept()}
+    assert buffers <= {field.name for field in fields}
+    for field in fields:
+        if field.name in buffers:
+            assert isinstance(getattr(block._saved.kept, field.name), np.ndarray)
+
+
+def test_a_kind_without_its_parts_is_refused():
+    class Partial(Block):
+        """Has no forward pass."""
+
+    with pytest.raises(TypeError, match=r"abstract.*_backward"):
+        Partial(D, {}, rng=None, dtype=np.float32, context=None, workspace=None)
+
+
+class Same(Block):
     """Hands its input on, so that nothing takes as much as what the context learns with."""
 
     def _forward(self, h, y, shape):
@@ -262,8 +293,8 @@ class Same(SizedBlock):
     def _backward(self, h, kept, G, grad_h, shape):
         grad_h[...] = G
 
-    def _kept(self):
-        return []
+    def _kept_shapes(self):
+        return {}
 
     def _forward_scratch(self):
         return all_of()
@@ -350,10 +381,10 @@ def test_a_copy_has_no_pass_to_follow(kind, how):
 
 
 @by_copy
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", _KINDS)
 def test_copied_stacks(how, kind):
     x, G = inputs(1, 40, 64)
-    stack = Stack(kind, 3, 64)
+    stack = _Stack(kind, 3, 64)
     stack.step(x, G)
     twin = COPIES[how](stack)
     for a, b in zip(stack.blocks, twin.blocks, strict=True):
@@ -414,10 +445,10 @@ def test_blocks_that_share_a_context_share_the_copy_of_it():
 
 @by_copy
 def test_a_copy_of_a_workspace_that_does_not_pool_does_not_either(how):
-    ws = FreshWorkspace()
+    ws = _FreshWorkspace()
     ws.take("a", (3,))
     twin = COPIES[how](ws)
-    assert type(twin) is FreshWorkspace
+    assert type(twin) is _FreshWorkspace
     assert twin.taken_count == 0
 
 

@@ -15,36 +15,57 @@ import pytest
 from test_report import tree
 
 from ctxlab import __version__
-from ctxlab.claims import LEDGER
-from ctxlab.cli import parser
+from ctxlab.audit.claims import LEDGER
+from ctxlab.cli import _parser, main
 
 CTXLAB = [Path(sys.executable).parent / "ctxlab"]
-# The same command with a small workload in place of the report's, for tests of something else.
-FAST = [
+# The same command on small workloads in place of the report's.
+SMALL = [
     sys.executable,
     "-c",
     """
 import sys
+from ctxlab import cli
+from ctxlab.audit import claims
+claims._REPORT_SIZE, claims._STACK_SHAPE = (64, 48), (1, 32, 64)
+sys.exit(cli.main(sys.argv[1:]))
+""",
+]
+# And with trials and accounts that are made up, for tests of something else. STOP: what happens
+# at the sixth trial.
+FAST = [
+    sys.executable,
+    "-c",
+    f"""
 import os
+import sys
 from dataclasses import replace
-import numpy as np
-from ctxlab import claims, cli
-from ctxlab.data import Pair
-def small(rng):
-    x, y = rng.standard_normal((2, 64, 48), np.float32)
-    return claims.workload('512 x 768', Pair('random', x, y), rng)
-claims.report_size, cli.BUDGETS['quick'] = small, 1e-9
-def stop(b):
-    if os.environ['STOP'] == 'interrupt':
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_claims import made_up
+from ctxlab import cli
+from ctxlab.audit import changes, claims, trials
+claims._REPORT_SIZE, claims._STACK_SHAPE = (64, 48), (1, 32, 64)
+cli._TIMES['quick'] = 100.0
+ran, stop, write = [], os.environ.get('STOP'), changes.write_whole
+def run(trial, seconds, seed):
+    ran.append(trial.name)
+    if stop == 'interrupt' and len(ran) == 6:
         raise KeyboardInterrupt
-    raise OSError(28, 'No space left on device')
-if 'STOP' in os.environ: # at the sixth claim
-    claims.LEDGER[5] = replace(claims.LEDGER[5], measure=stop)
+    if stop == 'fail' and len(ran) > 5:
+        raise OSError('no such thing')
+    return replace(made_up(trial), seconds=len(ran) + float(os.environ.get('FROM', 0)))
+def keep(path, text):
+    if stop == 'full' and len(ran) == 6:
+        raise OSError(28, 'No space left on device')
+    write(path, text)
+trials._run, changes.write_whole = run, keep
+claims.account = lambda make: (make()(), trials.Account(8192, 0, 8192))[1]
 sys.exit(cli.main(sys.argv[1:]))
 """,
 ]
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-FILES = {"index.html", "claims.json", "bytes.png", "gain.png", "times.png", "memory.png"}
+PLOTS = {"scoreboard.png", "bytes.png", "times.png"}
+FILES = {"index.html", "report.css", "claims.json", *PLOTS}
 
 
 def options(folder, **more):
@@ -74,16 +95,18 @@ def test_version(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"ctxlab {__version__}\n", "")
 
 
-def test_help_explains_every_option(tmp_path):
-    done, short = run(tmp_path, "report --help"), run(tmp_path, "--help")
+@pytest.mark.parametrize("command", ["report", "audit", "claims"])
+def test_help_explains_every_option(command, tmp_path):
+    done, short = run(tmp_path, f"{command} --help"), run(tmp_path, "--help")
     assert (done.returncode, short.returncode) == (0, 0)
-    report = next(a for a in parser()._actions if a.dest == "command").choices["report"]
-    for action in report._actions:
+    parser = next(a for a in _parser()._actions if a.dest == "command").choices[command]
+    for action in parser._actions:
         assert action.help
         assert all(option in done.stdout for option in action.option_strings)
-    assert all(code in done.stdout.split("exit codes:")[1] for code in ("0", "2", "130"))
-    for command in ("report", "claims", "bench"):
-        assert command in short.stdout
+    if command == "report":
+        assert all(code in done.stdout.split("exit codes:")[1] for code in ("0", "2", "130"))
+    for each in ("report", "claims", "audit", "bench"):
+        assert each in short.stdout
 
 
 def test_help_needs_no_numpy(tmp_path):
@@ -100,8 +123,10 @@ def test_completion_knows_options_and_claims(shell, tmp_path):
         "report",
         "bench",
         "claims",
+        "audit",
         "compare",
         "resume",
+        "thorough",
         "threads",
         *(c.id for c in LEDGER),
     ):
@@ -151,7 +176,7 @@ def test_one_claim_explained(columns, tmp_path):
     text = " ".join(done.stdout.split())
     assert all(
         part in text
-        for part in (claim.says, claim.rule, claim.notebook, claim.section, claim.original)
+        for part in (claim.says, claim.rule, claim.notebook, claim.section, claim.where)
     )
     assert max(map(len, done.stdout.splitlines())) <= int(columns)
 
@@ -181,6 +206,12 @@ WRONG = [
     "report --threads 0",
     "report --threads -1",
     "report --threads two",
+    "report --quick --thorough",
+    "audit one.py two.py",
+    "audit mine.py --seconds 0",
+    "audit mine.py --seconds soon",
+    "audit mine.py --threads 0",
+    "audit mine.py --quick",
     "bench --threads 0",
     "--print-completion fish",
 ]
@@ -319,12 +350,12 @@ def test_nothing_to_resume(out, tmp_path):
         (b"", "not JSON"),
         (b"\xff\xfe", "no text"),
         (
-            b'{"schema": "ctxlab.claims", "schema_version": 1, "claims": []}',
-            "version 1 of the schema",
+            b'{"schema": "ctxlab.audit.claims", "schema_version": 2, "claims": []}',
+            "version 2 of the schema",
         ),
-        (b'{"schema": "ctxlab.claims", "schema_version": 99}', "version 99 of the schema"),
+        (b'{"schema": "ctxlab.audit.claims", "schema_version": 99}', "version 99 of the schema"),
         (b'{"schema": "other"}', "not a report of ctxlab"),
-        (b'{"schema": "ctxlab.claims", "schema_version": 2}', "there is no 'claims'"),
+        (b'{"schema": "ctxlab.audit.claims", "schema_version": 3}', "there is no 'claims'"),
         (b"[" * 100_000, "not a report of ctxlab"),
     ],
     ids=["missing", "empty", "binary", "older", "newer", "other", "cut", "deep"],
@@ -340,7 +371,7 @@ def test_a_strange_report_is_refused_before_anything_is_measured(content, said, 
 
 def test_more_threads_than_there_can_be(tmp_path):
     done = run(tmp_path, "report --quick --threads 99999")
-    assert_refused(done, tmp_path, {}, "--threads: 99999 are not to be had")
+    assert_refused(done, tmp_path, {}, "--threads: 99999, needed 1 to")
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -359,21 +390,23 @@ def test_a_report_on_activations_of_ones_own(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
     (tmp_path / "out/index.html").write_text("an earlier report")
-    done = run(tmp_path, "report --quick --activations mine.npz --out out --seed 3")
+    done = run(tmp_path, "report --quick --activations mine.npz --out out --seed 3", command=SMALL)
     assert (done.returncode, done.stderr) == (0, "")
     assert all(f"\n{claim.id} " in done.stdout for claim in LEDGER)
     assert "out/index.html" in done.stdout.splitlines()[-1]
     assert set(os.listdir(tmp_path)) == {"mine.npz", "out"}
-    assert set(os.listdir(tmp_path / "out")) == FILES | {"notes.txt"}
+    in_time = {"times.png"}  # where a busy machine had the time for a trial
+    assert set(os.listdir(tmp_path / "out")) | in_time == FILES | {"notes.txt"}
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
     assert "an earlier report" not in (tmp_path / "out/index.html").read_text(encoding="utf-8")
     data = json.loads((tmp_path / "out/claims.json").read_text())
     assert data["settings"]["seed"] == 3
-    assert data["settings"]["quick"] is True
+    assert data["settings"]["time"] == "quick"
     assert data["settings"]["activations"] == "mine.npz"
-    sizes = {(w["rows"], w["features"]): w["name"] for w in data["workloads"]}
-    assert set(sizes) == {(64, 16), (512, 768)}
-    assert sizes[64, 16] == "mine.npz"
+    assert not [c["error"] for c in data["claims"] if c["error"]]
+    sizes = data["claims"][0]["figures"]
+    assert set(sizes) == {"mine.npz, 64 x 16", "64 x 48"}
+    assert len(data["trials"]) + len(data["not_timed"]) == 11
 
 
 def test_hidden_states_and_json_on_standard_output(tmp_path):
@@ -383,8 +416,46 @@ def test_hidden_states_and_json_on_standard_output(tmp_path):
     data = json.loads(done.stdout)  # nothing before it, nothing after
     assert data == json.loads((tmp_path / "ctxlab-report/claims.json").read_text())
     numeric = next(c for c in data["claims"] if c["id"] == "numeric")
-    assert numeric["figures"]["mine.npz"]["layers"] == 3
+    assert set(numeric["figures"]) == {"mine.npz, 40 x 8", "64 x 48"}
     assert set(os.listdir(tmp_path / "ctxlab-report")) == FILES
+    verdicts = {c["id"]: c["verdict"] for c in data["claims"]}
+    listed = run(tmp_path, "claims")  # from that folder, since it is there
+    assert (listed.returncode, listed.stderr) == (0, "")
+    text = " ".join(listed.stdout.split())
+    for claim in LEDGER:
+        assert f"{claim.id} {claim.notebook} {verdicts[claim.id]} {claim.says}" in text
+    told = run(tmp_path, "claims lazy").stdout
+    assert f"verdict: {verdicts['lazy']}: holds" in " ".join(told.split())
+
+
+@pytest.mark.parametrize("words", ["claims", "claims lazy"])
+def test_a_report_that_cannot_be_read_does_not_hide_the_claims(words, tmp_path):
+    (tmp_path / "ctxlab-report").mkdir()
+    (tmp_path / "ctxlab-report/claims.json").write_text(
+        '{"schema": "ctxlab.audit.claims", "schema_version": 2}'
+    )
+    done = run(tmp_path, words)
+    assert done.returncode == 0
+    assert "lazy" in done.stdout
+    assert done.stderr.startswith("ctxlab: ctxlab-report/claims.json: version 2 of the schema")
+    assert done.stderr.count("\n") == 1
+    before = tree(tmp_path)
+    asked = run(tmp_path, f"{words} --from ctxlab-report")
+    assert_refused(asked, tmp_path, before, "version 2 of the schema")
+
+
+def test_trials_that_fail_are_told_and_the_report_is_written(tmp_path):
+    done = run(tmp_path, "report --quick --out out", command=FAST, STOP="fail")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Not timed: " in done.stdout
+    assert "OSError: no such thing" in " ".join(done.stdout.split())
+    data = json.loads((tmp_path / "out/claims.json").read_text())
+    assert len(data["trials"]) == 5
+    assert set(data["not_timed"].values()) == {"no such thing"}
+    failed = {c["id"] for c in data["claims"] if c["error"]}
+    assert "speed-backward" in failed
+    assert failed.isdisjoint({"pool-speed", "lazy"})
+    assert not (tmp_path / "out/unfinished.json").exists()
 
 
 @on_linux  # other systems refuse such a name
@@ -409,11 +480,11 @@ def test_a_run_that_stops_goes_on_where_it_was(tmp_path):
         done = run(tmp_path, "report --quick --out out --threads 1", command=FAST, STOP=stop)
         assert (done.returncode, done.stdout) == (code, "")
         assert done.stderr.startswith(f"ctxlab: {said}")
-        assert done.stderr.endswith("5 claims are kept: --resume goes on with them\n")
+        assert done.stderr.endswith("5 trials are kept: --resume goes on with them\n")
         assert done.stderr.count("\n") == 1
         now = tree(out)
         kept = json.loads(now.pop("unfinished.json"))
-        assert list(kept["figures"]) == [c.id for c in LEDGER[:5]]
+        assert len(kept["trials"]) == 5
         assert now == earlier  # byte for byte
     before = tree(tmp_path)
     for other, what in (
@@ -422,17 +493,15 @@ def test_a_run_that_stops_goes_on_where_it_was(tmp_path):
     ):
         done = run(tmp_path, f"report --quick --out out --resume {other}", command=FAST)
         assert_refused(done, tmp_path, before, "of another run", what)
-    done = run(tmp_path, "report --quick --out out --threads 1 --resume", command=FAST)
+    words = "report --quick --out out --threads 1 --resume"
+    done = run(tmp_path, words, command=FAST, FROM="100")
     assert (done.returncode, done.stderr) == (0, "")
     assert set(os.listdir(out)) == FILES | {"notes.txt"}
     data = json.loads((out / "claims.json").read_text())
-    assert {c["id"]: c["figures"] for c in data["claims"]}.items() >= kept[
-        "figures"
-    ].items()  # not measured again
-    assert data["timings"][: len(kept["timings"])] == kept["timings"]
+    assert data["trials"][:5] == kept["trials"]  # not measured again
+    assert [t["seconds"] for t in data["trials"]] == [1, 2, 3, 4, 5, 101, 102, 103, 104]
+    assert len(data["trials"]) == 9  # those of several threads are left out
     assert data["settings"]["threads"] == 1
-    assert all(blas["num_threads"] == 1 for blas in data["machine"]["blas"])
-    assert "(1 threads)" in done.stdout
 
     stored = run(tmp_path, "claims pow2 --from out")
     assert (
@@ -448,8 +517,182 @@ def test_a_run_that_stops_goes_on_where_it_was(tmp_path):
     assert "differs in settings.seed: 0, now 5" in " ".join(done.stdout.split())
     compared = json.loads((tmp_path / "new/claims.json").read_text())["compared"]
     assert [c["id"] for c in compared["claims"]] == [c.id for c in LEDGER]
-    assert len(compared["timings"]) == 35
+    assert len(compared["timings"]) > 15
+    assert {t["change"] for t in compared["timings"]} == {"same within noise"}
     assert "What changed" in (tmp_path / "new/index.html").read_text()
+
+
+# Ledgers of anyone
+
+LEDGER_HEAD = """
+import numpy as np
+from dataclasses import replace
+from ctxlab.audit import Claim, Trial, gain_claim, saving_claim
+
+def fresh():
+    return lambda: np.ones(100_000).sum()
+
+def kept():
+    out = np.ones(100_000)
+    return lambda: out.sum()
+
+def lean():
+    return lambda: 100_000.0
+
+def fail(bench):
+    raise OSError("no data\\nto be \\x1b[31mhad")
+
+def saves(id, after, **more):
+    return saving_claim(id, f"{id} saves", (fresh, after), nbytes=(4e5, 8e5), **more)
+
+good = saves("good", lean)
+moved = saves("moved", kept)
+none = saves("none", fresh)
+broken = replace(good, id="broken", measure=fail)
+worse = replace(good, id="worse", judge=lambda figures: "true")
+"""
+
+
+def ledger(folder, claims, name="mine.py", head=LEDGER_HEAD):
+    """A ledger in that folder, and what is there before the command."""
+    (folder / name).write_text(f"{head}\nLEDGER = [{claims}]\n")
+    return tree(folder)
+
+
+def test_an_audit_tells_every_verdict_and_writes_nothing(tmp_path):
+    before = ledger(tmp_path, "good, moved, none")
+    done = run(tmp_path, "audit mine.py")
+    assert (done.returncode, done.stderr) == (0, "")
+    for id, verdict in (("good", "confirmed"), ("moved", "partly"), ("none", "refuted")):
+        line = next(text for text in done.stdout.splitlines() if text.startswith(f"{id} "))
+        assert line.rstrip().endswith(verdict)
+    assert "3 claims: 1 confirmed, 1 partly, 1 refuted" in done.stdout
+    assert "index.html" not in done.stdout
+    assert tree(tmp_path) == before
+
+
+def test_what_fails_is_a_line_each_and_the_others_are_judged(tmp_path):
+    before = ledger(tmp_path, "broken, good, worse")
+    done = run(tmp_path, "audit mine.py --json -")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "ctxlab: broken: OSError: no data to be ?[31mhad",
+        "ctxlab: worse: ValueError: the rule gives 'true', needed one of confirmed, partly, "
+        "refuted, undecided, not testable here",
+    ]
+    verdicts = {c["id"]: c["verdict"] for c in json.loads(done.stdout)["claims"]}
+    assert verdicts == {
+        "broken": "not testable here",
+        "good": "confirmed",
+        "worse": "not testable here",
+    }
+    assert tree(tmp_path) == before
+
+
+def test_the_page_of_an_audit_has_what_belongs_to_it(tmp_path):
+    ledger(tmp_path, "good, broken")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    done = run(tmp_path, "audit mine.py --seed 3 --out out --json -")
+    assert done.returncode == 2
+    written = {"index.html", "report.css", "claims.json", "scoreboard.png"}
+    assert set(os.listdir(tmp_path / "out")) == written | {"notes.txt"}
+    data = json.loads(done.stdout)  # nothing before it, nothing after
+    assert data == json.loads((tmp_path / "out/claims.json").read_text())
+    assert data["settings"]["command"] == "ctxlab audit mine.py --seconds 60 --seed 3"
+    page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
+    for text in ("Do these claims hold?", "The claims of mine.py", "good saves", "no data to be"):
+        assert text in page
+    assert "Rust" not in page
+    assert set(os.listdir(tmp_path)) == {"mine.py", "out"}
+
+
+BROKEN = {  # what is wrong -> the file; what the line says
+    "syntax": ("LEDGER = [", "mine.py: line 1: "),
+    "raises": ("1 / 0", "mine.py: line 1: ZeroDivisionError"),
+    "leaves": ("raise SystemExit(0)", "mine.py: it ends Python"),
+    "empty": ("LEDGER = []", "hold one at least"),
+    "no list": ("", "it has no LEDGER"),
+    "no claims": ("LEDGER = [1]", "LEDGER[0] is int"),
+    "another form": (
+        f"{LEDGER_HEAD}\nt = Trial('t', dict(a=fresh, b=lean))\n"
+        "LEDGER = [gain_claim('x', 'x', t, 'c', percent=(1, 2))]",
+        "form: 'c' in the trial 't'; needed 'b'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_ledger_is_one_line_and_nothing_is_written(what, tmp_path):
+    text, said = BROKEN[what]
+    (tmp_path / "mine.py").write_text(text)
+    before = tree(tmp_path)
+    assert_refused(run(tmp_path, "audit mine.py --out new"), tmp_path, before, said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("audit none.py --out new", "none.py: no such file"),
+        ("audit notes.txt --out new", "needed a Python file"),
+        ("audit folder --out new", "needed a Python file"),
+        ("audit mine.py --out notes.txt", "notes.txt: is a file"),
+        ("audit mine.py --out new --threads 99999", "--threads: 99999, needed 1 to"),
+    ],
+)
+def test_an_audit_that_cannot_begin(words, said, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    before = ledger(tmp_path, "good")
+    assert_refused(run(tmp_path, words), tmp_path, before, said)
+
+
+def test_a_second_claim_of_one_id_is_one_line_and_the_others_are_judged(tmp_path):
+    (tmp_path / "mine.py").write_text(f"{LEDGER_HEAD}\nLEDGER = [good, moved, good]")
+    done = run(tmp_path, "audit mine.py --json - --no-progress")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "good (again): two claims are called 'good'" in done.stderr
+    verdicts = {c["id"]: c["verdict"] for c in json.loads(done.stdout)["claims"]}
+    assert verdicts["good"] == "confirmed"
+    assert verdicts["moved"] == "partly"
+    assert verdicts["good (again)"] == "not testable here"
+
+
+def test_an_audit_that_is_interrupted_writes_nothing(tmp_path):
+    head = LEDGER_HEAD.replace("raise OSError", "raise KeyboardInterrupt  #")
+    before = ledger(tmp_path, "good, broken", head=head)
+    done = run(tmp_path, "audit mine.py --out new")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "ctxlab: interrupted\n"
+    assert tree(tmp_path) == before
+
+
+def test_an_audit_without_time_is_undecided(tmp_path):
+    trial = "Trial('sums', dict(old=lambda seed: fresh(), new=lambda seed: lean()))"
+    ledger(tmp_path, f"gain_claim('fast', 'new is faster', {trial}, 'new', percent=(3, 5)), good")
+    done = run(tmp_path, "audit mine.py --seconds 0.5")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 claims: 1 confirmed, 1 undecided" in done.stdout
+    assert "Not timed: sums." in done.stdout
+
+
+def test_an_audit_times_forms_of_a_module_beside_the_ledger(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/beside.py").write_text(
+        "import numpy as np\n"
+        "def old(seed):\n    return lambda: np.ones(100_000).sum()\n"
+        "def new(seed):\n    return lambda: 100_000.0\n"
+    )
+    trial = "Trial('sums', dict(old=beside.old, new=beside.new))"
+    claim = f"gain_claim('fast', 'new is faster', {trial}, 'new', percent=(3, 5))"
+    ledger(tmp_path / "folder", claim, head=f"import beside\n{LEDGER_HEAD}")
+    done = run(tmp_path, "audit folder/mine.py --seconds 8 --json -", PYTHONDONTWRITEBYTECODE="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    data = json.loads(done.stdout)
+    (claim,) = data["claims"]
+    assert claim["verdict"] in ("confirmed", "undecided")  # the latter on a busy machine
+    assert len(data["trials"]) + len(data["not_timed"]) == 1
 
 
 # Ends
@@ -513,3 +756,14 @@ def test_ctrl_c_while_numpy_loads(tmp_path):
     done = run(tmp_path, "report", PYTHONPATH=str(tmp_path / "fake"), PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode in (130, -signal.SIGINT)  # the same to a shell
     assert "Traceback" not in done.stderr
+
+
+def test_completion_without_its_library_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)  # as where it is not installed
+    with pytest.raises(SystemExit) as left:
+        main(["--print-completion", "bash"])
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    last = said.err.splitlines()[-1]
+    assert "--print-completion: needs shtab; run pip install 'ctxlab[completion]'" in last

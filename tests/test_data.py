@@ -1,4 +1,6 @@
-"""Every way in which a user's file can be unusable ends in one clear error, and every usable one is read."""
+"""Every way in which a user's file can be unusable ends in one clear error, and every usable one is
+read.
+"""
 
 import io
 import os
@@ -262,7 +264,8 @@ def test_the_packaged_data_is_what_its_provenance_says():
     for p, x, y in zip(load_pairs(), hidden[:-1], hidden[1:], strict=True):
         assert_equiv(p.x, x.astype(np.float32))
         assert_equiv(p.y, y.astype(np.float32))
-    # A layer of a trained model adds to its input, so each state resembles the next more than one far away.
+    # A layer of a trained model adds to its input, so each state resembles the next more than one
+    # far away.
     flat = hidden.reshape(7, -1).astype(np.float64)
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     assert all(flat[i] @ flat[i + 1] > flat[0] @ flat[6] for i in range(6))

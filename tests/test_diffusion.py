@@ -1,4 +1,6 @@
-"""The diffusion block against its reference, in every option; schedules, DDIM identities, bad input."""
+"""The diffusion block against its reference, in every option; schedules, DDIM identities, bad
+input.
+"""
 
 import itertools
 import math
@@ -9,12 +11,12 @@ from conftest import DTYPES, dtypes, make, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlab import diffusion as d
-from ctxlab.block import FreshWorkspace
 from ctxlab.context import SharedAttentionContext
 from ctxlab.gemm import unbuffered
-from ctxlab.layers import APPROXIMATE
 from ctxlab.measure import traced_peak
+from ctxlab.models import diffusion as d
+from ctxlab.models.block import _FreshWorkspace
+from ctxlab.models.layers import _APPROXIMATE
 from ctxlab.testing import assert_equiv, numeric_gradient
 from ctxlab.workspace import Workspace
 
@@ -39,9 +41,15 @@ def block_of(D, H, F, *, seed=1, strength=None, dtype=np.float32, **options):
 def reference(block, x, t):
     context = None if block.context is None else block.context.incoming
     return d.diffusion(
-        block.parameters(), x, t, block.n_heads,
-        n_steps=block.n_steps, context=context, approximate=block.approximate, eps=block.eps,
-    )  # fmt: skip
+        block.parameters(),
+        x,
+        t,
+        block.n_heads,
+        n_steps=block.n_steps,
+        context=context,
+        approximate=block.approximate,
+        eps=block.eps,
+    )
 
 
 def data(B, S, D, dtype=np.float32, seed=0, n_steps=1000):
@@ -103,13 +111,13 @@ def test_noise_is_added_level_by_level(seed, dtype, B, S, D):
         elif np.array_equal(out, noise):
             same_noise = out
         assert_equiv(
-            d.add_noise_into(same_x0, same_noise, t, COSINE, out, Workspace()), want, scale=size
+            d._add_noise_into(same_x0, same_noise, t, COSINE, out, Workspace()), want, scale=size
         )
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 8, 65])
 def test_embeddings_differ_and_have_one_length(dim):
-    e = d.timestep_embedding(np.arange(1000), dim)
+    e = d._timestep_embedding(np.arange(1000), dim)
     assert e.shape == (1000, dim)
     assert_equiv((e**2).sum(axis=1), np.full(1000, dim // 2, float), depth=dim, c=100)
     if dim > 3:
@@ -133,7 +141,7 @@ SHAPES = [
 @pytest.mark.parametrize("strength", [None, 0.8])
 def test_a_block_is_its_reference(B, S, D, H, F, dtype, strength):
     x, _, t = data(B, S, D, dtype)
-    for approximate, kept in itertools.product(APPROXIMATE, (False, True)):
+    for approximate, kept in itertools.product(_APPROXIMATE, (False, True)):
         block = block_of(
             D, H, F, strength=strength, dtype=dtype, approximate=approximate, keep_weights=kept
         )
@@ -179,7 +187,8 @@ def test_every_gradient_agrees_with_differences(B, S, D, H, F, strength):
 @few
 @given(seeds, levels, st.floats(-3, 3))
 def test_the_strength_counts_by_the_signal(seed, level, strength):
-    # One sequence at level t with strength s is one that is mixed beforehand with s sqrt(alpha_bar).
+    # One sequence at level t with strength s is one that is mixed beforehand with s
+    # sqrt(alpha_bar).
     x, G, _ = data(1, 5, 4, np.float64, seed)
     t = np.array([level])
     ctx, plain = (
@@ -223,7 +232,7 @@ def test_a_new_block_is_the_identity(dtype):
     }
 
 
-OTHERS = [FreshWorkspace, lambda: Workspace(debug=True), lambda: Workspace(growth="pow2")]
+OTHERS = [_FreshWorkspace, lambda: Workspace(debug=True), lambda: Workspace(growth="pow2")]
 
 
 @pytest.mark.parametrize("workspace", OTHERS, ids=["fresh", "debug", "pow2"])
@@ -316,9 +325,17 @@ def test_bad_options_are_refused(options, match):
 
 GOOD = np.array([0, 999])
 BAD_LEVELS = [
-    np.array([0]), np.array([0, 1, 2]), np.array([[0, 1]]), 3, [0, 1000], [-1, 0], [0.0, 1.0],
-    [True, False], ["0", "1"], None,
-]  # fmt: skip
+    np.array([0]),
+    np.array([0, 1, 2]),
+    np.array([[0, 1]]),
+    3,
+    [0, 1000],
+    [-1, 0],
+    [0.0, 1.0],
+    [True, False],
+    ["0", "1"],
+    None,
+]
 
 
 @pytest.mark.parametrize("t", BAD_LEVELS, ids=repr)
@@ -400,9 +417,9 @@ def test_with_the_true_noise_a_step_stays_on_the_path(seed, now, then):
         max(1.0, COSINE[then] / COSINE[now])
     )  # a division by a small signal loses digits
     size = 10 * ratio * max(np.abs(x0).max(), np.abs(noise).max())
-    assert_equiv(d.ddim_step(at[0], noise[0], COSINE[now], COSINE[then]), at[1], scale=size)
+    assert_equiv(d._ddim_step(at[0], noise[0], COSINE[now], COSINE[then]), at[1], scale=size)
     out = np.empty_like(at[0])
-    got = d.ddim_step_into(at[0], noise[0], COSINE[now], COSINE[then], out, Workspace())
+    got = d._ddim_step_into(at[0], noise[0], COSINE[now], COSINE[then], out, Workspace())
     assert got is out
     assert_equiv(got, at[1], scale=size)
 
@@ -413,7 +430,7 @@ def test_the_last_step_finds_the_data(seed, now):
     x0, noise, _ = data(1, 7, 5, np.float64, seed)
     x = d.add_noise(x0, noise, np.array([now]), COSINE)
     size = 10 * np.abs(noise).max() / math.sqrt(COSINE[now]) + np.abs(x0).max()
-    assert_equiv(d.ddim_step(x, noise, COSINE[now], 1.0), x0, scale=size)
+    assert_equiv(d._ddim_step(x, noise, COSINE[now], 1.0), x0, scale=size)
 
 
 @few
@@ -421,13 +438,13 @@ def test_the_last_step_finds_the_data(seed, now):
 def test_steps_with_one_noise_can_be_joined(seed, first, second, third):
     x, noise, _ = data(1, 4, 3, np.float64, seed)
     a, b, c = COSINE[[first, second, third]]
-    joined = d.ddim_step(d.ddim_step(x, noise, a, b), noise, b, c)
+    joined = d._ddim_step(d._ddim_step(x, noise, a, b), noise, b, c)
     size = (
         50
         * math.sqrt(max(1, b / a) * max(1, c / b, c / a))
         * (np.abs(x).max() + np.abs(noise).max())
     )
-    assert_equiv(joined, d.ddim_step(x, noise, a, c), scale=size)
+    assert_equiv(joined, d._ddim_step(x, noise, a, c), scale=size)
 
 
 @few
@@ -436,7 +453,7 @@ def test_a_step_to_the_same_level_stays(seed, dtype, level):
     x, noise, _ = data(1, 6, 4, dtype, seed)
     ws, a = Workspace(), COSINE[level]
     for out in (np.empty_like(x[0]), x[0].copy()):
-        got = d.ddim_step_into(x[0] if out[0, 0] != x[0, 0, 0] else out, noise[0], a, a, out, ws)
+        got = d._ddim_step_into(x[0] if out[0, 0] != x[0, 0, 0] else out, noise[0], a, a, out, ws)
         assert_equiv(got, x[0], scale=np.abs(x).max() + np.abs(noise).max())
 
 
@@ -445,7 +462,7 @@ def test_a_level_without_signal_is_refused(value):
     x = np.ones((2, 3))
     for name, pair in (("now", (value, 0.5)), ("then", (0.5, value))):
         with pytest.raises(ValueError, match=f"^{name}: "):
-            d.ddim_step_into(x, x, *pair, np.empty_like(x), Workspace())
+            d._ddim_step_into(x, x, *pair, np.empty_like(x), Workspace())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 17, 1000])
@@ -504,7 +521,7 @@ def test_gradients_of_the_whole_model(floor):
     rng = np.random.default_rng(1)
     for p in model.parameters().values():
         p += 0.2 * rng.standard_normal(p.shape)
-    trainer = d.Trainer(model, floor=floor)
+    trainer = d._Trainer(model, floor=floor)
     assert trainer.learn(x0, noise, t) == trainer.error(x0, noise, t)[0]
     found, x = (
         {n: g.copy() for n, g in model.gradients().items()},
@@ -527,7 +544,7 @@ def test_training_falls_and_repeats_to_the_bit():
     x0, noise, t = noisy()
 
     def train():
-        trainer = d.Trainer(d.Denoiser(5, 8, 2, 12, rng=np.random.default_rng(0)), 3e-3)
+        trainer = d._Trainer(d.Denoiser(5, 8, 2, 12, rng=np.random.default_rng(0)), 3e-3)
         return [trainer.step(x0, noise, t) for _ in range(30)]
 
     errors = train()
@@ -537,7 +554,7 @@ def test_training_falls_and_repeats_to_the_bit():
 
 def test_a_denoiser_allocates_once():
     x0, noise, t = noisy(B=3, S=64)
-    trainer = d.Trainer(d.Denoiser(5, 8, 2, 12))
+    trainer = d._Trainer(d.Denoiser(5, 8, 2, 12))
     trainer.step(x0, noise, t)
     counts = [ws.allocation_count for ws in (trainer.workspace, trainer.model.workspace)]
     with unbuffered():
@@ -560,10 +577,17 @@ def test_a_denoiser_names_what_is_wrong():
     model.forward(x0, t)
     with pytest.raises(ValueError, match=r"^grad_out: "):
         model.backward(noise[:2].copy())
+    model.workspace.next_generation()
+    with pytest.raises(
+        RuntimeError, match=r"^backward: the forward pass was in generation 2 .* 3$"
+    ):
+        model.backward(noise)
+    with pytest.raises(TypeError, match=r"^workspace: dict is no "):
+        d.Denoiser(5, 8, 2, 12, workspace={})
     with pytest.raises(ValueError, match=r"^floor: "):
-        d.Trainer(model, floor=0)
+        d._Trainer(model, floor=0)
     with pytest.raises(ValueError, match=r"^noise: "):
-        d.Trainer(model).step(x0, noise[:2].copy(), t)
+        d._Trainer(model).step(x0, noise[:2].copy(), t)
 
 
 # What is refused, and tails
@@ -577,12 +601,12 @@ def call_of(name):
         "combine": (
             dict(x=x, y=a(6, 4), out=a(6, 4)),
             1,
-            lambda x, y, out: d.combine_into(x, y, 0.5, 2.0, out, ws),
+            lambda x, y, out: d._combine_into(x, y, 0.5, 2.0, out, ws),
         ),
         "add_noise": (
             dict(x0=a(2, 3, 4), noise=a(2, 3, 4), out=a(2, 3, 4)),
             1,
-            lambda x, e, out: d.add_noise_into(x, e, t, COSINE, out, ws),
+            lambda x, e, out: d._add_noise_into(x, e, t, COSINE, out, ws),
         ),
         "silu": (dict(a=x, out=a(6, 4)), 1, d.silu_into),
         "silu backward": (
@@ -590,17 +614,11 @@ def call_of(name):
             1,
             lambda *given: d.silu_backward_into(*given, ws),
         ),
-        "gate": (dict(residual=x, branch=a(6, 4), gate=a(4), out=a(6, 4)), 1, d.gate_into),
-        "gate backward": (
-            dict(branch=x, gate=a(4), grad_out=a(6, 4), out=a(6, 4), grad_gate=a(4)),
-            2,
-            lambda *given: d.gate_backward_into(*given, ws),
-        ),
-        "part way": (dict(start=x, out=a(6, 4)), 1, lambda x, out: d.part_way_into(x, out, 0.5)),
+        "part way": (dict(start=x, out=a(6, 4)), 1, lambda x, out: d._part_way_into(x, out, 0.5)),
         "ddim": (
             dict(x=x, y=a(6, 4), out=a(6, 4)),
             1,
-            lambda x, e, out: d.ddim_step_into(x, e, 0.5, 0.9, out, ws),
+            lambda x, e, out: d._ddim_step_into(x, e, 0.5, 0.9, out, ws),
         ),
     }[name]
 
@@ -614,7 +632,7 @@ def refuses(call, arrays, kind):
 
 @pytest.mark.parametrize(
     "name",
-    ["combine", "add_noise", "silu", "silu backward", "gate", "gate backward", "part way", "ddim"],
+    ["combine", "add_noise", "silu", "silu backward", "part way", "ddim"],
 )
 def test_misfits_are_named_and_nothing_is_written(name):
     arrays, written, call = call_of(name)

@@ -15,16 +15,17 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from ctxlab.data import InputError
-from ctxlab.distributed import (
-    AHEAD,
+from ctxlab.streaming.distributed import (
+    _AHEAD,
     _absolute,
     _ahead,
     _connected,
+    _worker_budget,
     local_workers,
     stream_distributed,
-    worker_budget,
 )
-from ctxlab.streaming import ContextStats, least_bytes, load_stats, shards, stream
+from ctxlab.streaming.moments import ContextStats
+from ctxlab.streaming.reading import _least_bytes, load_stats, shards, stream
 
 pytest.importorskip("distributed")
 DIM = 12
@@ -71,7 +72,7 @@ def touch(path, content):
 
 @pytest.mark.parametrize("memory", ["1GB", "3.92MB"])  # the second: fewer rows at a time
 def test_the_bits_of_the_serial_run(memory, listed, client):
-    share = worker_budget(memory, 2, DIM)
+    share = _worker_budget(memory, 2, DIM)
     assert same(
         stream_distributed(listed, client=client, memory=memory), serial(listed, memory=share)
     )
@@ -149,7 +150,7 @@ def test_scratch_of_workers_is_in_no_message(client):
 
 def hold(place, name):
     """In a worker: reading the shard `name` leaves a note, and waits for the file `go`."""
-    import ctxlab.distributed as module
+    import ctxlab.streaming.distributed as module
 
     kept = module.shard_stats
 
@@ -201,7 +202,7 @@ def test_a_killed_worker_changes_nothing(name, listed, tmp_path):
 
 def kill_always(name):
     """In a worker: reading the shard `name` is its end."""
-    import ctxlab.distributed as module
+    import ctxlab.streaming.distributed as module
 
     kept = module.shard_stats
 
@@ -265,9 +266,9 @@ class Suspicious:
 @pytest.mark.parametrize("ahead", [1, 2, 5])
 def test_the_suspects_are_done_again_alone(at, ahead, listed):
     client, counts = Suspicious(f"{at}.npz"), []
-    with pytest.raises(InputError, match=rf"run/{at}\.npz: one worker after the other died"):  # noqa: PT012
-        for part in _ahead(client, listed, 10**9, ahead, lambda n: None):
-            counts.append(part.count)
+    parts = _ahead(client, listed, 10**9, ahead, lambda n: None)
+    with pytest.raises(InputError, match=rf"run/{at}\.npz: one worker after the other died"):
+        counts.extend(part.count for part in parts)
     assert counts == [s.rows for s in listed[:at]]
     assert client.alone == (2 if ahead == 1 else 1) * [f"{at}.npz"]
 
@@ -376,7 +377,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("options", "said"), WRONG)
 def test_what_is_refused_before_anything_starts(options, said, listed, monkeypatch):
-    monkeypatch.setattr("ctxlab.distributed.local_workers", None)  # would be called
+    monkeypatch.setattr("ctxlab.streaming.distributed.local_workers", None)  # would be called
     with pytest.raises(ValueError, match=said):
         stream_distributed(listed, **options)
 
@@ -418,14 +419,14 @@ def test_a_scheduler_without_workers(listed):
 def test_budgets_add_up():
     for workers in (1, 3, 100):
         for dim in (4, 700):
-            share = worker_budget("100GB", workers, dim)
+            share = _worker_budget("100GB", workers, dim)
             own = 10**11 - workers * share
             assert 2 * 8 * dim * dim < own < 2 * 8 * (dim * dim + 8 * dim) + 2**20 + workers
-            least = own + workers * least_bytes(dim)
-            assert worker_budget(least, workers, dim) >= least_bytes(dim)
+            least = own + workers * _least_bytes(dim)
+            assert _worker_budget(least, workers, dim) >= _least_bytes(dim)
             with pytest.raises(ValueError, match="needed at least"):
-                worker_budget(least - 2 * workers - 1, workers, dim)
-    assert AHEAD == 2  # what the shares count on
+                _worker_budget(least - 2 * workers - 1, workers, dim)
+    assert _AHEAD == 2  # what the shares count on
 
 
 def blas_threads(dask_worker=None):
@@ -468,8 +469,8 @@ def test_without_dask_the_error_says_how_to_get_it():
     script = """if True:
         import sys
         sys.modules['distributed'] = None
-        from ctxlab.distributed import stream_distributed
-        from ctxlab.streaming import Shard
+        from ctxlab.streaming.distributed import stream_distributed
+        from ctxlab.streaming.reading import Shard
         shard = Shard('a', 'a', 'a', 5, 4, 'float32', ((0, 0), (0, 0)))
         for options in (dict(workers=1), dict(scheduler='tcp://127.0.0.1:9')):
             try: stream_distributed([shard], **options)
@@ -482,7 +483,7 @@ def test_without_dask_the_error_says_how_to_get_it():
 
 def test_importing_the_module_does_not_load_dask():
     script = (
-        "import sys, ctxlab.distributed; "
+        "import sys, ctxlab.streaming.distributed; "
         "print({'dask', 'distributed', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run(

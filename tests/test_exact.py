@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ctxlab import exact, streaming
+import ctxlab
 from ctxlab.cli import main
 from ctxlab.data import InputError, load_pairs
 from ctxlab.reference import similarity
-from ctxlab.streaming import load_stats, noise_floor
+from ctxlab.streaming import exact, reading
+from ctxlab.streaming.null import noise_floor
+from ctxlab.streaming.reading import load_stats
 
 DIM, ROWS = 10, (60, 60, 250, 130)
 CHECKPOINT = "context.checkpoint.npz"
@@ -25,7 +28,7 @@ CHECKPOINT = "context.checkpoint.npz"
 
 def parsed(*argv):
     parser = argparse.ArgumentParser(prog="ctxlab")
-    exact.add_parser(parser.add_subparsers(dest="command", required=True))
+    exact._add_parser(parser.add_subparsers(dest="command", required=True))
     return parser.parse_args(["context", *map(str, argv)])
 
 
@@ -122,7 +125,7 @@ def test_workers_give_the_same_result(home, data):
 def test_it_says_where_it_comes_from(home):
     run("run", "--memory", "50MB")
     about = json.loads(str(result()["about"]))
-    assert about["ctxlab"] == exact.__version__
+    assert about["ctxlab"] == ctxlab.__version__
     assert about["numpy"] == np.__version__
     assert about["settings"] == dict(
         memory="50MB", workers=None, scheduler=None, resumed=False, layer=None
@@ -178,7 +181,7 @@ def test_features_without_variance_are_named(home, capsys):
 
 @pytest.mark.parametrize("layer", [None, 1, 4])
 def test_the_packaged_activations(layer, home, capsys):
-    path = Path(exact.__file__).parent / "assets" / "minilm_alice.npz"
+    path = files("ctxlab") / "assets" / "minilm_alice.npz"
     assert run(path, *(["--layer", layer] if layer else [])) == 0
     pair = load_pairs()[(layer or 1) - 1]
     got = result()
@@ -239,7 +242,7 @@ def test_an_earlier_result_is_replaced(home):
 
 
 def test_figures_by_hand():
-    f = exact.figures_of(np.array([[3.0, 0.0], [4.0, 1.0]]), 1.0)
+    f = exact._figures_of(np.array([[3.0, 0.0], [4.0, 1.0]]), 1.0)
     assert f == dict(on=5**0.5, off=8**0.5, beyond=0.5)
 
 
@@ -248,7 +251,7 @@ def test_figures_by_hand():
 )
 def test_a_dot_is_the_strongest_of_its_block(dim, dots):
     a = np.random.default_rng(dim).standard_normal((dim, dim)).astype(np.float32)
-    got, step = exact.thinned(a, dots), -(-dim // dots)
+    got, step = exact._thinned(a, dots), -(-dim // dots)
     assert len(got) <= dots
     for i, row in enumerate(got):
         for j, value in enumerate(row):
@@ -259,14 +262,14 @@ def test_a_dot_is_the_strongest_of_its_block(dim, dots):
 
 @pytest.mark.parametrize("context", [np.zeros((3, 3)), np.eye(1), np.eye(1200, dtype=np.float32)])
 def test_pictures_of_extremes(context):
-    assert exact.picture(context, 5, 0.5).startswith(b"\x89PNG")
+    assert exact._picture(context, 5, 0.5).startswith(b"\x89PNG")
 
 
 def test_a_picture_leaves_the_plotting_state_alone():
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    exact.picture(np.eye(4), 5, 0.5)
+    exact._picture(np.eye(4), 5, 0.5)
     assert dict(mpl.rcParams) == before
 
 
@@ -444,7 +447,7 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit):
         parsed("--help")
     text = capsys.readouterr().out
-    parser = exact.add_parser(argparse.ArgumentParser().add_subparsers())
+    parser = exact._add_parser(argparse.ArgumentParser().add_subparsers())
     for action in parser._actions:
         assert action.help
         assert all(option in text for option in action.option_strings)
@@ -529,7 +532,7 @@ def test_a_failure_while_writing_keeps_everything(home, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exact, "picture", full)
+    monkeypatch.setattr(exact, "_picture", full)
     with pytest.raises(
         (InputError, OSError), match=r"No space left on device; .* --resume goes on"
     ):
@@ -543,8 +546,8 @@ def test_a_failure_while_writing_keeps_everything(home, monkeypatch):
 
 SCRIPT = """if True:
     import argparse, sys
-    from ctxlab import exact, streaming
-    kept = streaming.shard_stats
+    from ctxlab.streaming import exact, reading
+    kept = reading.shard_stats
     def held(shard, *args, **options):
         if shard.name == '2.npz':
             import pathlib, time
@@ -553,19 +556,19 @@ SCRIPT = """if True:
         return kept(shard, *args, **options)
     def main():
         p = argparse.ArgumentParser()
-        exact.add_parser(p.add_subparsers(dest='command'))
+        exact._add_parser(p.add_subparsers(dest='command'))
         try: return exact.run(p.parse_args(['context', *sys.argv[1:]]))
         except KeyboardInterrupt as e: print('interrupted;', e, file=sys.stderr); return 130
     if __name__ == '__main__': # in the processes of workers the file is loaded under another name
-        streaming.shard_stats = held
-        merge, merged = streaming.ContextStats.merge, []
+        reading.shard_stats = held
+        merge, merged = reading.ContextStats.merge, []
         def counted(self, other):
             merge(self, other)
             merged.append(open(f'merged{len(merged)}', 'w').close())
-        streaming.ContextStats.merge = counted
+        reading.ContextStats.merge = counted
         sys.exit(main())
-    import ctxlab.distributed
-    ctxlab.distributed.shard_stats = held
+    import ctxlab.streaming.distributed
+    ctxlab.streaming.distributed.shard_stats = held
 """
 
 
@@ -625,7 +628,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, home, capsys):
 
 
 def test_an_interruption_is_one_line_and_exit_code_130(home, capsys, monkeypatch):
-    kept = streaming.shard_stats
+    kept = reading.shard_stats
 
     def interrupted(shard, *args, **options):
         if shard.name == "2.npz":
@@ -633,7 +636,7 @@ def test_an_interruption_is_one_line_and_exit_code_130(home, capsys, monkeypatch
         return kept(shard, *args, **options)
 
     Path("context.npz").write_bytes(b"old")
-    monkeypatch.setattr(streaming, "shard_stats", interrupted)
+    monkeypatch.setattr(reading, "shard_stats", interrupted)
     assert main(["context", "run"]) == 130
     out, err = capsys.readouterr()
     assert (out, Path("context.npz").read_bytes()) == ("", b"old")
@@ -648,8 +651,8 @@ def test_an_interruption_is_one_line_and_exit_code_130(home, capsys, monkeypatch
 
 def test_the_parser_is_light():
     script = (
-        "import argparse, sys; from ctxlab import exact; "
-        "exact.add_parser(argparse.ArgumentParser().add_subparsers()); "
+        "import argparse, sys; from ctxlab.streaming import exact; "
+        "exact._add_parser(argparse.ArgumentParser().add_subparsers()); "
         "print({'numpy', 'dask', 'matplotlib', 'tqdm', 'threadpoolctl'} & set(sys.modules))"
     )
     done = subprocess.run(

@@ -29,8 +29,8 @@ from ctxlab.interleave import (
     Endless,
     Explored,
     Refused,
-    Sharing,
-    Step,
+    _Sharing,
+    _Step,
     explore,
     replay,
 )
@@ -605,8 +605,8 @@ def test_the_shortest_race_has_the_fewest_switches():
 
 
 def test_a_step_says_who_did_what_where():
-    assert str(Step(0, "Spot.x", "load", "1")) == "A load Spot.x 1"
-    assert str(Step(1, "a", "acquire", "")) == "B acquire a"
+    assert str(_Step(0, "Spot.x", "load", "1")) == "A load Spot.x 1"
+    assert str(_Step(1, "a", "acquire", "")) == "B acquire a"
 
     def scenario(schedule):
         spot, log = schedule.share(Locks), schedule.share(list, name="log")
@@ -622,9 +622,14 @@ def test_a_step_says_who_did_what_where():
         return [body]
 
     assert [str(step)[2:] for step in replay(scenario, ()).steps] == [
-        "acquire Locks.a", "store Locks.y (1, None)", "store Locks.x [0]", "store Locks.y object",
-        "append log 'what'", "load log [1]", "release Locks.a",
-    ]  # fmt: skip
+        "acquire Locks.a",
+        "store Locks.y (1, None)",
+        "store Locks.x [0]",
+        "store Locks.y object",
+        "append log 'what'",
+        "load log [1]",
+        "release Locks.a",
+    ]
 
 
 @pytest.mark.parametrize("prune", [True, False])
@@ -856,7 +861,7 @@ def test_how_often_a_lock_is_held_counts():
 
 
 def test_the_number_of_a_thread_stands_for_its_identity():
-    run = Sharing()
+    run = _Sharing()
     run._idents[12345] = 1
     assert run._label(12345) == ("thread", 1)
 
@@ -947,7 +952,7 @@ def test_long_threads_are_counted_as_well():
 
 def test_a_thread_without_a_step_never_chooses():
     """Its end may come as late as the system likes."""
-    run, late, choosers = Sharing(), [], []
+    run, late, choosers = _Sharing(), [], []
     release, choose = run._done.release, run._next
 
     class Done:
@@ -1020,7 +1025,7 @@ def test_a_path_through_a_thread_that_has_ended_is_refused():
 
 
 def test_many_threads_have_names():
-    assert len({str(Step(i, "Spot.x", "load", "1")) for i in range(30)}) == 30
+    assert len({str(_Step(i, "Spot.x", "load", "1")) for i in range(30)}) == 30
 
 
 # What is shared must behave as what it stands for
@@ -1490,7 +1495,7 @@ REFUSED = {
     "a generator": (r"^bodies\[0\]: gives a generator", twice(generator)),
     "a coroutine": (r"^bodies\[0\]: gives a coroutine", twice(coroutine)),
     "a number as a body": (r"^bodies\[0\]: a int", twice(3)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -1611,7 +1616,7 @@ def test_what_follows_a_caught_error_is_explored():
     ids=["list", "float", "enum", "function", "width", "frozenset"],
 )
 def test_no_two_values_have_one_label(one, other):
-    run = Sharing()
+    run = _Sharing()
     run._started = True
     one = one.RED if one is Color else one
     assert run._label(one) != run._label(other)

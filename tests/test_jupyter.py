@@ -13,8 +13,8 @@ from urllib.request import urlopen
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# 20_bench holds hours of measurements, and says so in its front matter.
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "20_bench")
+# peers/01_bench holds hours of measurements, and says so in its front matter.
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "peers/01_bench")
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -44,9 +44,24 @@ def test_a_notebook_runs_alone_in_a_new_kernel(path):
     nb.cells = list(filter(without_slow, nb.cells))
     start = time.perf_counter()
     where = {"metadata": {"path": path.parent}}
-    # Raises at the first error. The limit is for a cell that hangs; time is only printed.
-    NotebookClient(nb, timeout=300, kernel_name="python3", resources=where).execute()
+    for attempt in ("first", "last"):
+        # Raises at the first error. The limit is for a cell that hangs; time is only printed.
+        client = NotebookClient(nb, timeout=300, kernel_name="python3", resources=where)
+        try:
+            client.execute()
+            break
+        except RuntimeError as e:  # Jupyter chooses ports that another kernel may take meanwhile
+            if attempt == "last" or "Kernel died before replying to kernel_info" not in str(e):
+                raise
     print(f"{path.stem}: {time.perf_counter() - start:.1f} s")
+
+
+def answers(url):
+    try:
+        with urlopen(url, timeout=30) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +81,17 @@ def lab(tmp_path_factory):
             if server.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(log.read_text())
             time.sleep(0.1)
-        yield f"http://127.0.0.1:{found[1]}", f"token={found[2]}"
+        address, token = f"http://127.0.0.1:{found[1]}", f"token={found[2]}"
+        while not answers(
+            f"{address}/api/status?{token}"
+        ):  # it tells its address before it listens
+            if time.monotonic() > deadline:
+                pytest.fail(log.read_text())
+            time.sleep(0.1)
+        yield address, token
     finally:
-        server.terminate()
-        server.wait(60)
+        server.kill()
+        server.wait()
 
 
 def test_every_link_of_the_index_opens_from_the_folder_of_the_notebooks(lab):
@@ -99,8 +121,8 @@ def test_a_click_in_the_index_opens_the_notebook(lab):
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = chromium.new_page()
         tab.goto(f"{address}/lab/tree/index.ipynb?{token}")
-        tab.locator(".jp-RenderedMarkdown a", has_text="05_context").first.click(timeout=60_000)
-        tab.locator(".lm-TabBar-tabLabel", has_text="05_context.ipynb").first.wait_for(
+        tab.locator(".jp-RenderedMarkdown a", has_text="07_context").first.click(timeout=60_000)
+        tab.locator(".lm-TabBar-tabLabel", has_text="07_context.ipynb").first.wait_for(
             timeout=60_000
         )
         assert tab.locator(".jp-Notebook:visible").count() == 1

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctxlab import ladder
-from ctxlab.ladder import (
-    BARE,
-    PATHS,
-    RUNGS,
-    benchmark_table,
-    check_call,
-    checked,
+from ctxlab.audit import ladder
+from ctxlab.audit.ladder import (
+    _BARE,
+    _PATHS,
+    _RUNGS,
+    _benchmark_table,
+    _check_call,
+    _checked,
+    _rungs,
+    _work,
     climb,
     inputs,
-    rungs,
-    work,
 )
 from ctxlab.measure import Interval, traced_peak
 
@@ -28,31 +28,33 @@ CTXLAB = Path(sys.executable).parent / "ctxlab"
 @pytest.mark.parametrize(("S", "D"), [(2, 1), (2, 3), (31, 16), (33, 16), (64, 100), (300, 65)])
 def test_every_rung_is_the_reference(S, D):
     data = inputs(S, D, seed=S)
-    calls = checked(rungs(data), data)
-    assert {path: tuple(by_rung) for path, by_rung in calls.items()} == dict.fromkeys(PATHS, RUNGS)
+    calls = _checked(_rungs(data), data)
+    assert {path: tuple(by_rung) for path, by_rung in calls.items()} == dict.fromkeys(
+        _PATHS, _RUNGS
+    )
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", _PATHS)
 def test_a_wrong_result_is_found(path):
     data = inputs(64, 48)
-    right = ladder.reference_calls(data)[path]()
+    right = ladder._reference_calls(data)[path]()
     wrong = (right[0], right[1] * 1.2) if path == "backward" else right * np.float32(1.01)
-    check_call(path, lambda: right, data)
+    _check_call(path, lambda: right, data)
     with pytest.raises(AssertionError):
-        check_call(path, lambda: wrong, data)
+        _check_call(path, lambda: wrong, data)
 
 
 @pytest.mark.parametrize(("S", "D"), [(64, 64), (512, 256), (100, 300)])
 def test_the_last_rung_allocates_no_matrix(S, D):
     data = inputs(S, D)
-    for path, call in ladder.context_calls(data).items():
+    for path, call in ladder._context_calls(data).items():
         vectors = 6 * 2 * D * 8  # of 2 D doubles, beside some Python objects
         assert traced_peak(call, warmup=2) < max(vectors + 1_000, 4_000), path
 
 
 def test_a_wrong_rung_is_never_timed(monkeypatch):
     data = inputs(16, 8)
-    calls = rungs(data)
+    calls = _rungs(data)
     calls["apply"]["dot"] = lambda: data.X
     monkeypatch.setattr(ladder, "time_paired", lambda *a, **k: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="values"):
@@ -60,18 +62,18 @@ def test_a_wrong_rung_is_never_timed(monkeypatch):
 
 
 def test_the_table_says_the_ratios():
-    ratios = {(path, rung): Interval(1.25, 1.0, 1.5) for path in PATHS for rung in RUNGS}
-    ratios |= {(BARE, "control"): Interval(1.0, 0.99, 1.01), (BARE, "seconds"): 0.003}
-    lines = benchmark_table(ratios).splitlines()
-    assert len(lines) == 1 + len(PATHS) + 1
+    ratios = {(path, rung): Interval(1.25, 1.0, 1.5) for path in _PATHS for rung in _RUNGS}
+    ratios |= {(_BARE, "control"): Interval(1.0, 0.99, 1.01), (_BARE, "seconds"): 0.003}
+    lines = _benchmark_table(ratios).splitlines()
+    assert len(lines) == 1 + len(_PATHS) + 1
     assert len({len(line) for line in lines[:-1]}) == 1
     assert all("1.25 [1.00, 1.50]" in line for line in lines[1:-1])
     assert "3 ms" in lines[-1]
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", _PATHS)
 def test_work_grows_with_the_sizes(path):
-    assert all(np.less_equal(work(path, 64, 32), work(path, 128, 64)))
+    assert all(np.less_equal(_work(path, 64, 32), _work(path, 128, 64)))
 
 
 def test_the_command_prints_the_table(tmp_path):
@@ -80,7 +82,7 @@ def test_the_command_prints_the_table(tmp_path):
         [CTXLAB, *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(f"\n{path} " in done.stdout for path in PATHS)
+    assert all(f"\n{path} " in done.stdout for path in _PATHS)
     assert "S = 16, D = 8" in done.stdout
 
 

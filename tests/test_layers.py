@@ -1,4 +1,6 @@
-"""Every layer against its reference: shapes, layouts, extreme values, aliases, gradients, memory."""
+"""Every layer against its reference: shapes, layouts, extreme values, aliases, gradients,
+memory.
+"""
 
 import math
 import sys
@@ -10,16 +12,19 @@ from conftest import DTYPES, LAYOUTS, dtypes, kinds, lay, layouts, make, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctxlab import layers
-from ctxlab.gemm import PANEL_BYTES, panels, unbuffered
-from ctxlab.layers import (
-    APPROXIMATE,
-    CUBIC,
+from ctxlab.gemm import _PANEL_BYTES, panels, unbuffered
+from ctxlab.measure import traced_peak
+from ctxlab.models import layers
+from ctxlab.models.layers import (
+    _APPROXIMATE,
+    _CUBIC,
+    _add_rows,
+    _check_form,
+    _check_operands,
+    _norm_requirement,
+    _renorm_into,
+    _sigmoid,
     adam_into,
-    add_rows,
-    check_form,
-    check_ids,
-    check_operands,
     cross_entropy,
     cross_entropy_into,
     embedding_backward_into,
@@ -36,20 +41,16 @@ from ctxlab.layers import (
     linear_into,
     norm_backward_into,
     norm_into,
-    norm_requirement,
-    renorm_into,
     rms_norm,
-    sigmoid,
     swiglu,
     swiglu_backward_into,
     swiglu_into,
 )
-from ctxlab.measure import traced_peak
 from ctxlab.testing import assert_equiv, numeric_gradient
 from ctxlab.workspace import Workspace
 
 heights, widths = st.integers(0, 7), st.integers(1, 7)
-forms = st.sampled_from(APPROXIMATE)
+forms = st.sampled_from(_APPROXIMATE)
 epsilons = st.sampled_from([1e-5, 1e-12, 0.1])
 SEVERAL = [
     (700, 300),
@@ -65,8 +66,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- what "equals the reference" means ---
 #
-# A sum of D products may be off by c * eps * D times the size of its terms; `tiny` is for numbers below the
-# smallest normal one. Where the size itself leaves the range of the dtype there is nothing to compare.
+# A sum of D products may be off by c * eps * D times the size of its terms; `tiny` is for numbers
+# below the smallest normal one. Where the size itself leaves the range of the dtype there is
+# nothing to compare.
 
 
 def agree(actual, expected, scale, depth=1, c=4.0):
@@ -88,9 +90,14 @@ def complaints(f):
     return result, {str(w.message).partition(" encountered")[0] for w in caught}
 
 
-def quieter(f, reference):
-    """`f()`, which must warn of nothing that the reference does not warn of, and what the reference gives."""
+def quieter(f, reference, scale=0.0):
+    """`f()`, which must warn of nothing that the reference does not warn of, and what the reference
+    gives. A sum whose terms, of that size, leave the range may overflow in one order and not in
+    another.
+    """
     (want, known), (got, heard) = complaints(reference), complaints(f)
+    if not np.all(scale < float(np.finfo(want.dtype).max)):
+        known = known | {"invalid value", "overflow"}
     assert heard <= known
     return got, want
 
@@ -153,7 +160,7 @@ def test_norms_are_the_reference(seed, N, D, dtype, lx, lo, eps, shifted):
     agree(out, normed(x, w, b, eps), norm_scale(x, w, b, eps), depth=D)
     assert np.array_equal(x, kept)
     again = lay(full((N, D), dtype), lo)
-    assert renorm_into(x, stats, w, b, again) is again
+    assert _renorm_into(x, stats, w, b, again) is again
     assert np.array_equal(again, out)  # to the bit
     assert norm_into(x, w, b, x, stats, eps) is x  # the docment allows it
     agree(x, out, norm_scale(kept, w, b, eps), depth=D)
@@ -210,7 +217,8 @@ def test_norms_of_constant_rows(value, shifted, dtype):
 @pytest.mark.parametrize("eps", [1e-5, 1e-12])
 @pytest.mark.parametrize("D", [3, 41, 47, 384, 1000])
 def test_rows_without_spread_give_the_bias_where_sums_are_exact(D, eps):
-    # The mean of D ones is 1: one that is off in its last digit counts as spread where eps is small.
+    # The mean of D ones is 1: one that is off in its last digit counts as spread where eps is
+    # small.
     x = np.arange(1, 9, dtype=np.float32)[:, None] * np.ones(D, np.float32)
     w, b = np.ones(D, np.float32), np.full(D, 2, np.float32)
     assert (layer_norm(x, w, b, eps) == 2).all()
@@ -236,7 +244,7 @@ def test_norms_over_several_panels(shape, shifted, dtype):
     w, b = make(rng, D, dtype), make(rng, D, dtype) if shifted else None
     stats, out = full((2, N), dtype), full((N, D), dtype)
     agree(norm_into(x, w, b, out, stats), normed(x, w, b, 1e-5), norm_scale(x, w, b, 1e-5), depth=D)
-    assert np.array_equal(renorm_into(x, stats, w, b, full((N, D), dtype)), out)
+    assert np.array_equal(_renorm_into(x, stats, w, b, full((N, D), dtype)), out)
     dx, dw, db = full((N, D), dtype), full(D, dtype), full(D, dtype) if shifted else None
     norm_backward_into(x, stats, w, G, dx, dw, db, ws)
     X, S, g = x.astype(np.float64), stats.astype(np.float64), G.astype(np.float64) * w
@@ -252,7 +260,7 @@ def test_norms_over_several_panels(shape, shifted, dtype):
     if shifted:
         agree(db, G.sum(axis=0, dtype=np.float64).astype(dtype), np.linalg.norm(G, axis=0), depth=N)
     m = next(panels(N, D * x.itemsize)).stop
-    assert ws.peak_bytes == norm_requirement(dtype).nbytes(D=D, m=m)
+    assert ws.peak_bytes == _norm_requirement(dtype).nbytes(D=D, m=m)
     aliased, same = G.copy(), [full(D, dtype) for _ in range(2)]
     norm_backward_into(x, stats, w, aliased, aliased, same[0], same[1] if shifted else None, ws)
     assert np.array_equal(aliased, dx)
@@ -296,7 +304,7 @@ def test_the_scratch_of_a_norm_is_known(N, D, dtype):
         ws,
     )
     m = next((rows.stop for rows in panels(N, D * x.itemsize)), 0)
-    assert ws.peak_bytes == norm_requirement(dtype).nbytes(D=D, m=m)
+    assert ws.peak_bytes == _norm_requirement(dtype).nbytes(D=D, m=m)
     assert ws.used_bytes == 0
 
 
@@ -308,11 +316,12 @@ def test_linear_is_the_reference(seed, N, D, F, dtype, lx, lw, lo, shifted, kind
     rng = np.random.default_rng(seed)
     x, w = lay(make(rng, (N, D), dtype, kind), lx), lay(make(rng, (F, D), dtype), lw)
     b, out = make(rng, F, dtype) if shifted else None, lay(full((N, F), dtype), lo)
-    got, want = quieter(lambda: linear_into(x, w, b, out), lambda: linear(x, w, b))
-    assert got is out
     with np.errstate(all="ignore"):
         X, W = wide(x, w)
-        agree(got, want, X @ W.T + (wide(b)[0] if shifted else 0), depth=D + 1)
+        scale = X @ W.T + (wide(b)[0] if shifted else 0)
+    got, want = quieter(lambda: linear_into(x, w, b, out), lambda: linear(x, w, b), scale)
+    assert got is out
+    agree(got, want, scale, depth=D + 1)
 
 
 @given(seeds, heights, widths, widths, layouts, layouts, layouts, st.booleans(), st.booleans())
@@ -342,9 +351,9 @@ def test_a_vector_is_added_to_every_row(shape, layout, dtype):
     rng = np.random.default_rng(0)
     x, v = make(rng, shape, dtype), make(rng, shape[1], dtype)
     out = lay(x, layout)
-    assert add_rows(out, v) is out
+    assert _add_rows(out, v) is out
     assert np.array_equal(out, x + v)
-    assert add_rows(out, None) is out
+    assert _add_rows(out, None) is out
     assert np.array_equal(out, x + v)
 
 
@@ -378,9 +387,10 @@ def test_gelu_is_the_reference(seed, N, F, dtype, layout, form, shifted, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", APPROXIMATE)
+@pytest.mark.parametrize("form", _APPROXIMATE)
 def test_the_distribution_function_holds_over_the_whole_range(form, dtype):
-    # The float32 polynomial was fitted up to 6.5; beyond it must neither turn round nor overflow into NaN.
+    # The float32 polynomial was fitted up to 6.5; beyond it must neither turn round nor overflow
+    # into NaN.
     near, far = np.linspace(-60, 60, 120_001), np.geomspace(60, np.finfo(dtype).max / 4, 4001)
     x = np.concatenate([-far[::-1], near, far]).astype(dtype)[:, None]
     _, cdf, out = gelu_pair(x, None, Workspace(), form)
@@ -409,13 +419,15 @@ def test_gradients_of_gelu(seed, N, F, layout, form):
 
 
 def slope_scale(x, form):
-    """Size of the terms of the derivative: Phi, and x times a slope that tanh gets by cancellation."""
+    """Size of the terms of the derivative: Phi, and x times a slope that tanh gets by
+    cancellation.
+    """
     X = np.abs(x.astype(np.float64))
-    return 1 + (X if form == "none" else np.where(X < 10, 2 * X * (1 + 3 * CUBIC * X * X), 0))
+    return 1 + (X if form == "none" else np.where(X < 10, 2 * X * (1 + 3 * _CUBIC * X * X), 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", APPROXIMATE)
+@pytest.mark.parametrize("form", _APPROXIMATE)
 @pytest.mark.parametrize("shape", SEVERAL, ids=str)
 def test_gelu_over_several_panels(shape, form, dtype):
     rng, ws = np.random.default_rng(0), Workspace(growth="exact")
@@ -439,8 +451,8 @@ def test_gelu_over_several_panels(shape, form, dtype):
 
 
 def test_gelu_far_out_has_the_slope_of_its_asymptote():
-    # Squares of such numbers overflow in float32. The slope is 1 on the right and 0 on the left all the same.
-    # (PyTorch's tanh form and ours give NaN beyond 1.8e19.)
+    # Squares of such numbers overflow in float32. The slope is 1 on the right and 0 on the left all
+    # the same. (PyTorch's tanh form and ours give NaN beyond 1.8e19.)
     for dtype, form, largest in (
         (np.float32, "none", 1e30),
         (np.float32, "tanh", 1e18),
@@ -581,8 +593,6 @@ def test_token_numbers_beyond_the_table_are_named(ids):
 
 @pytest.mark.parametrize("ids", [[0.5], [True], ["a"], [None], [1j], np.array([], float)], ids=repr)
 def test_what_is_no_token_number_is_refused(ids):
-    with pytest.raises(TypeError, match=r"^ids: .* are no token numbers; use integers"):
-        check_ids("ids", ids, 3)
     with pytest.raises(TypeError, match=r"^ids: "):
         embedding_into(np.ones((3, 2)), ids, np.ones((len(ids), 2)))
     with pytest.raises(TypeError, match=r"^targets: "):
@@ -718,7 +728,7 @@ def test_huge_logits_and_tokens_that_are_ruled_out(dtype):
 @pytest.mark.parametrize("form", ["fast", "", None, "TANH"])
 def test_a_form_of_gelu_that_does_not_exist_is_named(form):
     with pytest.raises(ValueError, match=r"^approximate: "):
-        check_form(form)
+        _check_form(form)
 
 
 def test_targets_must_be_a_vector():
@@ -766,14 +776,15 @@ def test_adam_is_its_formula(shape, options, dtype):
         plain = adam_plain(plain[0], g.astype(np.float64), *plain[1:], t, **options)
     for got, want in zip((p, m, v), plain, strict=True):
         agree(got, want.astype(dtype), np.abs(want).max(initial=0), depth=steps, c=16)
-    assert ws.peak_bytes == min(p.nbytes, PANEL_BYTES // 4)
+    assert ws.peak_bytes == min(p.nbytes, _PANEL_BYTES // 4)
 
 
 @pytest.mark.parametrize(
     ("gradient", "scale"), [(1e25, 1e-25), (1e18, 1e-22), (1e-18, 1e18), (3e19, 1e-3)]
 )
 def test_adam_takes_a_gradient_that_clipping_tamed(gradient, scale):
-    # What counts is gradient * scale, which float32 holds with ease; its parts squared would leave the range.
+    # What counts is gradient * scale, which float32 holds with ease; its parts squared would leave
+    # the range.
     p, m, v = (np.zeros(3, np.float32) for _ in range(3))
     adam_into(p, np.full(3, gradient, np.float32), m, v, 1, Workspace(), lr=0.01, scale=scale)
     want = adam_plain(
@@ -793,7 +804,8 @@ def test_adam_ignores_a_gradient_whose_scale_is_zero():
 
 @pytest.mark.parametrize("place", ["param", "grad", "m", "v"])
 def test_adam_takes_any_layout_or_refuses_it(place):
-    # To reshape what is not in C order makes a copy, and a step into a copy would be lost without a word.
+    # To reshape what is not in C order makes a copy, and a step into a copy would be lost without a
+    # word.
     rng = np.random.default_rng(0)
     arrays = dict(
         zip(("param", "grad", "m", "v"), np.abs(make(rng, (4, 3, 4), np.float64)), strict=True)
@@ -830,7 +842,9 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm(bad):
 
 
 def compare(dtype, tensors, want, got, gradients, G=None, depth=1, scale=None):
-    """`got` is `want`, and `gradients` are what PyTorch finds for the tensors behind sum(G want)."""
+    """`got` is `want`, and `gradients` are what PyTorch finds for the tensors behind sum(G
+    want).
+    """
     torch = sys.modules["torch"]
     (want if G is None else (want * torch.tensor(G)).sum()).backward()
     want = want.detach().numpy()
@@ -867,7 +881,8 @@ def test_norms_are_those_of_pytorch(torch, shape, eps, dtype):
         norm_into(x, w, bias, out, stats, eps)
         norm_backward_into(x, stats, w, G, dx, dw, None if bias is None else db, ws)
         tensors = with_gradients(x, w) if bias is None else with_gradients(x, w, bias)
-        # A row of one entry has no direction: what is left of its gradient is rounding of such terms.
+        # A row of one entry has no direction: what is left of its gradient is rounding of such
+        # terms.
         scale = (
             None
             if D > 1
@@ -910,7 +925,7 @@ def test_a_linear_map_is_that_of_pytorch(torch, shape, shifted, dtype):
 
 @both
 @shaped
-@pytest.mark.parametrize("form", APPROXIMATE)
+@pytest.mark.parametrize("form", _APPROXIMATE)
 def test_gelu_is_that_of_pytorch(torch, shape, form, dtype):
     rng, ws = np.random.default_rng(0), Workspace()
     x, G = 3 * make(rng, (2, *shape), dtype)
@@ -1003,12 +1018,12 @@ def test_the_steady_state_allocates_no_array(dtype):
         a(F),
     )
     h, dh, cdf, out, gate = a(N, F), a(N, F), a(N, F), a(N, F), a(N, F)
-    assert min(x.nbytes, h.nbytes) > 1.9 * PANEL_BYTES
+    assert min(x.nbytes, h.nbytes) > 1.9 * _PANEL_BYTES
     table, ids, targets, ws = a(300, D), rng.integers(0, 300, N), rng.integers(0, F, N), Workspace()
     calls = {
         "norm": lambda: norm_into(x, w, b, y, stats),
         "rms norm": lambda: norm_into(x, w, None, y, stats),
-        "renorm": lambda: renorm_into(x, stats, w, b, y),
+        "renorm": lambda: _renorm_into(x, stats, w, b, y),
         "norm backward": lambda: norm_backward_into(x, stats, w, G, y, dw, db, ws),
         "rms norm backward": lambda: norm_backward_into(x, stats, w, G, y, dw, None, ws),
         "linear": lambda: linear_into(x, W, c, h),
@@ -1054,7 +1069,6 @@ def call_of(name, dtype=np.float64):
     form = getattr(layers, name)
     return {
         "norm_into": (dict(x=rows, weight=a(D), bias=a(D), out=a(N, D), stats=stats), 2, form),
-        "renorm_into": (dict(x=rows, stats=stats, weight=a(D), bias=a(D), out=a(N, D)), 1, form),
         "norm_backward_into": (
             dict(
                 x=rows,
@@ -1068,7 +1082,6 @@ def call_of(name, dtype=np.float64):
             3,
             lambda *given: form(*given, ws),
         ),
-        "add_rows": (dict(vector=a(D), out=a(N, D)), 1, lambda v, o: form(o, v)),
         "linear_into": (dict(x=rows, weight=a(F, D), bias=a(F), out=a(N, F)), 1, form),
         "linear_backward_into": (
             dict(
@@ -1121,7 +1134,7 @@ def call_of(name, dtype=np.float64):
     }[name]
 
 
-IN_PLACE = [n for n in layers.__all__ if n.endswith("_into") or n == "add_rows"]
+IN_PLACE = [n for n in layers.__all__ if n.endswith("_into")]
 
 
 def refuses(call, arrays, kind, name):
@@ -1139,7 +1152,7 @@ def test_misfits_are_named_and_nothing_is_written(name):
     leading = next((n for n in ("x", "a", "table", "grad_table", "logits") if n in arrays), None)
     for wrong, a in arrays.items():
         other = np.concatenate([a, a], axis=-1)
-        if wrong != leading and not (name == "add_rows" and wrong == "out"):
+        if wrong != leading:
             kind, culprit = ValueError, wrong
             if wrong == "param":
                 culprit = "(grad|m|v)"
@@ -1180,8 +1193,8 @@ def test_overlap_of_entries_is_found(seed, strides, start):
     np.add.at(store, 30 + np.add.outer(strides[0] * np.arange(3), strides[1] * np.arange(2)), 1)
     shared = store.max() > 1
     if shared:
-        with pytest.raises(ValueError, match=r"^out: its entries share memory"):
-            check_operands(np.float64, {}, {"out": (view, (3, 2))})
+        with pytest.raises(ValueError, match=r"^out: entries share memory"):
+            _check_operands(np.float64, {}, {"out": (view, (3, 2))})
 
 
 @pytest.mark.parametrize(
@@ -1239,7 +1252,7 @@ def test_a_constant_row_has_no_spread(D, value, dtype):
     out, stats, dx, dw, db = full((3, D), dtype), full((2, 3), dtype), x.copy(), ones.copy(), ones
     assert not layer_norm(x, ones, zeros)[::2].any()
     assert not norm_into(x, ones, zeros, out, stats)[::2].any()
-    assert not renorm_into(x, stats, ones, zeros, out)[::2].any()
+    assert not _renorm_into(x, stats, ones, zeros, out)[::2].any()
     G = make(np.random.default_rng(0), (3, D), dtype)
     norm_backward_into(x, stats, zeros + 1, G, dx, dw, db.copy(), Workspace())
     assert np.isfinite(dx).all()
@@ -1253,7 +1266,7 @@ def slope_of(form, x):
     return gelu_backward_into(x, cdf, np.ones_like(x), np.empty_like(x), Workspace(), form)
 
 
-@pytest.mark.parametrize("form", APPROXIMATE)
+@pytest.mark.parametrize("form", _APPROXIMATE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_keeps_its_tails(form, dtype):
     far = 12.5 if form == "none" else 9.0
@@ -1265,10 +1278,10 @@ def test_gelu_keeps_its_tails(form, dtype):
         cdf = ndtr(x.astype(np.float64))
         slope = cdf + wide_x * np.exp(-wide_x * wide_x / 2) / np.sqrt(2 * np.longdouble(np.pi))
     else:
-        u = np.sqrt(2 / np.longdouble(np.pi)) * (wide_x + CUBIC * wide_x**3)
+        u = np.sqrt(2 / np.longdouble(np.pi)) * (wide_x + _CUBIC * wide_x**3)
         cdf = 1 / (1 + np.exp(-2 * u))
         slope = cdf + wide_x * 2 * cdf * (1 - cdf) * np.sqrt(2 / np.longdouble(np.pi)) * (
-            1 + 3 * CUBIC * wide_x**2
+            1 + 3 * _CUBIC * wide_x**2
         )
     # The exponent is up to 80 here, and its rounding is relative.
     limit = 200 * float(np.finfo(dtype).eps) + (0 if dtype == np.float64 else 4e-6)
@@ -1279,7 +1292,7 @@ def test_gelu_keeps_its_tails(form, dtype):
         assert np.max(np.abs(got - slope) / cdf / (1 + x * x)) < limit
 
 
-@pytest.mark.parametrize("form", APPROXIMATE)
+@pytest.mark.parametrize("form", _APPROXIMATE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_gelu_are_finite_everywhere(form, dtype):
     x = np.append(np.geomspace(1e-40, 1e38, 300), np.finfo(dtype).max)
@@ -1296,7 +1309,7 @@ def test_sigmoids_keep_their_tails(dtype):
     want = 1 / (1 + np.exp(-wide_x))
     silu_slope = want * (1 + wide_x * (1 - want))
     limit, rows = 16 * np.finfo(dtype).eps, x != 0
-    assert np.max(np.abs(sigmoid(x) / want - 1)) < limit
+    assert np.max(np.abs(_sigmoid(x) / want - 1)) < limit
     assert np.max(np.abs(swiglu(x, ones) / (wide_x * want) - 1)[rows]) < limit
     assert (
         np.max(np.abs(swiglu_into(x, ones, np.empty_like(x)) / (wide_x * want) - 1)[rows]) < limit

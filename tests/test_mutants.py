@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctxlab.ladder import PATHS, RUNGS, check_call, inputs, rungs
+from ctxlab.audit.ladder import _PATHS, _RUNGS, _check_call, _rungs, inputs
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 
@@ -53,11 +53,11 @@ def mutants_of(a):
 def ladder(request):
     "Inputs of one size, and every rung of every path on them."
     data = inputs(*SIZES[request.param])
-    return data, rungs(data)
+    return data, _rungs(data)
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("rung", _RUNGS)
+@pytest.mark.parametrize("path", _PATHS)
 def test_the_ladder_finds_every_mutant(path, rung, ladder):
     data, calls = ladder
     right = calls[path][rung]()
@@ -67,7 +67,7 @@ def test_the_ladder_finds_every_mutant(path, rung, ladder):
     def passes(parts):
         got = tuple(parts) if len(parts) > 1 else parts[0]
         try:
-            check_call(path, lambda: got, data)
+            _check_call(path, lambda: got, data)
         except AssertionError:
             return False
         return True
@@ -87,60 +87,65 @@ def test_the_ladder_finds_every_mutant(path, rung, ladder):
 # Notebook, function under test, text that only its check cell holds, and what is spoilt: an
 # argument that the function writes to, counted from 0, or a result, counted from -1 backwards.
 CHECKS = [
-    ("02_reference", "similarity", "pearson = np.corrcoef", -1),
-    ("02_reference", "similarity_step", "step = similarity_step(X[0], Y[0])", -1),
-    ("02_reference", "ema", "0.9 * previous + 0.1 * new", -1),
-    ("02_reference", "apply_context", "assert_equiv(apply_context(x, C, 0.5), x @ M", -1),
-    ("02_reference", "apply_context_vjp", "grad_x, grad_s = apply_context_vjp(x", -2),
-    ("02_reference", "apply_context_vjp", "grad_x, grad_s = apply_context_vjp(x", -1),
-    ("02_reference", "context_gradient", "of_context = numeric_gradient", -1),
-    ("03_gemm", "gemm", "def held_equal", -1),
-    ("03_gemm", "_accumulate", "_accumulate(a, b, one, alpha, beta)", 2),
-    ("03_gemm", "blend", "blend(x[:, part].copy(), got", 1),
-    ("03a_original", "forward", "def check_forward", -1),
-    ("03a_original", "backward", "def check_backward", -2),
-    ("03a_original", "backward", "def check_backward", -1),
-    ("03a_original", "update", "def check_update", 3),
-    ("03a_original", "update_step", "def check_update", 3),
-    ("05_context", "fold", "M = fold(C, s, np.empty_like(C))", 2),
-    ("05_context", "backward_into", "got = out, backward_into(X", 4),
-    ("05_context", "backward_into", "got = out, backward_into(X", -1),
-    ("05_context", "update_into", "update_into(x, y, slice(None)", 4),
-    ("05_context", "update_step_into", "update_step_into(x, y, 0.25", 3),
-    ("05_context", "SharedAttentionContext.apply", "assert_equiv(ctx.apply(X), apply", -1),
-    ("05_context", "SharedAttentionContext.backward", "grad_x, grad_s = exact.backward", -2),
-    ("05_context", "SharedAttentionContext.backward", "grad_x, grad_s = exact.backward", -1),
-    ("06_layers", "norm_into", "norm_into(x + 100, w, b", -1),
-    ("06_layers", "norm_backward_into", "assert_gradients(layer_norm", 4),
-    ("06_layers", "norm_backward_into", "assert_gradients(layer_norm", 5),
-    ("06_layers", "linear_into", "assert_gradients(linear, G", -1),
-    ("06_layers", "linear_backward_into", "assert_gradients(linear, G", 3),
-    ("06_layers", "linear_backward_into", "assert_gradients(linear, G", 4),
-    ("06_layers", "gelu_into", "gelu_into(z.copy(), beta", -1),
-    ("06_layers", "gelu_backward_into", "gelu_into(z.copy(), beta", 3),
-    ("06_layers", "swiglu_into", "assert_gradients(swiglu", -1),
-    ("06_layers", "swiglu_backward_into", "assert_gradients(swiglu", 3),
-    ("06_layers", "swiglu_backward_into", "assert_gradients(swiglu", 4),
-    ("06_layers", "cross_entropy_into", "want = cross_entropy(dz, targets)", -1),
-    ("06_layers", "cross_entropy_into", "want = cross_entropy(dz, targets)", 0),
-    ("06_layers", "adam_into", "def adam_plain", 0),
-    ("06_layers", "adam_into", "def adam_plain", 2),
-    ("06_layers", "adam_into", "def adam_plain", 3),
-    ("06a_attention", "attention_into", "def cases", 3),
-    ("06a_attention", "attention_backward_into", "def gradients", 6),
-    ("06a_attention", "attention_backward_into", "def gradients", 7),
-    ("06a_attention", "attention_backward_into", "def gradients", 8),
-    ("07_transformer", "transformer", "want = transformer(block.parameters(), x, H", -1),
-    ("07_transformer", "TransformerBlock.forward", "want = transformer(block.parameters()", -1),
-    ("08_diffusion", "silu_into", "a, G = 3 * normal(5, 7)", -1),
-    ("08_diffusion", "silu_backward_into", "a, G = 3 * normal(5, 7)", -1),
-    ("09_ssm", "scan_into", "decays = {", -1),
-    ("09_ssm", "scan_backward_into", "before = np.concatenate([state[:, None]", 3),
-    ("09_ssm", "scan_backward_into", "before = np.concatenate([state[:, None]", 4),
-    ("09_ssm", "rg_lru_into", "(3, 2, 40000)", 5),
-    ("09_ssm", "rg_lru_backward_into", "rg_lru_backward_into(u, sigmoid", 7),
-    ("11_streaming", "ContextStats.similarity", "def assert_exact", -1),
-    ("11_streaming", "ContextStats.correlation", "mixed = ContextStats(4", -1),
+    ("03_reference", "similarity", "pearson = np.corrcoef", -1),
+    ("03_reference", "similarity_step", "step = similarity_step(X[0], Y[0])", -1),
+    ("03_reference", "ema", "0.9 * previous + 0.1 * new", -1),
+    ("03_reference", "apply_context", "assert_equiv(apply_context(x, C, 0.5), x @ M", -1),
+    ("03_reference", "apply_context_vjp", "grad_x, grad_s = apply_context_vjp(x", -2),
+    ("03_reference", "apply_context_vjp", "grad_x, grad_s = apply_context_vjp(x", -1),
+    ("03_reference", "context_gradient", "of_context = numeric_gradient", -1),
+    ("05_gemm", "gemm", "def held_equal", -1),
+    ("05_gemm", "_accumulate", "_accumulate(a, b, one, alpha, beta)", 2),
+    ("05_gemm", "blend", "blend(x[:, part].copy(), got", 1),
+    ("audit/01_original", "forward", "def check_forward", -1),
+    ("audit/01_original", "backward", "def check_backward", -2),
+    ("audit/01_original", "backward", "def check_backward", -1),
+    ("audit/01_original", "update", "def check_update", 3),
+    ("audit/01_original", "update_step", "def check_update", 3),
+    ("07_context", "_fold", "M = _fold(C, s, np.empty_like(C))", 2),
+    ("07_context", "backward_into", "got = out, backward_into(X", 4),
+    ("07_context", "backward_into", "got = out, backward_into(X", -1),
+    ("07_context", "update_into", "update_into(x, y, slice(None)", 4),
+    ("07_context", "update_step_into", "update_step_into(x, y, 0.25", 3),
+    ("07_context", "SharedAttentionContext.apply", "assert_equiv(ctx.apply(X), apply", -1),
+    ("07_context", "SharedAttentionContext.backward", "grad_x, grad_s = exact.backward", -2),
+    ("07_context", "SharedAttentionContext.backward", "grad_x, grad_s = exact.backward", -1),
+    ("models/01_layers", "norm_into", "norm_into(x + 100, w, b", -1),
+    ("models/01_layers", "norm_backward_into", "assert_gradients(layer_norm", 4),
+    ("models/01_layers", "norm_backward_into", "assert_gradients(layer_norm", 5),
+    ("models/01_layers", "linear_into", "assert_gradients(linear, G", -1),
+    ("models/01_layers", "linear_backward_into", "assert_gradients(linear, G", 3),
+    ("models/01_layers", "linear_backward_into", "assert_gradients(linear, G", 4),
+    ("models/01_layers", "gelu_into", "gelu_into(z.copy(), beta", -1),
+    ("models/01_layers", "gelu_backward_into", "gelu_into(z.copy(), beta", 3),
+    ("models/01_layers", "swiglu_into", "assert_gradients(swiglu", -1),
+    ("models/01_layers", "swiglu_backward_into", "assert_gradients(swiglu", 3),
+    ("models/01_layers", "swiglu_backward_into", "assert_gradients(swiglu", 4),
+    ("models/01_layers", "cross_entropy_into", "want = cross_entropy(dz, targets)", -1),
+    ("models/01_layers", "cross_entropy_into", "want = cross_entropy(dz, targets)", 0),
+    ("models/01_layers", "adam_into", "def adam_plain", 0),
+    ("models/01_layers", "adam_into", "def adam_plain", 2),
+    ("models/01_layers", "adam_into", "def adam_plain", 3),
+    ("models/02_attention", "attention_into", "def cases", 3),
+    ("models/02_attention", "attention_backward_into", "def gradients", 6),
+    ("models/02_attention", "attention_backward_into", "def gradients", 7),
+    ("models/02_attention", "attention_backward_into", "def gradients", 8),
+    ("models/04_transformer", "transformer", "want = transformer(block.parameters(), x, H", -1),
+    (
+        "models/04_transformer",
+        "TransformerBlock.forward",
+        "want = transformer(block.parameters()",
+        -1,
+    ),
+    ("models/06_diffusion", "silu_into", "a, G = 3 * normal(5, 7)", -1),
+    ("models/06_diffusion", "silu_backward_into", "a, G = 3 * normal(5, 7)", -1),
+    ("models/07_ssm", "scan_into", "decays = {", -1),
+    ("models/07_ssm", "scan_backward_into", "before = np.concatenate([state[:, None]", 3),
+    ("models/07_ssm", "scan_backward_into", "before = np.concatenate([state[:, None]", 4),
+    ("models/07_ssm", "rg_lru_into", "(3, 2, 40000)", 5),
+    ("models/07_ssm", "rg_lru_backward_into", "rg_lru_backward_into(u, _sigmoid", 7),
+    ("streaming/01_moments", "ContextStats.similarity", "def assert_exact", -1),
+    ("streaming/01_moments", "ContextStats.correlation", "mixed = ContextStats(4", -1),
 ]
 
 

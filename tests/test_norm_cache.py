@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ctxlab.interleave import explore, replay
 from ctxlab.norm_cache import (
-    SAFE,
+    _SAFE,
     VARIANTS,
     DerivedValue,
     EarlyFlag,
@@ -28,37 +28,37 @@ from ctxlab.norm_cache import (
     PerThread,
     PlainFlag,
     Recompute,
-    Stale,
-    Stress,
-    Trial,
     VersionCounter,
-    asking,
-    break_even,
-    contended,
-    costs,
-    interpreter_line,
-    nanoseconds,
-    norms,
-    nothing,
-    per_change,
-    search,
-    stress,
-    trial,
-    word_pairs,
+    _asking,
+    _break_even,
+    _contended,
+    _costs,
+    _interpreter_line,
+    _nanoseconds,
+    _norms,
+    _nothing,
+    _per_change,
+    _search,
+    _Stale,
+    _Stress,
+    _stress,
+    _Trial,
+    _trial,
+    _word_pairs,
 )
 
 every = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
-safe = pytest.mark.parametrize("variant", [VARIANTS[name] for name in SAFE], ids=SAFE)
+safe = pytest.mark.parametrize("variant", [VARIANTS[name] for name in _SAFE], ids=_SAFE)
 CACHES = [name for name in VARIANTS if name != "recompute"]
 caches = pytest.mark.parametrize("variant", [VARIANTS[name] for name in CACHES], ids=CACHES)
 Waitless = partial(DerivedValue, once=False)
 WAITLESS = {
     name: Waitless if name == "snapshot swap" else VARIANTS[name]
-    for name in SAFE
+    for name in _SAFE
     if name != "locked flag"
 }
 waitless = pytest.mark.parametrize("variant", WAITLESS.values(), ids=list(WAITLESS))
-GUARDED = [name for name in SAFE if name != "recompute"]
+GUARDED = [name for name in _SAFE if name != "recompute"]
 guarded = pytest.mark.parametrize("variant", [VARIANTS[name] for name in GUARDED], ids=GUARDED)
 
 
@@ -466,7 +466,7 @@ def test_each_thread_computes_once_for_itself():
 
 
 def test_no_change_goes_uncounted():
-    cache, start = VersionCounter(nothing), threading.Barrier(4)
+    cache, start = VersionCounter(_nothing), threading.Barrier(4)
 
     def write():
         start.wait(60)
@@ -676,7 +676,7 @@ def test_an_attribute_needs_somewhere_to_be_kept():
 @safe
 @pytest.mark.parametrize(("readers", "writers"), [(2, 2)])
 def test_a_hundred_thousand_operations_without_a_stale_read(variant, readers, writers):
-    found = stress(variant, 100_000, readers=readers, writers=writers, interval=1e-4)
+    found = _stress(variant, 100_000, readers=readers, writers=writers, interval=1e-4)
     assert found.operations == 100_000
     assert found.reads == 100_000 * readers // (readers + writers)
     assert found.stale == 0
@@ -684,15 +684,15 @@ def test_a_hundred_thousand_operations_without_a_stale_read(variant, readers, wr
 
 @safe
 def test_no_stale_read_where_computing_lets_others_run(variant):
-    assert stress(variant, 4000, pause=lambda: time.sleep(0)).stale == 0
+    assert _stress(variant, 4000, pause=lambda: time.sleep(0)).stale == 0
 
 
 def test_what_a_stress_test_does_is_counted():
-    found = stress(Recompute, 10, readers=2, writers=1)
+    found = _stress(Recompute, 10, readers=2, writers=1)
     assert (found.operations, found.reads, found.stale) == (12, 8, 0)
-    assert stress(DerivedValue, 9, readers=3, writers=0)[:3] == (9, 9, 0)
-    assert stress(DerivedValue, 9, readers=0, writers=3)[:3] == (9, 0, 0)
-    assert stress(DerivedValue, 0)[:3] == (0, 0, 0)
+    assert _stress(DerivedValue, 9, readers=3, writers=0)[:3] == (9, 9, 0)
+    assert _stress(DerivedValue, 9, readers=0, writers=3)[:3] == (9, 0, 0)
+    assert _stress(DerivedValue, 0)[:3] == (0, 0, 0)
 
 
 class Forgetful:
@@ -712,7 +712,7 @@ class Forgetful:
 
 
 def test_stale_reads_are_counted_by_a_stress_test():
-    found = stress(Forgetful, 100, readers=1, writers=1)
+    found = _stress(Forgetful, 100, readers=1, writers=1)
     assert found.reads == 50
     assert found.stale in (49, 50)  # the first read may have begun before any change
 
@@ -724,7 +724,7 @@ def test_an_error_under_stress_comes_out_and_the_interpreter_is_as_before(error,
         sys, "setswitchinterval", asked.append
     )  # of the whole process: leave it alone
     with pytest.raises(error):
-        stress(DerivedValue, 100, pause=lambda: throw(error()), interval=1e-3)
+        _stress(DerivedValue, 100, pause=lambda: throw(error()), interval=1e-3)
     assert asked == [1e-3, before]
     assert threading.active_count() == threads
 
@@ -734,31 +734,31 @@ def test_an_error_under_stress_comes_out_and_the_interpreter_is_as_before(error,
 
 @safe
 def test_three_threads_in_every_order(variant):
-    found = explore(asking(variant, ["R", "R", "W"]))
+    found = explore(_asking(variant, ["R", "R", "W"]))
     assert found.races == []
     assert found.interleavings > 50
 
 
 @safe
 def test_two_threads_in_every_order(variant):
-    for found in search(variant, [("R", "WR"), ("RR", "W")]).values():
+    for found in _search(variant, [("R", "WR"), ("RR", "W")]).values():
         assert found.races == []
 
 
 @pytest.mark.parametrize("variant", [PlainFlag, EarlyFlag])
 def test_the_flags_fail_every_time(variant):
-    found = [explore(asking(variant, ["R", "WR"])) for _ in range(2)]
+    found = [explore(_asking(variant, ["R", "WR"])) for _ in range(2)]
     assert len({(len(f.races), f.interleavings, f.shortest.path) for f in found}) == 1
-    assert {type(race.error) for race in found[0].races} == {Stale}
+    assert {type(race.error) for race in found[0].races} == {_Stale}
     for race in found[0].races[:5]:
         for _ in range(2):
-            assert isinstance(replay(asking(variant, ["R", "WR"]), race.path).failure, Stale)
+            assert isinstance(replay(_asking(variant, ["R", "WR"]), race.path).failure, _Stale)
 
 
 @pytest.mark.parametrize("words", [("RR", "W"), ("R", "WR")], ids="-".join)
 @pytest.mark.parametrize("name", ["recompute", "plain flag", "early flag", "locked flag"])
 def test_memory_hides_nothing_of_a_cache(name, words):
-    scenario = asking(VARIANTS[name], words)
+    scenario = _asking(VARIANTS[name], words)
     pruned = explore(scenario)
     if pruned.interleavings <= 300:
         every_order = explore(scenario, prune=False)
@@ -767,7 +767,7 @@ def test_memory_hides_nothing_of_a_cache(name, words):
 
 
 def test_memory_hides_nothing_of_a_cache_for_each_thread():
-    scenario = asking(PerThread, ["RR", "W"])
+    scenario = _asking(PerThread, ["RR", "W"])
     assert explore(scenario).interleavings == explore(scenario, prune=False).interleavings
 
 
@@ -783,28 +783,28 @@ class LatePerThread(PerThread):
 
 
 def test_a_late_version_of_a_thread_is_found():
-    scenario = asking(LatePerThread, ["RR", "W"])
+    scenario = _asking(LatePerThread, ["RR", "W"])
     assert explore(scenario, prune=False).races
     assert explore(scenario).races
 
 
 def test_the_steps_of_a_snapshot_are_those_of_its_lines():
     """A read: announced, _current, length, turn, length, writes, append, del, turn, [0]."""
-    steps = [str(step)[2:] for step in replay(asking(DerivedValue, ["R", "W"]), ()).steps]
+    steps = [str(step)[2:] for step in replay(_asking(DerivedValue, ["R", "W"]), ()).steps]
     assert len(steps) == 10 + 3
 
 
 @pytest.mark.parametrize("words", [["RX", "W"], ["r", "W"], [1, "W"]])
 def test_words_are_made_of_two_letters(words):
     with pytest.raises((ValueError, TypeError), match="words"):
-        explore(asking(DerivedValue, words))
+        explore(_asking(DerivedValue, words))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
 def test_word_pairs_are_all_that_can_show_something(depth):
     words = [w for n in range(1, depth + 1) for w in map("".join, product("RW", repeat=n))]
     expected = {frozenset((a, b)) for a in words for b in words if set("RW") <= set(a + b)}
-    found = word_pairs(depth)
+    found = _word_pairs(depth)
     assert {frozenset(pair) for pair in found} == expected
     assert len(found) == len(expected)
     assert all(1 <= len(word) <= depth for pair in found for word in pair)
@@ -850,7 +850,7 @@ def test_first_readers_compute_once_in_every_order():
 
 
 def test_a_derived_value_that_nobody_waits_for_in_every_order():
-    for found in search(Waitless, [("R", "WR"), ("RR", "W")]).values():
+    for found in _search(Waitless, [("R", "WR"), ("RR", "W")]).values():
         assert found.races == []
 
 
@@ -863,15 +863,15 @@ def test_a_derived_value_that_nobody_waits_for_in_every_order():
     ],
 )
 def test_a_trial_proves_something_where_the_broken_variants_fail(stale, verdict):
-    results = {name: Stress(100, 50, stale.get(name, 0), 1.0) for name in VARIANTS}
-    assert verdict in Trial(results).check()
-    for name in SAFE:
+    results = {name: _Stress(100, 50, stale.get(name, 0), 1.0) for name in VARIANTS}
+    assert verdict in _Trial(results).check()
+    for name in _SAFE:
         with pytest.raises(AssertionError, match=f"stale reads of {name}"):
-            Trial(results | {name: Stress(100, 50, 1, 1.0)}).check()
+            _Trial(results | {name: _Stress(100, 50, 1, 1.0)}).check()
 
 
 def test_a_trial_runs_every_variant():
-    found = trial(400, pause=lambda: time.sleep(0))
+    found = _trial(400, pause=lambda: time.sleep(0))
     assert list(found.results) == list(VARIANTS)
     assert all(each.operations == 400 for each in found.results.values())
 
@@ -886,7 +886,7 @@ nanos = st.integers(1, 10_000).map(Fraction)
 def test_the_cache_pays_beyond_break_even_and_not_before(recompute, hit, overhead, most):
     """Against a clock that a pretended cache moves."""
     clock = {"with": Fraction(0), "without": Fraction(0)}
-    least, filled = break_even(recompute, hit, overhead), False
+    least, filled = _break_even(recompute, hit, overhead), False
     for k in range(1, most):
         clock["without"] += recompute
         clock["with"] += hit if filled else recompute + overhead
@@ -896,7 +896,7 @@ def test_the_cache_pays_beyond_break_even_and_not_before(recompute, hit, overhea
 
 @given(st.floats(1e-9, 1e3), st.floats(1e-9, 1e3), st.floats(0, 1e3))
 def test_break_even_is_never_below_one(recompute, hit, overhead):
-    k = break_even(recompute, hit, overhead)
+    k = _break_even(recompute, hit, overhead)
     assert k >= 1
     assert (k == math.inf) == (recompute <= hit or math.isinf(overhead / (recompute - hit)))
 
@@ -904,7 +904,7 @@ def test_break_even_is_never_below_one(recompute, hit, overhead):
 @pytest.mark.parametrize("asks", [0, 1, 7])
 def test_a_change_and_its_requests_compute_once_or_each_time(asks):
     calls = []
-    bodies = per_change(lambda: calls.append(1), asks)
+    bodies = _per_change(lambda: calls.append(1), asks)
     for name, expected in (("recompute", asks), ("cached", min(asks, 1))):
         calls.clear()
         bodies[name]()
@@ -912,7 +912,7 @@ def test_a_change_and_its_requests_compute_once_or_each_time(asks):
 
 
 def test_norms_are_norms():
-    found = norms(7, np.random.default_rng(3))
+    found = _norms(7, np.random.default_rng(3))
     rng = np.random.default_rng(3)
     v, m = rng.standard_normal(7, np.float32), rng.standard_normal(49, np.float32)
     assert list(found) == ["vector of 7", "7 x 7 matrix"]
@@ -922,28 +922,28 @@ def test_norms_are_norms():
 
 @pytest.mark.parametrize("names", [list, iter])
 def test_costs_are_timed_for_each_name(names):
-    found = costs(names(["snapshot swap"]), budget=0.01)
+    found = _costs(names(["snapshot swap"]), budget=0.01)
     assert {
         "compute",
         *(f"snapshot swap {what}" for what in ("hit", "invalidate", "cycle")),
     } <= set(found.seconds)
-    assert 0 < nanoseconds(found, "compute").low <= nanoseconds(found, "compute").high
-    assert contended(DerivedValue, 2, gets=50) > 0
+    assert 0 < _nanoseconds(found, "compute").low <= _nanoseconds(found, "compute").high
+    assert _contended(DerivedValue, 2, gets=50) > 0
 
 
 ARGUMENTS = {
-    "stress without threads": ("readers", lambda: stress(DerivedValue, 10, readers=0, writers=0)),
+    "stress without threads": ("readers", lambda: _stress(DerivedValue, 10, readers=0, writers=0)),
     "stress with fewer than no readers": (
         "readers",
-        lambda: stress(DerivedValue, 10, readers=-1, writers=2),
+        lambda: _stress(DerivedValue, 10, readers=-1, writers=2),
     ),
-    "stress with fewer than no operations": ("operations", lambda: stress(DerivedValue, -5)),
-    "stress with half an operation": ("operations", lambda: stress(DerivedValue, 10.5)),
-    "contended without threads": ("threads", lambda: contended(DerivedValue, 0)),
-    "contended with fewer than no threads": ("threads", lambda: contended(DerivedValue, -1)),
-    "contended without requests": ("gets", lambda: contended(DerivedValue, 1, 0)),
-    "costs of a stranger": ("names: .*stranger", lambda: costs(["stranger"])),
-    "costs of the letters of a name": ("names", lambda: costs("recompute")),
+    "stress with fewer than no operations": ("operations", lambda: _stress(DerivedValue, -5)),
+    "stress with half an operation": ("operations", lambda: _stress(DerivedValue, 10.5)),
+    "contended without threads": ("threads", lambda: _contended(DerivedValue, 0)),
+    "contended with fewer than no threads": ("threads", lambda: _contended(DerivedValue, -1)),
+    "contended without requests": ("gets", lambda: _contended(DerivedValue, 1, 0)),
+    "costs of a stranger": ("names: .*stranger", lambda: _costs(["stranger"])),
+    "costs of the letters of a name": ("names", lambda: _costs("recompute")),
 }
 
 
@@ -968,7 +968,7 @@ def test_the_interpreter_says_which_it_is(lock, built, expected, monkeypatch):
     if lock is not None:
         monkeypatch.setattr(sys, "_is_gil_enabled", lambda: lock, raising=False)
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: built)
-    line = interpreter_line()
+    line = _interpreter_line()
     assert expected in line
     assert line.startswith(f"Python {sys.version_info.major}.{sys.version_info.minor} ")
     assert "\n" not in line

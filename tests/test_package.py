@@ -15,8 +15,13 @@ import pytest
 import ctxlab
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(
+ROOT_MODULES = sorted(
     m.name for m in pkgutil.iter_modules(ctxlab.__path__) if not m.name.startswith("_")
+)
+MODULES = sorted(
+    m.name.removeprefix("ctxlab.")
+    for m in pkgutil.walk_packages(ctxlab.__path__, "ctxlab.")
+    if not m.name.rpartition(".")[2].startswith("_")
 )
 settings = ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf-8")
@@ -50,14 +55,14 @@ def test_imports_stay_light(module):
     assert "numpy.random" not in loaded  # NumPy itself loads it when it is used
 
 
-@pytest.mark.parametrize("kind", ["", "distributed_"])
+@pytest.mark.parametrize("kind", ["", "completion_", "distributed_", "memory_"])
 def test_each_requirement_names_its_lowest_version(kind):
     # The gate of lowest versions installs these entries with == in place of >=.
     for entry in FACTS[f"{kind}requirements"].split():
         assert re.fullmatch(r"[\w.-]+(\[[\w,]+\])?>=\d+(\.\d+)+", entry), entry
 
 
-PEERS = {"torch"}  # what timings may be compared with, where it happens to be installed
+OPTIONAL = {"torch", "shtab", "memray"}  # of the extras: imported where they are used
 
 
 def imported(tree):
@@ -70,13 +75,18 @@ def imported(tree):
 
 def test_every_import_is_a_declared_requirement():
     declared = {re.match(r"[\w.-]+", e)[0] for e in FACTS["requirements"].split()} | {"ctxlab"}
-    for path in (ROOT / "ctxlab").glob("*.py"):
+    for path in (ROOT / "ctxlab").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert set(imported(tree)) - declared - PEERS - sys.stdlib_module_names == set(), path.name
+        if path.stem == "pytest_plugin":  # pytest alone loads it
+            assert set(imported(tree)) - {"pytest", "ctxlab"} <= sys.stdlib_module_names
+            continue
+        assert set(imported(tree)) - declared - OPTIONAL - sys.stdlib_module_names == set(), (
+            path.name
+        )
         top = ast.Module(
             [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []
         )
-        assert PEERS.isdisjoint(imported(top)), path.name
+        assert OPTIONAL.isdisjoint(imported(top)), path.name
 
 
 # The face: names and submodules that are loaded when they are first used
@@ -87,32 +97,49 @@ def test_importing_the_package_loads_nothing():
     assert fresh(code) == ["ctxlab"]
 
 
-@pytest.mark.parametrize("name", ctxlab._HOMES)
-def test_a_name_is_that_of_its_module(name):
-    home = importlib.import_module(f"ctxlab.{ctxlab._HOMES[name]}")
-    assert getattr(ctxlab, name) is getattr(home, name)
-    assert getattr(ctxlab, name).__module__ == home.__name__
+PACKAGES = [ctxlab, ctxlab.models, ctxlab.streaming, ctxlab.audit]
+FACES = [(package, name) for package in PACKAGES for name in package._HOMES]
+
+
+@pytest.mark.parametrize(("package", "name"), FACES, ids=lambda p: getattr(p, "__name__", p))
+def test_a_name_is_that_of_its_module(package, name):
+    home = importlib.import_module(f"{package.__name__}.{package._HOMES[name]}")
+    found = getattr(package, name)
+    assert found is getattr(home, name)
+    assert name in home.__all__
+    assert getattr(found, "__module__", home.__name__) == home.__name__
 
 
 def test_a_name_is_there_in_a_new_process_and_loads_only_what_it_needs():
     code = "import sys, ctxlab; ctxlab.Workspace(); print(*sys.modules)"
     loaded = {name for name in fresh(code) if name.startswith("ctxlab.")}
     assert "ctxlab.workspace" in loaded
-    assert loaded.isdisjoint({"ctxlab.context", "ctxlab.transformer", "ctxlab.claims"})
+    assert loaded.isdisjoint({"ctxlab.context", "ctxlab.models", "ctxlab.audit"})
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", ROOT_MODULES)
 def test_a_submodule_is_there_without_an_import_of_its_own(module):
     code = f"import ctxlab; print(ctxlab.{module}.__name__)"
     assert fresh(code) == [f"ctxlab.{module}"]
 
 
-def test_no_name_hides_a_submodule():
-    assert set(ctxlab._HOMES).isdisjoint(MODULES)
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.__name__)
+def test_no_name_hides_a_submodule(package):
+    assert set(package._HOMES).isdisjoint(m.name for m in pkgutil.iter_modules(package.__path__))
+
+
+@pytest.mark.parametrize("room", ["models", "streaming", "audit"])
+def test_a_room_loads_nothing_before_it_is_used(room):
+    code = f"import sys, ctxlab.{room}; print(*(m for m in sys.modules if m.startswith('ctxlab')))"
+    assert fresh(code) == ["ctxlab", f"ctxlab.{room}"]
+    names = importlib.import_module(f"ctxlab.{room}")
+    assert set(names.__all__) <= set(dir(names))
+    with pytest.raises(AttributeError, match=f"^module 'ctxlab.{room}' has no attribute 'nothing'"):
+        names.nothing  # noqa: B018
 
 
 def test_dir_and_star_offer_the_face():
-    assert {*ctxlab.__all__, *MODULES} <= set(dir(ctxlab))
+    assert {*ctxlab.__all__, *ROOT_MODULES} <= set(dir(ctxlab))
     assert set(fresh("from ctxlab import *; print(*dir())")) >= set(ctxlab._HOMES)
 
 
@@ -144,17 +171,61 @@ def test_an_error_inside_a_submodule_is_not_taken_for_a_missing_name(monkeypatch
         ctxlab.load_pairs  # noqa: B018
 
 
-def test_type_checkers_are_told_the_same_names():
-    tree = ast.parse((ROOT / "ctxlab/__init__.py").read_text(encoding="utf-8"))
-    block = next(node for node in tree.body if isinstance(node, ast.If))
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.__name__)
+def test_type_checkers_are_told_the_same_names(package):
+    stub = ast.parse(Path(package.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
     told = [
-        (node.module.removeprefix("ctxlab").lstrip("."), alias.name)
-        for node in block.body
+        (node.module.removeprefix(package.__name__).lstrip("."), alias.name)
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
         for alias in node.names
     ]
-    assert sorted(told) == sorted(
-        [("", m) for m in MODULES] + [(home, name) for name, home in ctxlab._HOMES.items()]
-    )
+    modules = (m.name for m in pkgutil.iter_modules(package.__path__))
+    wanted = [("", name) for name in modules if not name.startswith("_")]
+    wanted += [(home, name) for name, home in package._HOMES.items()]
+    assert sorted(told) == sorted(wanted)
+
+
+# Names that have moved since version 0.1.0
+
+
+@pytest.mark.parametrize(("old", "new"), ctxlab._MOVED.items())
+def test_an_old_module_says_where_it_is_now(old, new):
+    says = f"^ctxlab.{old} is now ctxlab.{new}$"
+    assert new in MODULES
+    assert not hasattr(ctxlab, old)
+    with pytest.raises(AttributeError, match=says):
+        getattr(ctxlab, old)
+    for statement in (
+        f"import ctxlab.{old}",
+        f"import ctxlab.{old} as module",
+        f"from ctxlab import {old}",
+        f"from ctxlab.{old} import x",
+        f"import ctxlab.{old}.deeper",
+    ):
+        with pytest.raises(ImportError, match=says):
+            exec(statement)
+
+
+@pytest.mark.parametrize("name", ["plan", "record"])
+def test_an_old_name_says_where_it_is_now(name):
+    says = rf"^ctxlab\.workspace\.{name} is now ctxlab\.planning\.{name}$"
+    assert callable(getattr(ctxlab.planning, name))
+    for statement in (
+        f"from ctxlab.workspace import {name}",
+        f"from ctxlab.workspace import {name} as other",
+        f"import ctxlab.workspace; ctxlab.workspace.{name}",
+    ):
+        with pytest.raises(ImportError, match=says):
+            exec(statement)
+    with pytest.raises(AttributeError, match=r"^module 'ctxlab.workspace' has no attribute 'nam'$"):
+        ctxlab.workspace.nam  # noqa: B018
+
+
+def test_other_names_that_are_not_there_fail_as_ever():
+    for name in ("transformer", "ctxlab.models.nothing", "ctxlab.nothing"):
+        with pytest.raises(ModuleNotFoundError, match=r"^No module named"):
+            importlib.import_module(name)
 
 
 @pytest.mark.parametrize("module", MODULES)

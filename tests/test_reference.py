@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxlab.reference import (
+    _as_rate,
     _centred,
+    _check_array,
+    _check_number,
+    _check_rows,
+    _check_whole,
     _real,
     apply_context,
     apply_context_vjp,
-    check_array,
-    check_rate,
-    check_rows,
-    check_strength,
     context_gradient,
     ema,
     sample_rows,
@@ -368,23 +369,78 @@ def test_an_average_by_hand():
 
 @pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.array(0.5), Fraction(1, 2)])
 def test_real_numbers_of_every_type_are_taken(value):
-    for number in (_real("s", value), check_rate(value), check_strength(value)):
+    for number in (_real("s", value), _as_rate(value), _check_number("s", value)):
         assert type(number) is float
         assert number == 0.5
-    assert check_rate(True) == 1.0
+    assert _as_rate(True) == 1.0
 
 
 @pytest.mark.parametrize("value", ["0.5", None, 0.5j, np.complex64(1), [0.5], np.ones(1)], ids=repr)
 def test_what_is_no_real_number_is_named(value):
-    for name, check in (("update_rate", check_rate), ("strength", check_strength)):
-        with pytest.raises(TypeError, match=f"^{name}: a real number is needed, not "):
-            check(value)
+    with pytest.raises(TypeError, match=r"^update_rate: a real number is needed, not "):
+        _as_rate(value)
+    with pytest.raises(TypeError, match=r"^strength: a real number is needed, not "):
+        _check_number("strength", value)
 
 
 def test_numbers_beyond_float64_are_named():
-    for name, check in (("update_rate", check_rate), ("strength", check_strength)):
-        with pytest.raises(ValueError, match=f"^{name}: the number is beyond the range of float64"):
-            check(10**400)
+    with pytest.raises(ValueError, match=r"^update_rate: the number is beyond the range"):
+        _as_rate(10**400)
+    with pytest.raises(ValueError, match=r"^strength: the number is beyond the range"):
+        _check_number("strength", 10**400)
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "fits"),
+    [
+        (0.0, {}, True),
+        (-1e300, {}, True),
+        (math.inf, {}, False),
+        (math.nan, {}, False),
+        (0.0, dict(least=0), True),
+        (-1e-300, dict(least=0), False),
+        (math.nan, dict(least=0), False),
+        (math.inf, dict(least=0), False),
+        (0.0, dict(above=0), False),
+        (1e-300, dict(above=0), True),
+        (1e-300, dict(above=0, dtype=np.float32), False),
+        (1e39, dict(dtype=np.float32), False),
+        (1e38, dict(dtype=np.float32), True),
+    ],
+)
+def test_numbers_have_bounds(value, bounds, fits):
+    if fits:
+        assert _check_number("s", value, **bounds) == value
+    else:
+        with pytest.raises(ValueError, match=r"^s: .*, needed a number .*finite in float"):
+            _check_number("s", value, **bounds)
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "fits"),
+    [
+        (1, (), True),
+        (0, (), False),
+        (0, (0,), True),
+        (-1, (0,), False),
+        (np.int32(3), (1, 3), True),
+        (4, (1, 3), False),
+    ],
+)
+def test_whole_numbers_have_bounds(value, bounds, fits):
+    if fits:
+        number = _check_whole("n", value, *bounds)
+        assert number == value
+        assert type(number) is int
+    else:
+        with pytest.raises(ValueError, match=rf"^n: {value}, needed "):
+            _check_whole("n", value, *bounds)
+
+
+@pytest.mark.parametrize("value", [1.0, "1", None, np.ones(2, int)], ids=repr)
+def test_what_is_no_whole_number_is_named(value):
+    with pytest.raises(TypeError, match=r"^n: .* is not an integer"):
+        _check_whole("n", value)
 
 
 # --- apply and its gradients: the rules for values not finite, as loops ---
@@ -571,7 +627,7 @@ def test_mixed_dtypes_are_a_type_error(call):
         lambda: ema(np.ones((2, 3)), np.ones((3, 2)), 0.5),
         lambda: ema(np.ones(2), np.ones((2, 2)), 0.5),
         lambda: ema(None, np.ones((2, 2)), math.nan),
-        lambda: check_rate(math.nan),
+        lambda: _as_rate(math.nan),
         lambda: sample_rows(-1),
         lambda: sample_rows(5, 0),
         lambda: sample_rows(5, -2),
@@ -586,11 +642,11 @@ def test_other_bad_values_are_value_errors(call):
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf, np.float32(np.nan)])
 def test_strengths_must_be_finite_even_without_a_context(strength):
     for call in (
-        lambda: check_strength(strength),
+        lambda: _check_number("strength", strength),
         lambda: apply_context(X, None, strength),
         lambda: apply_context_vjp(X, None, strength, X),
     ):
-        with pytest.raises(ValueError, match=r"strength: .* is not a finite number"):
+        with pytest.raises(ValueError, match=r"strength: .* that is finite in float64"):
             call()
 
 
@@ -616,12 +672,12 @@ def test_rows_out_of_range_are_refused(rows):
 )
 def test_rows_are_numbers_of_rows(rows, error):
     with pytest.raises(error, match=r"^rows: "):
-        check_rows(rows, 3)
+        _check_rows(rows, 3)
 
 
 def test_the_message_says_which_rows_there_are():
     with pytest.raises(ValueError, match=r"^rows: -1\.\.4, needed 0\.\.2$"):
-        check_rows([4, -1], 3)
+        _check_rows([4, -1], 3)
 
 
 def test_32_rows_are_the_default():
@@ -662,7 +718,7 @@ def test_a_floor_of_ones_own(floor, empty):
 
 def test_rows_that_are_right_are_returned():
     for rows in ([2, 0, 2], np.array([1], np.uint8), np.zeros(0, int)):
-        assert check_rows(rows, 3).tolist() == list(rows)
+        assert _check_rows(rows, 3).tolist() == list(rows)
 
 
 @pytest.mark.parametrize("call", [lambda: sample_rows(5.0), lambda: sample_rows(5, 2.0)])
@@ -689,21 +745,21 @@ def test_an_average_of_what_is_no_array():
 def test_any_number_of_dimensions_and_one_dtype():
     for shape in ((), (3,), (2, 3, 4)):
         a = np.ones(shape, np.float32)
-        assert check_array("x", a, None) is a
-        assert check_array("x", a, None, np.float32) is a
+        assert _check_array("x", a, None) is a
+        assert _check_array("x", a, None, np.float32) is a
         with pytest.raises(TypeError, match=r"^x: float32 is not supported here; use float64$"):
-            check_array("x", a, None, np.float64)
+            _check_array("x", a, None, np.float64)
     with pytest.raises(
         TypeError, match=r"^x: int64 is not supported here; use float32 or float64$"
     ):
-        check_array("x", np.ones(2, int), None)
+        _check_array("x", np.ones(2, int), None)
     with pytest.raises(ValueError, match=r"^x: shape \(2,\) has 1 dimensions, needed 2 or 3$"):
-        check_array("x", np.ones(2), (2, 3))
+        _check_array("x", np.ones(2), (2, 3))
 
 
 def test_subclasses_become_plain_arrays_without_a_copy(tmp_path):
     mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=(3, 2))
-    plain = check_array("x", mapped)
+    plain = _check_array("x", mapped)
     assert type(plain) is np.ndarray
     assert np.shares_memory(plain, mapped)
 

@@ -17,8 +17,13 @@ from urllib.parse import unquote, urldefrag, urljoin
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(path.stem for path in (ROOT / "ctxlab").glob("[!_]*.py"))
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+)
+MODULES = sorted(
+    p.relative_to(ROOT / "ctxlab").with_suffix("").as_posix().replace("/", ".")
+    for p in (ROOT / "ctxlab").rglob("[!_]*.py")
+)
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -28,6 +33,11 @@ absent = ", ".join(name for name in NEEDED if importlib.util.find_spec(name) is 
 pytestmark = pytest.mark.skipif(bool(absent), reason=f"needs pip install -e '.[docs]': no {absent}")
 
 by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def page_of(path):
+    """The page of a notebook, as a path in the site."""
+    return path.relative_to(ROOT / "nbs").with_suffix(".html").as_posix()
 
 
 class Page(HTMLParser):
@@ -115,10 +125,10 @@ def sources(tmp_path):
 
 def test_links_are_turned_to_the_pages_of_the_site(sources):
     text = (
-        "[a](05_context.ipynb#threads) [b](../ctxlab/gemm.py) "
+        "[a](07_context.ipynb#threads) [b](../ctxlab/gemm.py) "
         "[c](../LICENSE) [d](../tests/conftest.py)"
     )
-    want = "[a](05_context.ipynb#threads) [b](api/gemm.md) [c](license.md) [d](tests-conftest.md)"
+    want = "[a](07_context.ipynb#threads) [b](api/gemm.md) [c](license.md) [d](tests-conftest.md)"
     assert sources.markdown(text, ROOT / "nbs/index.ipynb", None) == want
     for same in ("[a](#threads)", "[b](https://example.org/x)", "`f[0](x)`", "```\n[a](b)\n```"):
         assert sources.markdown(same, ROOT / "nbs/index.ipynb", None) == same
@@ -138,13 +148,13 @@ def test_names_in_code_lead_to_the_reference(sources):
         == "{py:obj}`Workspace.take <ctxlab.workspace.Workspace.take>`"
     )
     assert link("`check_out`", gemm) == "{py:obj}`check_out <ctxlab.gemm.check_out>`"
-    for plain in ("`scale`", "`np.float32`", "[`Workspace`](04_workspace.ipynb)", "``Workspace``"):
+    for plain in ("`scale`", "`np.float32`", "[`Workspace`](06_workspace.ipynb)", "``Workspace``"):
         assert link(plain, gemm) == plain
 
 
 @by_notebook
 def test_a_notebook_shows_what_it_does_not_hide(path, pages):
-    page = pages[f"{path.stem}.html"]
+    page = pages[page_of(path)]
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     shown = [
@@ -161,7 +171,7 @@ def test_a_notebook_shows_what_it_does_not_hide(path, pages):
 def test_a_notebook_shows_its_plots_and_their_description(path, pages):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    images = pages[f"{path.stem}.html"].images
+    images = pages[page_of(path)].images
     assert len(images) == sum("image/png" in output.get("data", {}) for output in outputs)
     assert all(re.search(r"\w \w", image["alt"]) for image in images)
 
@@ -171,16 +181,27 @@ def test_every_public_name_has_an_entry(name, pages):
     module = importlib.import_module(f"ctxlab.{name}")
     page = pages[f"api/{name}.html"]
     assert {f"ctxlab.{name}.{public}" for public in module.__all__} <= page.ids
-    notebook = next(link for link in page.links if re.match(r"\.\./\d\w+\.html$", link))
-    assert notebook.removeprefix("../") in pages
-    assert f"../_modules/ctxlab/{name}.html" in page.links
+    explained = re.search(r"Explained in <a [^>]*href=\"\.\./([^\"]+\.html)", page.text)
+    assert explained[1] in {page_of(path) for path in NOTEBOOKS}
+    has_code = any(map(callable, (getattr(module, public) for public in module.__all__)))
+    assert (f"../_modules/ctxlab/{name.replace('.', '/')}.html" in page.links) == has_code
+
+
+def test_one_page_tells_every_public_name_in_a_line(pages):
+    page = pages["api/index.html"]
+    shown = {unquote(link.partition("#")[2]) for link in page.links}
+    for name in MODULES:
+        module = importlib.import_module(f"ctxlab.{name}")
+        assert {f"ctxlab.{name}.{public}" for public in module.__all__} <= shown
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page.text, re.DOTALL)
+    texts = [[re.sub("<[^>]*>", "", c).strip() for c in re.split("</t[dh]>", row)] for row in rows]
+    assert all(len(cells) == 3 and len(cells[1]) > 5 for cells in texts if cells[0] != "name")
 
 
 def test_the_sidebar_leads_to_every_notebook_and_to_the_reference(pages):
     leads = {link.removeprefix("./") for link in pages["index.html"].links}
-    assert {f"{path.stem}.html" for path in NOTEBOOKS if path.stem != "index"} | {
-        "api/index.html"
-    } <= leads
+    assert {page_of(path) for path in NOTEBOOKS if path.stem != "index"} <= leads
+    assert "api/index.html" in leads
 
 
 def test_every_link_and_anchor_leads_somewhere(pages, site):
@@ -321,7 +342,7 @@ def test_the_search_finds(start, tab, served, site):
     tab.goto(base + "search.html?q=workspace")
     tab.wait_for_selector("ul.search li a")
     found = tab.eval_on_selector_all("ul.search li a", "all => all.map(a => a.href)")
-    assert any("04_workspace.html" in url for url in found)
+    assert any("06_workspace.html" in url for url in found)
     assert any("api/workspace.html#ctxlab.workspace.Workspace" in url for url in found)
     if (
         start == "http"

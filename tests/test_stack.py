@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from ctxlab.block import FreshWorkspace
 from ctxlab.gemm import unbuffered
-from ctxlab.layers import adam_into
 from ctxlab.measure import page_faults, traced_peak
-from ctxlab.stack import KINDS, Stack, memory
-from ctxlab.workspace import Workspace, plan, record
+from ctxlab.models.block import _FreshWorkspace
+from ctxlab.models.layers import adam_into
+from ctxlab.models.stack import _KINDS, _Stack, memory
+from ctxlab.planning import plan, record
+from ctxlab.workspace import Workspace
 
 SHAPE = (1, 40, 64)
-by_kind = pytest.mark.parametrize("kind", KINDS)
+by_kind = pytest.mark.parametrize("kind", _KINDS)
 
 
 def inputs(shape=SHAPE, seed=0):
@@ -21,7 +22,7 @@ def inputs(shape=SHAPE, seed=0):
 @by_kind
 def test_a_pool_changes_no_bit(kind):
     x, G = inputs()
-    stacks = [Stack(kind, 3, SHAPE[2], pooled=p) for p in (True, False)]
+    stacks = [_Stack(kind, 3, SHAPE[2], pooled=p) for p in (True, False)]
     for _ in range(3):
         first, second = (stack.step(x, G).copy() for stack in stacks)
         assert np.array_equal(first, second)
@@ -33,7 +34,7 @@ def test_a_pool_changes_no_bit(kind):
 @by_kind
 def test_a_training_step_allocates_no_array_once_it_is_warm(kind):
     shape = (1, 256, 128)
-    (x, G), stack, ws = inputs(shape), Stack(kind, 2, shape[2]), Workspace()
+    (x, G), stack, ws = inputs(shape), _Stack(kind, 2, shape[2]), Workspace()
     moments = [
         (p, g, np.zeros_like(p), np.zeros_like(p))
         for block in stack.blocks
@@ -57,12 +58,12 @@ def test_a_training_step_allocates_no_array_once_it_is_warm(kind):
 
 @by_kind
 def test_shapes_may_change_from_step_to_step(kind):
-    stack = Stack(kind, 2, 64)
+    stack = _Stack(kind, 2, 64)
     for rows in (40, 7, 33, 40):
         x, G = inputs((1, rows, 64), seed=rows)
-        fresh = Stack(kind, 2, 64, pooled=False)
+        fresh = _Stack(kind, 2, 64, pooled=False)
         fresh_first = fresh.step(x, G)
-        one = Stack(kind, 2, 64)
+        one = _Stack(kind, 2, 64)
         one.move_to(stack.workspace)
         assert np.array_equal(one.step(x, G), fresh_first)
     count = stack.workspace.allocation_count
@@ -74,7 +75,7 @@ def test_shapes_may_change_from_step_to_step(kind):
 @pytest.mark.parametrize("debug", [True, False])
 def test_an_arena_planned_from_one_run_serves_the_next(kind, debug):
     x, G = inputs()
-    stack, plain = (Stack(kind, 3, SHAPE[2]) for _ in range(2))
+    stack, plain = (_Stack(kind, 3, SHAPE[2]) for _ in range(2))
     for _ in range(2):
         stack.step(x, G)
         plain.step(x, G)
@@ -101,12 +102,12 @@ def test_memory_is_what_the_words_say(kind):
 
 def test_a_stack_of_no_known_kind_is_refused():
     with pytest.raises(ValueError, match=r"^kind: 'Conv'"):
-        Stack("Conv", 1, 8)
+        _Stack("Conv", 1, 8)
 
 
 def test_contexts_go_from_layer_to_layer():
     x, G = inputs()
-    stack = Stack("Transformer", 2, SHAPE[2])
+    stack = _Stack("Transformer", 2, SHAPE[2])
     stack.step(x, G)
     learned = stack.blocks[0].context.outgoing.copy()
     assert stack.blocks[1].context.incoming is None
@@ -115,7 +116,7 @@ def test_contexts_go_from_layer_to_layer():
 
 
 def test_a_fresh_workspace_counts_what_it_hands_out():
-    ws = FreshWorkspace()
+    ws = _FreshWorkspace()
     a, b = ws.take("x", (3, 4)), ws.take("x", (5,), np.float64)
     assert not np.shares_memory(a, b)
     assert (ws.taken_count, ws.taken_bytes, ws.nbytes) == (2, 48 + 40, 0)

@@ -1,6 +1,8 @@
 """Edges of the comparison itself: a check that cannot fail would let everything else pass."""
 
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxlab.testing import (
-    SPECIALS,
+    _SPECIALS,
+    _sprinkle,
     assert_equiv,
     expect_fail,
+    no_allocation,
     numeric_gradient,
-    sprinkle,
+    same,
     tolerance,
 )
 
@@ -31,7 +35,7 @@ def test_tolerance_of_an_empty_reduction_is_that_of_one_term(depth):
 
 
 @pytest.mark.parametrize(
-    "same",
+    "thing",
     [
         1.5,
         np.float32(2),
@@ -44,8 +48,9 @@ def test_tolerance_of_an_empty_reduction_is_that_of_one_term(depth):
     ],
     ids=repr,
 )
-def test_equal_things_are_equal(same):
-    assert_equiv(same, same)
+def test_equal_things_are_equal(thing):
+    assert_equiv(thing, thing)
+    assert same(thing, thing) is True
 
 
 @pytest.mark.parametrize(
@@ -65,8 +70,9 @@ def test_equal_things_are_equal(same):
     ],
 )
 def test_each_difference_is_named(actual, expected, why):
-    with pytest.raises(AssertionError, match=rf"^{why}"):
-        assert_equiv(actual, expected)
+    for check in (assert_equiv, same):
+        with pytest.raises(AssertionError, match=rf"^{why}"):
+            check(actual, expected)
 
 
 @pytest.mark.parametrize("kind", [int, bool])
@@ -180,17 +186,17 @@ def test_expect_fail_fails_otherwise():
 @given(seeds, dtypes, st.sampled_from([(), (0,), (0, 4), (3,), (2, 2), (6,), (5, 7)]))
 def test_sprinkle_puts_each_value_once(seed, dtype, shape):
     x = np.full(shape, 7, dtype)
-    out = sprinkle(x, np.random.default_rng(seed))
+    out = _sprinkle(x, np.random.default_rng(seed))
     assert out.shape == shape
     assert out.dtype == dtype
     assert (x == 7).all()
     new = np.sort(out[out != 7])
-    assert np.array_equal(new, np.sort(np.asarray(SPECIALS[: x.size], dtype)), equal_nan=True)
+    assert np.array_equal(new, np.sort(np.asarray(_SPECIALS[: x.size], dtype)), equal_nan=True)
 
 
 def test_sprinkle_follows_the_seed_and_keeps_views_apart():
     x = np.ones((6, 8), np.float32)[::2, ::-1]
-    first, second = (sprinkle(x, np.random.default_rng(3)) for _ in range(2))
+    first, second = (_sprinkle(x, np.random.default_rng(3)) for _ in range(2))
     assert np.array_equal(first, second, equal_nan=True)
     assert not np.shares_memory(first, x)
 
@@ -227,3 +233,103 @@ def test_one_wrong_entry_of_a_large_result_is_found(dtype):
     actual[123, 45] += 1e-3
     with pytest.raises(AssertionError, match=r"values: 1 of 60000 differ; worst at \(123, 45\)"):
         assert_equiv(actual, expected, depth=30)
+
+
+@pytest.mark.parametrize(
+    "thing", [3, True, "text", [1, 2, 3], np.array(["a", "b"]), np.arange(6).reshape(2, 3), b"x"]
+)
+def test_what_has_no_rounding_is_the_same_as_itself(thing):
+    assert same(thing, thing) is True
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "why"),
+    [
+        ([1, 2, 4], [1, 2, 3], r"^values: 1 of 3 differ, first at \(2,\): .*4.*expected .*3"),
+        (2**53, 2**53 + 1, "^values"),  # equal as float64
+        ([True, False], [True, True], "^values"),
+        (True, 1, "^dtype"),
+        (np.int32(1), np.int64(1), "^dtype"),
+        ([1, 2], [[1, 2]], "^shape"),
+        ("a", "b", "^values"),
+    ],
+)
+def test_what_has_no_rounding_must_be_equal(actual, expected, why):
+    with pytest.raises(AssertionError, match=why):
+        same(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+def test_complex_numbers_round_by_their_size(dtype):
+    eps = np.finfo(dtype).eps
+    z = np.array([1 + 1e-3j, 3 - 4j, np.nan, complex(np.inf, 1), 0], dtype)
+    close = z + np.array([0.5j * eps, 10 * eps, 0, 0, 0], dtype)
+    assert same(close, z)  # by the size of the number, not of its part
+    for i, wrong in ((0, 6j * eps), (1, 30 * eps), (1, 30j * eps), (4, 1e-30)):
+        other = z.copy()
+        other[i] += wrong
+        with pytest.raises(AssertionError, match=rf"1 of 5 differ; worst at \({i},\)"):
+            same(other, z)
+    for i, wrong in ((2, 0), (3, complex(-np.inf, 1)), (3, complex(np.inf, 2)), (1, np.nan)):
+        other = z.copy()
+        other[i] = wrong
+        with pytest.raises(AssertionError):
+            same(other, z)
+
+
+def test_same_takes_what_the_tolerance_is_made_of():
+    a, b = np.array([1.0]), np.array([1.0 + 1e-13])
+    with pytest.raises(AssertionError, match="values"):
+        same(a, b)
+    for loose in (dict(depth=10**6), dict(scale=1e3), dict(c=1e3)):
+        assert same(a, b, **loose)
+        assert same(a + 0j, b + 0j, **loose)
+
+
+def test_no_allocation_passes_in_place_and_names_the_line_otherwise():
+    x, out = np.ones((2, 1000))
+    assert no_allocation(lambda: np.add(x, x, out=out)) is None
+    says = r"^a steady-state call makes .*1 allocation, 8\d\d\d "
+    with pytest.raises(AssertionError, match=says) as e:
+        no_allocation(lambda: np.add(x, x))
+    assert re.search(r"\n  \S*test_testing\.py:\d+: 8\d\d\d bytes", str(e.value))
+
+
+def test_no_allocation_without_memray_says_what_it_cannot_see(monkeypatch):
+    monkeypatch.setitem(sys.modules, "memray", None)
+    x, out = np.ones((2, 1000))
+    no_allocation(lambda: np.add(x, x, out=out))
+    with pytest.raises(AssertionError, match="at least 1 allocation") as e:
+        no_allocation(lambda: np.add(x, x))
+    assert "memray is not installed" in str(e.value)
+
+
+def test_no_allocation_passes_on_what_it_is_told():
+    kept = {}
+
+    def lazy():
+        kept.setdefault("first", np.empty(1000))  # makes an array each time ...
+
+    def once():
+        if "array" not in kept:
+            kept["array"] = np.empty(1000)
+
+    with pytest.raises(AssertionError):
+        no_allocation(lazy)
+    no_allocation(once)
+    kept.clear()
+    calls = []
+    no_allocation(lambda: calls.append(0), warmup=5)
+    assert len(calls) >= 6
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        with pytest.raises(AssertionError, match="allocation"):
+            no_allocation(lambda: pool.submit(np.ones, 10**6).result(), threads=True)
+
+
+@pytest.mark.parametrize(
+    ("fn", "error"), [(None, TypeError), (lambda: 1 / 0, ZeroDivisionError), (np.add, TypeError)]
+)
+def test_no_allocation_of_what_cannot_be_called(fn, error):
+    with pytest.raises(error):
+        no_allocation(fn)

@@ -1,4 +1,6 @@
-"""`training`: batches, gradients of the whole model, causality, resuming, checkpoints, bad input."""
+"""`training`: batches, gradients of the whole model, causality, resuming, checkpoints, bad
+input.
+"""
 
 import hashlib
 import os
@@ -15,33 +17,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from ctxlab import training
-from ctxlab.block import FreshWorkspace
 from ctxlab.measure import page_faults, traced_peak
-from ctxlab.testing import assert_equiv, numeric_gradient
-from ctxlab.training import (
+from ctxlab.models import training
+from ctxlab.models.block import _FreshWorkspace
+from ctxlab.models.training import (
     LanguageModel,
-    Run,
     Settings,
-    Text,
+    _draw,
+    _held_out,
+    _judge,
+    _language_model,
+    _learning_rate,
+    _previous,
+    _proceed,
+    _read_checkpoint,
+    _Run,
+    _Text,
     corpus,
-    draw,
-    held_out,
-    judge,
-    language_model,
-    learning_rate,
     load_checkpoint,
-    previous,
-    proceed,
-    read_checkpoint,
     save_checkpoint,
     train,
 )
-from ctxlab.workspace import Workspace, plan, record
+from ctxlab.planning import plan, record
+from ctxlab.testing import assert_equiv, numeric_gradient
+from ctxlab.workspace import Workspace
 
 TINY = dict(dim=8, n_heads=2, ffn_dim=12, n_layers=3, max_len=8, vocab=23)
 SHORT = Settings(steps=6, batch=2, seq_len=8, warmup=2, judge_every=2, windows=4)
-TEXT = Text(*np.split(np.random.default_rng(0).integers(0, 23, 700).astype(np.uint8), [600]))
+TEXT = _Text(*np.split(np.random.default_rng(0).integers(0, 23, 700).astype(np.uint8), [600]))
 strengths = pytest.mark.parametrize("strength", [None, 0.7], ids=["plain", "contexts"])
 
 
@@ -59,7 +62,7 @@ def make(seed=0, strength=0.7, **options):
 
 
 def new(seed=0, strength=0.7, text=TEXT, changed=None, **options):
-    return Run(make(seed, strength, **options), text, Settings(**asdict(SHORT) | (changed or {})))
+    return _Run(make(seed, strength, **options), text, Settings(**asdict(SHORT) | (changed or {})))
 
 
 def advanced(steps, **options):
@@ -96,25 +99,25 @@ def test_no_paragraph_of_the_corpus_is_on_both_sides():
 
 
 def test_what_is_held_out_is_the_same_in_every_process():
-    assert [held_out(key) for key in ("assert", "with", "class")] == [False, True, True]
-    assert not held_out("with", 0)
-    assert held_out("assert", 1)
+    assert [_held_out(key) for key in ("assert", "with", "class")] == [False, True, True]
+    assert not _held_out("with", 0)
+    assert _held_out("assert", 1)
 
 
 @given(seeds, st.lists(st.integers(0, 50), min_size=1, max_size=6))
 def test_a_batch_depends_on_seed_and_step_alone(seed, steps):
-    one = {t: draw(TEXT.train, t, 3, 8, seed) for t in steps}
+    one = {t: _draw(TEXT.train, t, 3, 8, seed) for t in steps}
     for t in reversed(steps):
-        again = draw(TEXT.train, t, 3, 8, seed)
+        again = _draw(TEXT.train, t, 3, 8, seed)
         assert again.shape == (3, 9)
         assert np.array_equal(again, one[t])
 
 
 def test_all_windows_can_be_drawn_and_none_leaves_the_text():
     data = np.arange(10, dtype=np.uint8)
-    starts = {int(w[0]) for t in range(60) for w in draw(data, t, 4, 7)}
+    starts = {int(w[0]) for t in range(60) for w in _draw(data, t, 4, 7)}
     assert starts == {0, 1, 2}
-    assert np.array_equal(draw(np.arange(9, dtype=np.uint8), 3, 1, 8), [np.arange(9)])
+    assert np.array_equal(_draw(np.arange(9, dtype=np.uint8), 3, 1, 8), [np.arange(9)])
 
 
 # --- the model
@@ -133,7 +136,7 @@ def test_the_model_is_the_reference(strength, dtype):
             for i, b in enumerate(model.blocks)
             if b.context is not None and b.context.incoming is not None
         }
-        want = language_model(model.parameters(), ids, 2, 3, contexts)
+        want = _language_model(model.parameters(), ids, 2, 3, contexts)
         assert_equiv(got, want, depth=40, scale=8.0)
 
 
@@ -204,8 +207,8 @@ def test_nothing_of_the_future_or_of_another_sequence_is_seen(rate):
 def test_validation_teaches_nothing():
     run = advanced(3)
     before = run.state_dict()
-    first = judge(run.model, TEXT.valid, 2, 8)
-    assert judge(run.model, TEXT.valid, 2, 8) == first
+    first = _judge(run.model, TEXT.valid, 2, 8)
+    assert _judge(run.model, TEXT.valid, 2, 8) == first
     run.model.outputs(TEXT.valid[None, :8])
     after = run.state_dict()
     # What comes in is what had been learned: it is handed on before a pass, whoever asks for it.
@@ -230,7 +233,7 @@ def test_pooled_packed_watched_or_fresh_is_the_same_curve(strength):
     arena = Workspace(growth="exact")
     arena.arrange(plan(record(one_step)))
     want = advanced(3, strength=strength).state_dict()
-    for ws in (FreshWorkspace(), Workspace(debug=True), Workspace(), arena):
+    for ws in (_FreshWorkspace(), Workspace(debug=True), Workspace(), arena):
         assert same(advanced(3, strength=strength, workspace=ws).state_dict(), want)
     assert arena.allocation_count == 1
 
@@ -238,9 +241,9 @@ def test_pooled_packed_watched_or_fresh_is_the_same_curve(strength):
 @strengths
 def test_a_step_allocates_nothing_and_needs_what_was_foretold(strength):
     model = LanguageModel(32, 2, 64, 2, max_len=64, strength=strength, rng=np.random.default_rng(0))
-    text = Text(*[np.random.default_rng(0).integers(0, 256, 2000).astype(np.uint8)] * 2)
-    run = Run(model, text, Settings(batch=4, seq_len=64))
-    window = draw(text.train, 1, 4, 64)
+    text = _Text(*[np.random.default_rng(0).integers(0, 256, 2000).astype(np.uint8)] * 2)
+    run = _Run(model, text, Settings(batch=4, seq_len=64))
+    window = _draw(text.train, 1, 4, 64)
 
     def step():
         run.model.loss(window[:, :-1], window[:, 1:])
@@ -266,7 +269,7 @@ def test_a_step_allocates_nothing_and_needs_what_was_foretold(strength):
 def test_a_strength_that_nothing_comes_in_for_has_no_gradient():
     run = advanced(3)
     bare = unlearned(run.model.state_dict())
-    window = draw(TEXT.train, 9, 2, 8)
+    window = _draw(TEXT.train, 9, 2, 8)
     run.model.loss(window[:, :-1], window[:, 1:], learn=False)
     run.model.backward()
     assert run.model.gradients()["blocks.1.context.strength"][0] != 0
@@ -332,9 +335,15 @@ def test_backward_needs_a_loss_of_its_own():
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [(dict(n_layers=0), "n_layers"), (dict(max_len=0), "max_len"), (dict(vocab=0), "vocab"),
-     (dict(dim=0), "dim"), (dict(n_heads=3), "n_heads"), (dict(workspace=3), "workspace")],
-)  # fmt: skip
+    [
+        (dict(n_layers=0), "n_layers"),
+        (dict(max_len=0), "max_len"),
+        (dict(vocab=0), "vocab"),
+        (dict(dim=0), "dim"),
+        (dict(n_heads=3), "n_heads"),
+        (dict(workspace=3), "workspace"),
+    ],
+)
 def test_bad_dimensions_are_refused(options, name):
     with pytest.raises((ValueError, TypeError), match=f"^{name}: "):
         make(**options)
@@ -342,10 +351,19 @@ def test_bad_dimensions_are_refused(options, name):
 
 @pytest.mark.parametrize(
     "bad",
-    [dict(steps=0), dict(batch=0), dict(seq_len=0), dict(judge_every=0), dict(windows=0), dict(lr=np.nan),
-     dict(lr=0.0), dict(clip=np.inf), dict(clip=-1.0)],
+    [
+        dict(steps=0),
+        dict(batch=0),
+        dict(seq_len=0),
+        dict(judge_every=0),
+        dict(windows=0),
+        dict(lr=np.nan),
+        dict(lr=0.0),
+        dict(clip=np.inf),
+        dict(clip=-1.0),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError, match=f"^{next(iter(bad))}: "):
         Settings(**bad)
@@ -354,23 +372,23 @@ def test_bad_settings_are_refused(bad):
 def test_bad_texts_are_refused():
     empty = np.zeros(0, np.uint8)
     for text in (
-        Text(empty, TEXT.valid),
-        Text(TEXT.train, empty),
-        Text(TEXT.train[:8], TEXT.valid),
+        _Text(empty, TEXT.valid),
+        _Text(TEXT.train, empty),
+        _Text(TEXT.train[:8], TEXT.valid),
     ):
         with pytest.raises(ValueError, match=r"^text: "):
             new(text=text)
     for train_part in (TEXT.train / 2, TEXT.train[None], b"text"):
         with pytest.raises(TypeError, match=r"^text: train"):
-            new(text=Text(train_part, TEXT.valid))
+            new(text=_Text(train_part, TEXT.valid))
     for data in (empty, TEXT.train[None]):
         with pytest.raises(ValueError, match=r"^data: "):
-            draw(data, 1, 2, 8)
+            _draw(data, 1, 2, 8)
         with pytest.raises(ValueError, match=r"^data: "):
-            judge(make(), data, 2, 8)
+            _judge(make(), data, 2, 8)
     with pytest.raises(ValueError, match=r"^seq_len: 9"):
         new(changed=dict(seq_len=9))
-    run = new(text=Text(TEXT.train + np.uint8(23), TEXT.valid))
+    run = new(text=_Text(TEXT.train + np.uint8(23), TEXT.valid))
     with pytest.raises(ValueError, match=r"^ids: .*needed 0\.\.22"):
         run.advance()
     assert run.step == 0
@@ -381,11 +399,11 @@ def test_bad_texts_are_refused():
 
 def test_the_learning_rate_rises_and_falls():
     s = Settings(steps=50, warmup=10, lr=2.0, final=0.25)
-    rates = [learning_rate(t, s) for t in range(1, 51)]
+    rates = [_learning_rate(t, s) for t in range(1, 51)]
     assert rates[:10] == pytest.approx([0.2 * t for t in range(1, 11)])
     assert all(a > b for a, b in pairwise(rates[9:]))
     assert rates[-1] == pytest.approx(0.5)
-    assert learning_rate(1, Settings(steps=1, warmup=0, lr=1.0, final=0.5)) == pytest.approx(0.5)
+    assert _learning_rate(1, Settings(steps=1, warmup=0, lr=1.0, final=0.5)) == pytest.approx(0.5)
 
 
 def test_large_gradients_are_clipped():
@@ -398,7 +416,7 @@ def test_large_gradients_are_clipped():
 
 
 def test_training_learns():
-    text = Text(*[np.tile(np.arange(23, dtype=np.uint8), 30)] * 2)
+    text = _Text(*[np.tile(np.arange(23, dtype=np.uint8), 30)] * 2)
     run = train(make(), text, Settings(steps=60, batch=4, seq_len=8, warmup=5, lr=2e-2), quiet=True)
     assert run.judged[-1][0] == 60
     assert run.judged[-1][1] < 2 < 3 < run.losses[0]
@@ -456,7 +474,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(strength, at, judge_every):
 
 def test_a_run_resumes_from_a_file(tmp_path):
     path = tmp_path / "run.ckpt"
-    proceed(new(), until=3, checkpoint=path, quiet=True)
+    _proceed(new(), until=3, checkpoint=path, quiet=True)
     halted = load_checkpoint(path, new(seed=3))
     assert same(halted.state_dict(), advanced(3).state_dict())
     assert {n.rpartition(".")[2] for n in halted.state_dict() if "context" in n} >= {
@@ -477,7 +495,7 @@ OTHERS = {
     "n_layers": dict(n_layers=2),
     "with_contexts": dict(strength=None),
     "itemsize": dict(dtype=np.float64),
-    "text": dict(text=Text(TEXT.train[:-1], TEXT.valid)),
+    "text": dict(text=_Text(TEXT.train[:-1], TEXT.valid)),
 }
 
 
@@ -497,12 +515,22 @@ def spoil(state, name, value):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("m.embedding", None), ("v.embedding", np.zeros(3)), ("model.norm.bias", None), ("facts.lr", None),
-     ("losses", np.zeros(1)), ("judged", np.zeros((3, 2))), ("step", np.array(5)), ("step", None),
-     ("step", np.array(-1)), ("extra", np.zeros(1)), ("model.norm.bias", np.array(["a"] * 8)),
-     ("model.blocks.1.context.incoming", np.zeros((2, 2))),
-     ("model.blocks.1.context.strength", np.array([np.nan]))],
-)  # fmt: skip
+    [
+        ("m.embedding", None),
+        ("v.embedding", np.zeros(3)),
+        ("model.norm.bias", None),
+        ("facts.lr", None),
+        ("losses", np.zeros(1)),
+        ("judged", np.zeros((3, 2))),
+        ("step", np.array(5)),
+        ("step", None),
+        ("step", np.array(-1)),
+        ("extra", np.zeros(1)),
+        ("model.norm.bias", np.array(["a"] * 8)),
+        ("model.blocks.1.context.incoming", np.zeros((2, 2))),
+        ("model.blocks.1.context.strength", np.array([np.nan])),
+    ],
+)
 def test_a_state_that_does_not_fit_changes_nothing(name, value):
     state, run = spoil(advanced(2).state_dict(), name, value), advanced(1)
     before = run.state_dict()
@@ -580,7 +608,7 @@ def test_files_of_other_kinds_are_refused_and_never_unpickled(tmp_path):
     with pytest.raises(ValueError, match=r"^state: is of no run"):
         load_checkpoint(tmp_path / "signed", new())
     with pytest.raises(FileNotFoundError):
-        read_checkpoint(tmp_path / "missing")
+        _read_checkpoint(tmp_path / "missing")
 
 
 def test_the_one_before_is_kept_and_named(tmp_path):
@@ -590,12 +618,12 @@ def test_the_one_before_is_kept_and_named(tmp_path):
         save_checkpoint(path, run)
         assert load_checkpoint(path, new()).step == step
         assert (
-            not previous(path).exists() or load_checkpoint(previous(path), new()).step == step - 1
+            not _previous(path).exists() or load_checkpoint(_previous(path), new()).step == step - 1
         )
     assert {p.name for p in tmp_path.iterdir()} == {"run.ckpt", "run.ckpt.previous"}
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"the one before it is .*run\.ckpt\.previous$"):
-        read_checkpoint(path)
+        _read_checkpoint(path)
 
 
 def test_where_there_are_no_hard_links_a_copy_is_kept(tmp_path, monkeypatch):
@@ -607,7 +635,7 @@ def test_where_there_are_no_hard_links_a_copy_is_kept(tmp_path, monkeypatch):
     for _ in range(2):
         run.advance()
         save_checkpoint(tmp_path / "run", run)
-    assert load_checkpoint(previous(tmp_path / "run"), new()).step == 1
+    assert load_checkpoint(_previous(tmp_path / "run"), new()).step == 1
 
 
 @pytest.mark.parametrize("where", ["savez", "fsync", "link", "replace", "second replace"])
@@ -635,7 +663,7 @@ def test_saving_that_is_broken_off_leaves_a_whole_checkpoint(where, error, tmp_p
                 save_checkpoint(path, run)
     done = (where, error) == ("link", OSError)
     assert load_checkpoint(path, new()).step == 2 + done
-    assert load_checkpoint(previous(path), new()).step in (1, 2)
+    assert load_checkpoint(_previous(path), new()).step in (1, 2)
     assert {p.name for p in tmp_path.iterdir()} == {"run.ckpt", "run.ckpt.previous"}
     save_checkpoint(path, run)
     assert load_checkpoint(path, new()).step == 3
@@ -665,14 +693,14 @@ def test_an_interrupt_leaves_the_last_checkpoint_whole(at, tmp_path, monkeypatch
 def test_saving_happens_as_often_as_asked(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(training, "save_checkpoint", lambda path, run: saved.append(run.step))
-    run = proceed(new(), checkpoint=tmp_path / "run", save_every=4, until=5, quiet=True)
+    run = _proceed(new(), checkpoint=tmp_path / "run", save_every=4, until=5, quiet=True)
     assert saved == [4, 5]
-    proceed(run, checkpoint=tmp_path / "run", save_every=4, quiet=True)
+    _proceed(run, checkpoint=tmp_path / "run", save_every=4, quiet=True)
     assert saved == [4, 5, 6]
-    proceed(run, checkpoint=tmp_path / "run", quiet=True)  # nothing is left to do
+    _proceed(run, checkpoint=tmp_path / "run", quiet=True)  # nothing is left to do
     assert (run.step, saved) == (6, [4, 5, 6])
     with pytest.raises(ValueError, match=r"^save_every: 0"):
-        proceed(new(), save_every=0)
+        _proceed(new(), save_every=0)
 
 
 def test_nothing_is_shown_where_nobody_looks(capsys):

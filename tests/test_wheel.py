@@ -20,6 +20,21 @@ pytestmark = pytest.mark.release
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12", "3.13")
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "ctxlab").rglob("[a-z]*.py")
+    if path.stem not in ("distributed", "pytest_plugin")  # need an extra, and pytest
+]
+# Imports every module that is installed, but those that need an extra or pytest, and prints
+# their names.
+EACH_MODULE = """
+import importlib, pkgutil, ctxlab
+for found in pkgutil.walk_packages(ctxlab.__path__, "ctxlab."):
+    name = found.name.rpartition(".")[2]
+    left_out = name.startswith("_") or name in ("distributed", "pytest_plugin")
+    if not found.ispkg and not left_out:
+        print(importlib.import_module(found.name).__name__)
+"""
 
 
 def run(*command, cwd, **options):
@@ -71,7 +86,8 @@ def archives(tmp_path_factory):
 def test_the_wheel_holds_the_package(archives):
     names = zipfile.ZipFile(archives / f"ctxlab-{__version__}-py3-none-any.whl").namelist()
     held = {name for name in names if name.startswith("ctxlab/")}
-    wanted = {f"ctxlab/{p.relative_to(ROOT / 'ctxlab')}" for p in (ROOT / "ctxlab").glob("*.py")}
+    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "ctxlab").rglob("*.py*") if p.is_file()}
+    wanted = {name for name in wanted if name.endswith((".py", ".pyi"))}
     wanted |= {f"ctxlab/assets/{p.name}" for p in (ROOT / "ctxlab/assets").iterdir() if p.is_file()}
     assert held == wanted | {"ctxlab/py.typed", "ctxlab/notebook.mplstyle"}
     assert not [
@@ -85,7 +101,11 @@ def test_the_source_archive_holds_the_sources(archives):
     with tarfile.open(archives / f"ctxlab-{__version__}.tar.gz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
-    assert {f"nbs/{p.name}" for p in (ROOT / "nbs").glob("*.ipynb")} <= names
+    assert {"docs/example_ledger.py", "docs/example_project/pyproject.toml"} <= names
+    notebooks = (p.relative_to(ROOT) for p in (ROOT / "nbs").rglob("*.ipynb"))
+    assert {str(p) for p in notebooks if ".ipynb_checkpoints" not in p.parts} <= names
+    program = (p.relative_to(ROOT) for p in (ROOT / "nbs/audit/rust").rglob("*.rs"))
+    assert {"nbs/audit/rust/Cargo.toml", *map(str, program)} <= names
 
 
 @pytest.mark.parametrize("version", PYTHONS)
@@ -96,6 +116,8 @@ def test_the_wheel_runs_where_nothing_else_is(archives, tmp_path, version):
     run(python, "-m", "venv", "new", cwd=tmp_path)
     scripts = tmp_path / "new" / "bin"
     run(scripts / "pip", "install", "-q", next(archives.glob("*.whl")), cwd=tmp_path)
+    imported = run(scripts / "python", "-c", EACH_MODULE, cwd=tmp_path).split()
+    assert sorted(imported) == sorted(MODULES)
     assert run(scripts / "ctxlab", "--version", cwd=tmp_path).split() == ["ctxlab", __version__]
     assert "confirmed" in run(
         scripts / "ctxlab", "report", "--quick", "--no-progress", cwd=tmp_path

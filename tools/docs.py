@@ -9,7 +9,6 @@ import ast
 import importlib
 import inspect
 import io
-import math
 import os
 import re
 import shutil
@@ -28,15 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, PACKAGE, CONFIG = ROOT / "nbs", ROOT / "ctxlab", ROOT / "docs"
 INDEX = NOTEBOOKS / "index.ipynb"
 
-# The sidebar. A notebook goes by the number in its name to the first group with a limit not below.
+# The sidebar: a group for each folder of notebooks, the lowest room first.
 GROUPS = {
-    "Foundations": 3,
-    "Memory": 4,
-    "Context": 5,
-    "Layers and blocks": 9,
-    "Experiments": 11,
-    "Audit": 14,
-    "Benchmarks": math.inf,
+    "Foundations": ".",
+    "Models": "models",
+    "Streaming": "streaming",
+    "Audit": "audit",
+    "Peers": "peers",
 }
 PROJECT = [
     "CONTRIBUTING.md",
@@ -74,18 +71,25 @@ class Param(NamedTuple):
 class Source:
     """A module: its syntax tree, its public names, and its comments by line."""
 
-    def __init__(self, stem: str):
-        self.stem, self.name = stem, f"ctxlab.{stem}"
+    def __init__(self, path: Path):
+        self.path = path.relative_to(ROOT).as_posix()
+        self.name = self.path.removesuffix(".py").replace("/", ".")
+        self.page = "api/" + self.name.removeprefix("ctxlab.")
         self.module = importlib.import_module(self.name)
         self.public: list[str] = self.module.__all__
         text = inspect.getsource(self.module)
         self.tree = ast.parse(text)
         self.says = ast.get_docstring(self.tree) or ""
-        self.notebook = re.search(r"File to edit: .*/(\S+)\.ipynb", text)[1]
+        self.notebook = re.search(r"File to edit: [./]*/nbs/(\S+)\.ipynb", text)[1]
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         self.comments = {
             t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT
         }
+
+    def has_code(self) -> bool:
+        """Is one of the public names a class or a function?"""
+        kinds = ast.ClassDef | ast.FunctionDef
+        return any(isinstance(self.definition(name), kinds) for name in self.public)
 
     def definition(self, name: str) -> ast.stmt:
         found = [node for node in self.tree.body if name in defined(node)]
@@ -131,8 +135,8 @@ class Reference:
     """The public names of the package, and the pages made of them."""
 
     def __init__(self):
-        stems = sorted(path.stem for path in PACKAGE.glob("[!_]*.py"))
-        self.sources = {source.name: source for source in map(Source, stems)}
+        paths = sorted(PACKAGE.rglob("[!_]*.py"))
+        self.sources = {source.name: source for source in map(Source, paths)}
         self.targets = set(self.sources)  # everything that can be linked to
         for source in self.sources.values():
             for name in source.public:
@@ -148,10 +152,11 @@ class Reference:
 
     def drawn(self, code: str) -> str | None:
         """What the package says about a plot that it draws itself."""
-        called = set(re.findall(r"\bplot_\w+(?=\()", code))
+        called = set(re.findall(r"\b_plot_\w+(?=\()", code))
         for source in self.sources.values():
-            for name in called.intersection(source.public):
-                return ast.get_docstring(source.definition(name)).rstrip(".")
+            for node in source.tree.body:
+                if isinstance(node, ast.FunctionDef) and node.name in called:
+                    return ast.get_docstring(node).rstrip(".")
         return None
 
     def link(self, text: str, source: Source | None) -> str:
@@ -173,6 +178,10 @@ class Reference:
     def prose(self, text: str, source: Source) -> str:
         """A docstring or comment as Markdown."""
         return self.link(escape(text), source)
+
+    def cell(self, text: str, source: Source) -> str:
+        """A docstring or comment as Markdown that may stand in a table."""
+        return re.sub(r"(?<!\\)\|", r"\\|", self.prose(text.replace("\n", " "), source))
 
     # Types and signatures stand as the source has them: `np.ndarray`, not `numpy.ndarray`.
 
@@ -282,7 +291,7 @@ class Reference:
                 name = p.name if p.name == "returns" else code(p.name)
                 yield (
                     f"| {name} | {code(p.type)} |{f' {code(p.default)} |' * default} "
-                    f"{self.prose(p.says, source)} |"
+                    f"{self.cell(p.says, source)} |"
                 )
 
     def function(
@@ -344,12 +353,14 @@ class Reference:
 
     def page(self, source: Source) -> str:
         """All public names of a module, in the order of the notebook."""
+        # Sphinx writes a page with the source of a module if that has a function or a class.
+        at = f"../_modules/{source.path.removesuffix('.py')}.html"
+        link = f' Source: <a href="{at}">{source.path}</a>.' if source.has_code() else ""
         lines = [
             f"# {source.name}\n",
             f"> {self.prose(source.says, source)}\n",
             f"```{{py:module}} {source.name}\n```\n",
-            f"Explained in [{source.notebook}](../{source.notebook}.ipynb). Source: "
-            f'<a href="../_modules/ctxlab/{source.stem}.html">ctxlab/{source.stem}.py</a>.\n',
+            f"Explained in [{source.notebook}](../{source.notebook}.ipynb).{link}\n",
         ]
         for name in source.public:
             node = source.definition(name)
@@ -362,22 +373,38 @@ class Reference:
                 lines += self.value("type" if is_alias else "data", name, node, source, "`````")
         return "\n".join(lines) + "\n"
 
+    def summary(self, name: str, source: Source) -> str:
+        """What a public name is, in one line."""
+        node = source.definition(name)
+        is_documented = isinstance(node, ast.ClassDef | ast.FunctionDef)
+        says = ast.get_docstring(node) or "" if is_documented else source.comment(node)
+        return self.cell(says.partition("\n\n")[0], source)
+
     def contents(self) -> str:
-        """The page of all modules, in the order of their notebooks."""
-        sources = sorted(self.sources.values(), key=lambda source: source.notebook)
+        """All public names on one page: by room and module, a line each."""
+        sources = sorted(self.sources.values(), key=lambda source: place(Path(source.notebook)))
         lines = [
-            "# Modules\n",
-            "> Every public name, by module\n",
+            "# Reference\n",
+            "> Every public name in a line\n",
             "All names in the order of the alphabet are in the {ref}`index <genindex>`; "
             'all sources are <a href="../_modules/index.html">here</a>.\n',
-            "| module | says | explained in |\n|---|---|---|",
         ]
+        room = ""
         for source in sources:
-            lines.append(
-                f"| [`{source.name}`]({source.stem}.md) | {self.prose(source.says, source)} "
-                f"| [{source.notebook}](../{source.notebook}.ipynb) |"
-            )
-        return "\n".join([*lines, "", toctree("", [source.stem for source in sources])]) + "\n"
+            title = list(GROUPS)[place(Path(source.notebook))[0]]
+            if title != room:
+                room = title
+                lines.append(f"## {room}\n")
+            explained = f"explained in [{source.notebook}](../{source.notebook}.ipynb)"
+            lines.append(f"### [`{source.name}`](../{source.page}.md)\n")
+            lines.append(f"{self.prose(source.says, source)} ({explained}).\n")
+            lines.append("| name | says |\n|---|---|")
+            for name in source.public:
+                link = f"{{py:obj}}`{name} <{source.name}.{name}>`"
+                lines.append(f"| {link} | {self.summary(name, source)} |")
+            lines.append("")
+        pages = [f"/{source.page}" for source in sources]
+        return "\n".join([*lines, toctree("", pages)]) + "\n"
 
 
 # ---- Notebooks and other files as pages
@@ -388,15 +415,22 @@ def toctree(caption: str, pages: list[str]) -> str:
     return "\n".join(["```{toctree}", *options, "", *pages, "```"])
 
 
+def place(notebook: Path) -> tuple[int, str]:
+    """Where a notebook stands in the series; its path is relative to the folder of notebooks."""
+    rooms = list(GROUPS.values())
+    room = notebook.parent.as_posix()
+    if room not in rooms:
+        raise Fault(f"nbs/{notebook}: this folder is none of the rooms {', '.join(rooms[1:])}")
+    if not re.match(r"\d+", notebook.stem):
+        raise Fault(f"nbs/{notebook}: its name must begin with the number of its place")
+    return rooms.index(room), notebook.stem
+
+
 def sidebar(notebooks: list[Path], project: list[str]) -> str:
+    """The table of contents; the paths of notebooks are relative to their folder."""
     groups: dict[str, list[str]] = {name: [] for name in GROUPS}
-    for path in notebooks:
-        number = re.match(r"\d+", path.stem)
-        if not number:
-            raise Fault(f"{path.name}: its name must begin with the number of its place")
-        groups[next(name for name, limit in GROUPS.items() if int(number[0]) <= limit)].append(
-            path.stem
-        )
+    for path in sorted(notebooks, key=place):
+        groups[list(GROUPS)[place(path)[0]]].append(path.with_suffix("").as_posix())
     groups |= {"Reference": ["api/index"], "Project": project}
     return "\n\n".join(toctree(name, pages) for name, pages in groups.items() if pages)
 
@@ -434,12 +468,22 @@ def page_name(path: Path) -> str:
     return re.sub(r"\W+", "-", path.relative_to(ROOT).with_suffix("").as_posix()).lower()
 
 
+def from_page(target: str, origin: Path) -> str:
+    """A page as a link from the page of the file `origin`: only notebooks stand in folders."""
+    folder = origin.parent.relative_to(NOTEBOOKS) if origin.is_relative_to(NOTEBOOKS) else "."
+    return Path(os.path.relpath(target, folder)).as_posix()
+
+
 class Site:
     """The sources of all pages, for Sphinx, in one folder."""
 
     def __init__(self, folder: Path):
         self.folder, self.reference = folder, Reference()
-        self.notebooks = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if path != INDEX)
+        self.notebooks = sorted(
+            path
+            for path in NOTEBOOKS.rglob("*.ipynb")
+            if path != INDEX and ".ipynb_checkpoints" not in path.parts
+        )
         self.project = {ROOT / name: page_name(ROOT / name) for name in PROJECT}
         self.faults: list[str] = []
 
@@ -447,13 +491,15 @@ class Site:
         """Where a link in the file `origin` leads to on the site."""
         target, anchor = (origin.parent / match[1]).resolve(), match[2] or ""
         if target == INDEX or target in self.notebooks:
-            return target.name + anchor
-        if target.parent == PACKAGE and f"ctxlab.{target.stem}" in self.reference.sources:
-            return f"api/{target.stem}.md"
+            return from_page(target.relative_to(NOTEBOOKS).as_posix(), origin) + anchor
+        for source in self.reference.sources.values():
+            if target == ROOT / source.path:
+                return from_page(f"{source.page}.md", origin)
         if target.is_file() and target.is_relative_to(ROOT):
             if target.suffix in IMAGES:
-                return Path(shutil.copy(target, self.folder)).name
-            return f"{self.project.setdefault(target, page_name(target))}.md" + anchor
+                return from_page(Path(shutil.copy(target, self.folder)).name, origin)
+            page = self.project.setdefault(target, page_name(target))
+            return from_page(f"{page}.md", origin) + anchor
         self.faults.append(f"{origin.relative_to(ROOT)}: the link to {match[1]} leads nowhere")
         return match[0]
 
@@ -490,7 +536,8 @@ class Site:
 
     def notebook(self, path: Path) -> NotebookNode:
         """A notebook as its page shows it."""
-        nb, source = nbformat.read(path, as_version=4), self.reference.explains(path.stem)
+        nb = nbformat.read(path, as_version=4)
+        source = self.reference.explains(path.relative_to(NOTEBOOKS).with_suffix("").as_posix())
         heading, cells = path.stem, []
         for cell in nb.cells:
             if cell.cell_type == "markdown":
@@ -504,7 +551,7 @@ class Site:
                     data["text/markdown"] = self.markdown(data["text/markdown"], path, source)
             cells.append(cell)
         if source and cells:
-            cells[0].source += f"\n\nModule: [`{source.name}`](api/{source.stem}.md)."
+            cells[0].source += f"\n\nModule: [`{source.name}`]({from_page(source.page, path)}.md)."
         nb.cells = cells
         nb.metadata.language_info = {"name": "python", "pygments_lexer": "python"}
         return nb
@@ -525,14 +572,17 @@ class Site:
                 self.project[path]: self.file(path) for path in todo
             }  # which may link to more files
         for source in self.reference.sources.values():
-            files[f"api/{source.stem}"] = self.reference.page(source)
+            files[source.page] = self.reference.page(source)
         files["api/index"] = self.reference.contents()
         if self.faults:
             raise Fault("\n".join(self.faults))
-        contents = sidebar(self.notebooks, list(self.project.values()))
+        paths = [path.relative_to(NOTEBOOKS) for path in self.notebooks]
+        contents = sidebar(paths, list(self.project.values()))
         notebooks[INDEX].cells.append(nbformat.v4.new_markdown_cell(contents))
         for path, nb in notebooks.items():
-            nbformat.write(nb, self.folder / path.name)
+            page = self.folder / path.relative_to(NOTEBOOKS)
+            page.parent.mkdir(exist_ok=True)
+            nbformat.write(nb, page)
         (self.folder / "api").mkdir()
         for page, text in files.items():
             (self.folder / f"{page}.md").write_text(text, encoding="utf-8")
