@@ -400,6 +400,7 @@ def _block(
 def _turns(
     workers: Mapping[str, _Worker],
     calls: Mapping[str, int],  # in one sample
+    warm: bool,  # a call before each sample, of every form
     rounds: int,
     rng: "np.random.Generator",
     deadline: float,
@@ -416,7 +417,7 @@ def _turns(
             form = name.removesuffix(_AGAIN)
             if stop:
                 workers[name].signal(signal.SIGCONT)
-            sample = workers[name].sample(calls[form], warm=calls[form] > 1, deadline=deadline)
+            sample = workers[name].sample(calls[form], warm=warm, deadline=deadline)
             if stop:
                 workers[name].signal(signal.SIGSTOP)
             samples[name].append(sample)
@@ -432,6 +433,7 @@ _SAMPLE_SECONDS = 3e-3
 _ROUNDS = (3, 16)  # of turns in a block: least and most
 _BLOCKS = 16  # as many as the budget should allow, if that takes fewer rounds
 _FEWEST_BLOCKS, _MOST_BLOCKS = 6, 200
+_LONG_CALL = 0.1  # seconds; in such a call, what it takes to fill the caches is small
 _GRACE = 5.0  # seconds beyond the budget that a process has to start
 
 
@@ -445,10 +447,9 @@ def _calls_that_fill(worker: _Worker, deadline: float) -> tuple[int, float]:
         n = max(2 * n, int(_SAMPLE_SECONDS / 4 / max(took, 1e-9)))
 
 
-def _turn_seconds(filled: Mapping[str, tuple[int, float]], base: str) -> float:
+def _turn_seconds(filled: Mapping[str, tuple[int, float]], base: str, warm: bool) -> float:
     "Seconds of a turn of all forms and the control; `filled`: calls in a sample, seconds of one."
-    # Where a sample holds several calls there is one more, to warm up.
-    turns = {n: (calls + (calls > 1)) * seconds for n, (calls, seconds) in filled.items()}
+    turns = {n: (calls + warm) * seconds for n, (calls, seconds) in filled.items()}
     return sum(turns.values()) + turns[base]
 
 
@@ -507,6 +508,7 @@ class _Pilot:
     calls: dict[str, int]  # in a sample, by form
     memory: dict[str, dict[str, Any]]  # of a call, by form: see `_memory_of_call`
     facts: dict[str, Any]  # of the machine
+    warm: bool  # whether a call comes before each sample
     rounds: int = 0
     blocks: int = 0
 
@@ -540,8 +542,9 @@ def _fly(
         memory = {n: workers[n].ask("call", _MEMORY, deadline=end) for n in setting.forms}
         facts = workers[setting.base].ask("call", _FACTS, deadline=end)
         facts["cores"] = len(_usable_cores())  # it sees those alone that it is bound to
-    pilot = _Pilot(agreement, {n: calls for n, (calls, _) in filled.items()}, memory, facts)
-    turn, start = _turn_seconds(filled, setting.base), started - begun
+    warm = filled[setting.base][1] < _LONG_CALL
+    pilot = _Pilot(agreement, {n: calls for n, (calls, _) in filled.items()}, memory, facts, warm)
+    turn, start = _turn_seconds(filled, setting.base, warm), started - begun
 
     def plan() -> tuple[int, int]:
         return _plan(budget, budget - (time.monotonic() - begun), start, turn)
@@ -742,8 +745,8 @@ def _compare(setting: _Setting, question: _Question) -> Comparison:
             bar.update(start - begun - bar.n)
             end = start + left + _GRACE
             with _block(setting, tally.open, rng, end) as workers:
-                stop = setting.threads > 1
-                tally.add(_turns(workers, pilot.calls, pilot.rounds, rng, end, stop))
+                how = pilot.calls, pilot.warm, pilot.rounds
+                tally.add(_turns(workers, *how, rng, end, stop=setting.threads > 1))
             longest = max(longest, time.monotonic() - start)
     return Comparison(
         {name: tally.measured(name, pilot.memory[name]) for name in setting.forms},

@@ -393,8 +393,8 @@ def test_results_that_do_not_agree(actual, expected):
 
 def test_the_plan_of_a_budget():
     filled = {"a": (3, 1e-3), "b": (1, 50e-3)}
-    turn = measure._turn_seconds(filled, "a")
-    assert turn == pytest.approx(2 * 4e-3 + 50e-3)  # a call more where there are several
+    assert measure._turn_seconds(filled, "a", warm=True) == pytest.approx(2 * 4e-3 + 100e-3)
+    assert measure._turn_seconds(filled, "a", warm=False) == pytest.approx(2 * 3e-3 + 50e-3)
     assert measure._plan(20, 19, 0.25, 0.012) == (16, 39)  # 0.25 + 16 * 0.0144 s a block
     assert measure._plan(5, 4.5, 0.25, 0.012) == (5, 13)
     assert measure._plan(1000, 999, 0.25, 0.012) == (16, 200)
@@ -403,6 +403,22 @@ def test_the_plan_of_a_budget():
         ValueError, match=r"^budget: 20 s is too short for 6 blocks of 3\.9 s; need"
     ):
         measure._plan(20, 19, 2.0, 0.52)
+
+
+@pytest.mark.parametrize(("seconds", "warm"), [(1e-3, True), (99e-3, True), (0.2, False)])
+def test_every_form_is_warmed_up_or_none_whatever_its_calls_in_a_sample(monkeypatch, seconds, warm):
+    filled = {"a": (1, seconds), "b": (2, seconds / 2), "c": (1, 3 * seconds)}
+    monkeypatch.setattr(measure, "_calls_that_fill", lambda worker, end: filled[worker.name])
+    sample, warmed = measure._Worker.sample, []
+
+    def noted(worker, n, *, warm, deadline):
+        warmed.append(warm)
+        return sample(worker, n, warm=warm, deadline=deadline)
+
+    monkeypatch.setattr(measure._Worker, "sample", noted)
+    monkeypatch.setattr(measure, "_plan", lambda *args: (3, 6))
+    compare(dict.fromkeys("abc", sums), budget=20, progress=False)
+    assert set(warmed) == {warm}
 
 
 def test_a_first_start_that_reads_files_from_the_disk_does_not_end_a_short_comparison(monkeypatch):

@@ -82,8 +82,8 @@ def zeros(nbytes):
 
 
 def close(found, expected):
-    """Equal but for Python's own objects."""
-    return all(abs(a - b) < _SMALL for a, b in zip(found, expected, strict=True))
+    """Equal but for Python's own objects, of which a first call may leave some more behind."""
+    return all(abs(a - b) < 2 * _SMALL for a, b in zip(found, expected, strict=True))
 
 
 def fresh():
@@ -206,7 +206,7 @@ GAINS = [  # at least, (median, low, high), verdict: at the bound and one step b
     (3, (3, 0.1, 9), CONFIRMED),
     (3, (3, 0, 9), UNDECIDED),  # no gain is shown
     (3, (2.9, 0.1, 3), UNDECIDED),
-    (3, (2.9, 0.1, 2.99), PARTLY),
+    (3, (2.9, 0.1, 2.99), REFUTED),  # a smaller one is
     (3, (2.9, 0, 2.99), REFUTED),
     (3, (-4, -5, -3), REFUTED),
     (3, (5, -1, 9), UNDECIDED),
@@ -231,9 +231,8 @@ STRAYS = [  # gain, control, verdict: a control that strays widens the interval 
     ((4, 3, 5), (-4, -9, -3), UNDECIDED),
     ((-4, -5, -3), (6, 5.9, 9), REFUTED),
     ((-4, -5, -3), (7, 6, 9), UNDECIDED),
-    ((1.5, 0.5, 2), (1, 0.4, 9), PARTLY),
-    ((1.4, 0.5, 2), (1, 0.4, 9), REFUTED),  # less than half of it
-    ((1.5, 0.5, 2), (1, 0.5, 9), REFUTED),  # no gain is shown, nor one of 3 % possible
+    ((1.5, 0.5, 2), (1, 0.99, 9), REFUTED),  # one of 3 % is not possible
+    ((1.5, 0.5, 2), (1, 1, 9), UNDECIDED),
 ]
 
 
@@ -256,7 +255,7 @@ def test_a_control_that_strays_confirms_nothing(gain, control, least):
     assert verdicts[0] == CONFIRMED or verdicts[1] != CONFIRMED
 
 
-RANKS = (REFUTED, PARTLY, UNDECIDED, CONFIRMED)
+RANKS = (REFUTED, UNDECIDED, CONFIRMED)
 percents = st.one_of(st.floats(-5, 5), st.floats(-50, 50))
 rises = st.lists(st.one_of(st.floats(0, 5), st.floats(0, 60)), min_size=3, max_size=3)
 
@@ -350,7 +349,8 @@ FORMS = dict.fromkeys(("old", "new", "newer"), lambda seed: int)
 TRIAL = Trial("sorting", FORMS)
 ORACLE = [  # gain of the new form, spread, control -> verdict and a word of the sentence
     (9, 1, (0, 1), CONFIRMED, "as much as is claimed"),
-    (1.5, 1, (0, 1), PARTLY, "by less than is claimed"),
+    (1.5, 1, (0, 1), REFUTED, "by less than is claimed"),
+    (1, 1, (1.7, 1), REFUTED, "No gain"),  # the base differs from itself by as much
     (0, 1, (0, 1), REFUTED, "No gain"),
     (-9, 1, (0, 1), REFUTED, "No gain"),
     (4, 5, (0, 1), UNDECIDED, "Too close"),
@@ -380,7 +380,7 @@ def test_each_case_of_a_claim_on_speed_is_judged_and_told():
     found = {"sorting": compared(old=0, new=9), "searching": compared(old=0, new=-9)}
     (f,) = audit([speed(*cases)], Bench(found=found))
     assert f.verdict == PARTLY
-    assert "in every case" in f.plain
+    assert "and not in another" in f.plain
     assert "sorting: +9.0%" in f.told
     assert "searching: -9.0%" in f.told
 

@@ -593,16 +593,29 @@ def _growth_figures(b: Bench) -> _Figures:
     return {buffer: of(runs) for buffer, runs in _growth_study().items()}
 
 
-def _growth(f: Mapping[str, Any]) -> str:
+def _growth_parts(f: Mapping[str, Any]) -> tuple[bool, bool]:
+    "Does it reallocate least; does it hold less than twice the need?"
     least = f["reallocations"] <= min(f[name] for name in _POLICIES if name in f)
-    return {2: CONFIRMED, 1: PARTLY, 0: REFUTED}[least + (f["held"] < 2 * f["needed"])]
+    return least, f["held"] < 2 * f["needed"]
+
+
+def _growth(f: Mapping[str, Any]) -> str:
+    return {2: CONFIRMED, 1: PARTLY, 0: REFUTED}[sum(_growth_parts(f))]
 
 # %% ../../nbs/audit/04_claims.ipynb #8956904f
 _GROWTH_SENTENCES = {
-    CONFIRMED: "It reallocates least, and holds less than twice the need.",
-    PARTLY: "One part holds: it reallocates least, or holds less than twice the need.",
-    REFUTED: "Another policy reallocates less, and it holds more than twice the need.",
+    (True, True): "It reallocates least, and holds less than twice the need.",
+    (True, False): "It reallocates least, and holds twice the need or more.",
+    (False, True): "Another policy reallocates less; it holds less than twice the need.",
+    (False, False): "Another policy reallocates less, and it holds twice the need or more.",
 }
+
+
+def _growth_sentence(figures: _Figures) -> str:
+    parts = {_growth_parts(f) for f in figures.values()}
+    if len(parts) > 1:
+        return "One part holds in one case, and not in another."
+    return _GROWTH_SENTENCES[parts.pop()]
 
 
 def _tell_growth(figures: _Figures) -> tuple[str, str]:
@@ -613,7 +626,7 @@ def _tell_growth(figures: _Figures) -> tuple[str, str]:
             f"{f['held'] / f['needed']:.2f} x the need"
         )
 
-    return _GROWTH_SENTENCES[_each(_growth)(figures)], _by_case(told, figures)
+    return _growth_sentence(figures), _by_case(told, figures)
 
 
 _POW2 = Claim(
@@ -785,7 +798,7 @@ def _difference(a: Interval, b: Interval) -> Interval:
 _KINDS_SENTENCES = {
     CONFIRMED: "All three gain, and equally.",
     PARTLY: "Equal, but not all of them gain.",
-    REFUTED: "They do not: one gains more than another by 3 points or more.",
+    REFUTED: f"They do not: one gains more than another by {_MARGIN:g} points or more.",
     UNDECIDED: "Too close to tell in this time.",
 }
 

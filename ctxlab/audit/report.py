@@ -423,7 +423,7 @@ def _as_json(findings: Sequence[Finding], b: Bench, settings: Mapping[str, Any])
         settings=dict(settings),
         machine=machine(),
         claims=[_claim(f) for f in findings],
-        too_noisy=[dict(name=name, control_strays=far) for name, far in _noisy(b).items()],
+        too_noisy=[dict(name=name, control_strays=_finite(far)) for name, far in _noisy(b).items()],
         not_timed={name: str(e) for name, e in b.failed.items()},
         trials=_plain_trials(b),
     )

@@ -101,7 +101,7 @@ class Trial:
 _RESOLUTION, _ERROR = 0.02, 0.05
 
 
-def _decided(trial: Trial, form: str, outcome: str, ratio: Interval) -> bool:
+def _decided(trial: Trial, form: str, ratio: Interval) -> bool:
     "Need that form be measured no more?"
     if form in trial.enough:
         return trial.enough[form](ratio)
@@ -130,7 +130,7 @@ def _run(
         seed,
         trial.agree,
         False,
-        lambda form, outcome, ratio: _decided(trial, form, outcome, ratio),
+        lambda form, outcome, ratio: _decided(trial, form, ratio),
     )
     return _compare(setting, question)
 
@@ -165,7 +165,7 @@ def _judge_gain(least: float, gain: Interval, control: Interval) -> str:  # all 
     if gain.low > 0 and gain.median >= least:
         return CONFIRMED
     if gain.high < least:
-        return PARTLY if gain.low > 0 and gain.median >= least / 2 else REFUTED
+        return REFUTED
     return UNDECIDED
 
 # %% ../../nbs/audit/03a_trials.ipynb #6e6ccc44
@@ -339,7 +339,7 @@ def _cases_of(trials: _Cases, form: str) -> Callable[["Bench"], list[Trial]]:
 # %% ../../nbs/audit/03a_trials.ipynb #0951566d
 _GAIN_SENTENCES = {
     CONFIRMED: "Faster, by as much as is claimed.",
-    PARTLY: "Faster, but not by as much as is claimed in every case.",
+    PARTLY: "Faster by as much in one case, and not in another.",
     REFUTED: "No gain of that size.",
     UNDECIDED: "Too close to tell in this time.",
 }
@@ -354,10 +354,15 @@ def _strays(f: Mapping[str, Any]) -> bool:
     return not f["control"].low <= 0 <= f["control"].high
 
 
+def _gains(f: Mapping[str, Any]) -> bool:
+    "Is a gain shown, of whatever size?"
+    return _widened(f["gain"], f["control"]).low > 0
+
+
 def _gain_sentence(verdict: str, figures: _Figures) -> str:
     if verdict == UNDECIDED and any(map(_strays, figures.values())):
         return _STRAYED
-    if verdict == PARTLY and len(figures) == 1:
+    if verdict == REFUTED and all(map(_gains, figures.values())):
         return _LESS
     return _GAIN_SENTENCES[verdict]
 
@@ -398,9 +403,9 @@ def gain_claim(
 
     rule = (
         f"confirmed if the interval of the gain lies above 0 and its median is {least:g}% or more; "
-        f"partly if it lies between 0 and {least:g}%, and the median is half of that or more; "
-        f"refuted if it is below {least:g}% otherwise; "
-        "undecided if the interval holds both; it is widened by what the base differs from itself"
+        f"refuted if all of the interval lies below {least:g}%; undecided otherwise; the interval "
+        "is widened by what the base differs from itself; of several cases, partly if some are "
+        "confirmed and the others refuted"
     )
     units = "percent of throughput gained, as median and interval; control: the base, over itself"
     more = dict(
