@@ -34,7 +34,7 @@ examples:
 exit codes: 0 done, 1 a defect of ctxlab, 2 something about the input or the output is wrong,
             130 interrupted, 141 the reader of the output has left
 """
-_TIMES = {"quick": 10.0, "default": 100.0, "thorough": 600.0}  # seconds for all trials
+_TIMES = {"quick": 10.0, "default": 90.0, "thorough": 600.0}  # seconds for all trials
 
 
 def _seed(text: str) -> int:

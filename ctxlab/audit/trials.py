@@ -574,7 +574,7 @@ def _all_say(rules: Sequence[Callable[[Interval], bool]], ratio: Interval) -> bo
 class Bench:
     "Time for trials, and what they found."
 
-    seconds: float = 100.0  # for all trials together, from the first on
+    seconds: float = 90.0  # for all trials together, from the first on
     seed: int = 0  # of data, places and turns
     threads: int = 0  # of BLAS where a trial uses several; 0: one for each core
     tick: Callable[[str], Any] = str  # called with the name of a trial, when it is done
@@ -695,7 +695,7 @@ def _trials(claim: Claim, b: Bench) -> list[Trial]:
 
 def audit(
     claims: Sequence[Claim],
-    bench: Bench | None = None,  # default: one with 100 s
+    bench: Bench | None = None,  # default: one with 90 s
 ) -> list[Finding]:  # in the order of the claims
     "Run all trials, then judge every claim."
     b = bench or Bench()
