@@ -535,7 +535,9 @@ def _exactly(value: float) -> Interval:
 
 # %% ../../nbs/audit/03a_trials.ipynb #cebb4721
 _LEAST_SECONDS = 2.0  # a trial with less time than that is not begun
-_USEFUL_SECONDS = 6.0  # what a trial needs for a verdict, mostly
+_USEFUL_SECONDS = 8.0  # what a trial needs for a verdict, mostly
+_KEPT = 0.75  # of the time is kept for all trials by their shares; the rest is for the undecided
+_MOST = 3.0  # times its part of that, a trial may take
 
 
 def _merged(trials: Iterable[Trial]) -> list[Trial]:
@@ -592,8 +594,8 @@ class Bench:
         return self.made[name]
 
     def run(self, trials: Iterable[Trial]) -> None:
-        """Run all trials that have not been run, each for its share of the time, and long enough
-        to be of use while there is time.
+        """Run all trials that have not been run. Most are decided in less than their share of the
+        time; one that is not goes on, while enough is kept for those that follow.
         """
         trials = list(trials)
         self.failed.update(_ambiguous(trials))
@@ -601,10 +603,13 @@ class Bench:
         if self.ends is None:
             self.ends = time.monotonic() + self.seconds
         shares = sum(t.share for t in todo)
+        kept = _KEPT * max(self.ends - time.monotonic(), 0) / max(shares, 1e-9)  # for each share
         for trial in todo:
             left = max(self.ends - time.monotonic(), 1e-3)
-            self._try(trial, min(left, max(left * trial.share / shares, _USEFUL_SECONDS)))
             shares -= trial.share
+            least, spare = kept * trial.share, left - kept * shares
+            seconds = max(least, min(spare, _MOST * least), _USEFUL_SECONDS)
+            self._try(trial, min(left, seconds))
 
     def _is_done(self, trial: Trial) -> bool:
         return trial.name in self.found or trial.name in self.failed
