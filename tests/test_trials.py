@@ -538,15 +538,20 @@ def named(*names, **shares):
     ]
 
 
-def test_each_trial_has_its_share_of_the_time(clock):
-    Bench(seconds=80).run(named("a", "b", c=2.0))
-    assert clock.given == pytest.approx({"a": 20, "b": 20, "c": 40})
+def test_three_quarters_of_its_share_are_kept_for_each_trial(clock):
+    Bench(seconds=80).run(named("a", "b", c=2.0))  # a takes all that is not kept for the others
+    assert clock.given == pytest.approx({"a": 35, "b": 15, "c": 30})
+
+
+def test_no_trial_takes_more_than_three_times_what_is_kept_for_it(clock):
+    Bench(seconds=800).run(named("a", *"bcdefghi", j=1.0))
+    assert clock.given["a"] == pytest.approx(3 * 60)
 
 
 def test_time_that_is_left_over_goes_to_those_that_follow(clock):
     clock.uses = {"a": 5}
     Bench(seconds=90).run(named("a", "b", "c"))
-    assert clock.given == pytest.approx({"a": 30, "b": 42.5, "c": 42.5})
+    assert clock.given == pytest.approx({"a": 45, "b": 62.5, "c": 22.5})
 
 
 def test_the_time_runs_from_the_first_trial_on(clock):
@@ -554,15 +559,15 @@ def test_the_time_runs_from_the_first_trial_on(clock):
     clock.now += 100  # between the making of the bench and its use
     b.run(named("a", "b"))
     b.run(named("c"))
-    assert clock.given == pytest.approx({"a": 40, "b": 40})
+    assert clock.given == pytest.approx({"a": 50, "b": 30})
     assert isinstance(b.failed["c"], _BudgetError)
 
 
 def test_a_trial_is_long_enough_to_be_of_use_while_there_is_time(clock):
     b = Bench(seconds=20)
     b.run(named(*"abcdefgh"))
-    assert clock.given == pytest.approx({"a": 6, "b": 6, "c": 6, "d": 2})
-    assert list(b.failed) == list("efgh")
+    assert clock.given == pytest.approx({"a": 8, "b": 8, "c": 4})
+    assert list(b.failed) == list("defgh")
 
 
 def test_a_trial_with_too_little_time_is_not_begun_and_the_others_are(clock):
@@ -602,14 +607,14 @@ def test_trials_of_one_name_with_other_forms_fail_and_the_others_go_on(clock):
 def test_every_trial_ticks_once_whatever_becomes_of_it(clock):
     clock.uses = {"b error": WorkerError("it died")}
     ticks = []
-    b = Bench(seconds=9, tick=ticks.append)
+    b = Bench(seconds=12, tick=ticks.append)
     for _ in range(2):
         b.run(named("a", "b", "c"))
     assert ticks == ["a", "b", "c"]
 
 
 def test_trials_with_one_name_run_once(clock):
-    b = Bench(seconds=9)
+    b = Bench(seconds=12)
     found = audit([speed(id="one"), speed(id="two"), speed(id="three")], b)
     assert [t.name for t in clock.ran] == ["sorting"]
     assert [f.verdict for f in found] == [CONFIRMED] * 3
@@ -618,9 +623,9 @@ def test_trials_with_one_name_run_once(clock):
 
 
 def test_what_was_found_before_is_not_measured_again(clock):
-    b = Bench(seconds=9, found={"a": compared(old=0, new=1)})
+    b = Bench(seconds=12, found={"a": compared(old=0, new=1)})
     b.run(named("a", "b"))
-    assert clock.given == pytest.approx({"b": 9})
+    assert clock.given == pytest.approx({"b": 12})
 
 
 def test_a_shared_trial_goes_on_until_every_claim_on_it_is_decided(clock):
@@ -642,7 +647,7 @@ def test_a_trial_that_fails_is_the_finding_of_its_claims_alone(error, clock):
     clock.uses = {"a error": error}
     a, b = named("a", "b")
     claims = [speed(a, id="one"), speed(b, id="two"), speed(a, b, id="three")]
-    bench = Bench(seconds=9)
+    bench = Bench(seconds=12)
     one, two, three = audit(claims, bench)
     assert (two.verdict, two.error) == (CONFIRMED, "")
     for f in (one, three):
@@ -695,7 +700,7 @@ def test_ctrl_c_passes_through(where, clock, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    b, claim = Bench(seconds=9), speed()
+    b, claim = Bench(seconds=12), speed()
     if where == "run":
         clock.uses = {"sorting error": KeyboardInterrupt()}
     else:
