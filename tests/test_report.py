@@ -162,6 +162,18 @@ def test_a_noisy_machine_is_told(made):
     assert "searching" in page.text
 
 
+def test_a_control_without_an_interval_yet_is_told_and_stored(made, tmp_path):
+    b, findings = made
+    few = measured(9)
+    few = replace(few, ratio=Interval(0.9, 0.0, np.inf), control=Interval(1.0, 0.0, np.inf))
+    b = replace(b, found={"sorting": compared(old=few, new=few)})
+    data = _as_json(findings, b, {})
+    write_report(tmp_path, findings, b, data)
+    stored = json.loads((tmp_path / "claims.json").read_text())
+    assert stored["too_noisy"] == [{"name": "sorting", "control_strays": None}]
+    assert "sorting" in _noise_line(b)
+
+
 def test_what_was_not_timed_is_told(made):
     b, findings = made
     b = replace(b, found={}, failed={"sorting": OSError("gone"), "searching": ValueError("")})
