@@ -141,7 +141,7 @@ def test_traced_peak_sees_the_copy_of_a_strided_operand(n):
     size = n * n * 4
     for _ in range(3):
         assert size <= traced_peak(lambda: np.matmul(big[:, ::2], b, out=out)) < size + 10_000
-        assert traced_peak(lambda: np.matmul(b, b, out=out)) < 2_000
+        assert traced_peak(lambda: np.matmul(b, b, out=out)) < 10_000
 
 
 def test_temporaries_one_after_another_are_no_sum():
