@@ -691,8 +691,8 @@ def _saves_per_layer(least: float, f: Mapping[str, Any]) -> str:
 
 
 def _tell_pool(least: float, figures: _Figures) -> tuple[str, str]:
-    f = next(iter(figures.values()))
-    return _saving_sentence(f, least * f["layers"]), _by_case(_tell_account, figures)
+    case, f = next(iter(figures.items()))
+    return _saving_sentence(f, least * f["layers"]), f"{case}: {_tell_account(f)}"
 
 
 def _peak_per_layer(figures: _Figures) -> Interval:
@@ -892,7 +892,7 @@ def _tell_total(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
     gains = {name: f["gain"] for name, f in figures.items() if "gain" in f}
     steps = [f"{name} {_percent(gain)}" for name, gain in gains.items()]
-    told = "; ".join([f"a step of six layers: {_tell_account(f)}", *steps])
+    told = "; ".join([f"a step of six layers, 512 x 768: {_tell_account(f)}", *steps])
     saves = f["peak before"] - f["peak after"] >= 15 * _MB
     memory = "Less is held at a time" if saves else "As much is held at a time"
     return f"{memory}{_TENTH[_faster(figures)]}", told
@@ -924,8 +924,9 @@ _TOTAL = Claim(
     id="total",
     says="in all 15-25 MB per model and 10-20 % of speed",
     rule="one part: with a pool, the peak of a training step of six layers is 15 MB lower; the "
-    "other: the gain of a training step is 10% or more; at each size confirmed if both hold, "
-    "partly if one does, refuted if neither, undecided if the gain is; partly if the sizes differ",
+    "other: the gain of a training step of a block is 10% or more; at each size confirmed if both "
+    "hold, partly if one does, refuted if neither, undecided if the gain is; partly if the sizes "
+    "differ",
     measure=_total_figures,
     judge=partial(_judge_any, _total),
     tell=_tell_total,
@@ -1002,7 +1003,7 @@ def _tell_cost(figures: _Figures) -> tuple[str, str]:
     plain = "It grows with D." if grows else "It is |s|, which takes as long at any D."
     told = f"{f['growth'].median:.2f} x the time at 4 x the D"
     if "share" in f:
-        told += f"; {f['share']:.2g}% of a block's training step"
+        told += f"; {f['share']:.2g}% of a Transformer block's training step"
     return plain, told
 
 
@@ -1106,7 +1107,7 @@ def _tell_caching(figures: _Figures) -> tuple[str, str]:
     if "most" not in f:
         return "The time was not measured.", told
     plain = "There is nothing to gain." if f["most"] < 5 else "As much could be gained."
-    return plain, f"a norm is {f['most']:.2g}% of a block's training step; {told}"
+    return plain, f"a norm is {f['most']:.2g}% of a Transformer block's training step; {told}"
 
 
 _NORM_GAIN = Claim(

@@ -537,7 +537,7 @@ def _exactly(value: float) -> Interval:
 _LEAST_SECONDS = 2.0  # a trial with less time than that is not begun
 _USEFUL_SECONDS = 8.0  # what a trial needs for a verdict, mostly
 _KEPT = 0.75  # of the time is kept for all trials by their shares; the rest is for the undecided
-_MOST = 3.0  # times its part of that, a trial may take
+_MOST = 3.0  # a trial may take this many times its part
 
 
 def _merged(trials: Iterable[Trial]) -> list[Trial]:
@@ -594,9 +594,7 @@ class Bench:
         return self.made[name]
 
     def run(self, trials: Iterable[Trial]) -> None:
-        """Run all trials that have not been run. Most are decided in less than their share of the
-        time; one that is not goes on, while enough is kept for those that follow.
-        """
+        "Run all trials that have not been run; one that is undecided may go on for a while."
         trials = list(trials)
         self.failed.update(_ambiguous(trials))
         todo = [t for t in _merged(trials) if not self._is_done(t)]
