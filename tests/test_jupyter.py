@@ -41,7 +41,8 @@ def test_a_notebook_runs_alone_in_a_new_kernel(path):
     from nbclient import NotebookClient
 
     nb = nbformat.read(path, as_version=4)
-    nb.cells = list(filter(without_slow, nb.cells))
+    # The last cell exports, and rewrites modules that a kernel beside this one may be importing.
+    nb.cells = [c for c in nb.cells if without_slow(c) and "nbdev_export()" not in c.source]
     start = time.perf_counter()
     where = {"metadata": {"path": path.parent}}
     for attempt in ("first", "last"):
