@@ -491,6 +491,15 @@ def test_any_name_can_stand_in_a_picture(name):
     assert _png(_plot_scoreboard(audit([claim])))
 
 
+def test_the_picture_of_the_scoreboard_shows_every_case():
+    cases = [Interval(36, 33, 38), Interval(0.2, -0.3, 1.2)]
+    number = Number("%", 3, 5, lambda figures: cases[0], lambda figures: cases)
+    (ax,) = _plot_scoreboard(audit([plain(number=number)])).axes
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [float(line.get_xdata()[0]) for line in dots] == [36, 0.2]
+    assert len({float(line.get_ydata()[0]) for line in dots}) == 2
+
+
 def test_a_form_without_an_interval_or_far_away_is_left_out_of_the_picture():
     open_ended = replace(measured(), ratio=Interval(1.0, 0.0, np.inf))
     far = measured(900, 1)

@@ -301,9 +301,9 @@ def _plot_scoreboard(findings: Sequence[Finding]):  # -> matplotlib Figure, or N
         return None
     with _figure(8, 1.2 + 0.28 * len(rows), len(units)) as (figure, axes):
         for ax, unit in zip(np.atleast_1d(axes), units, strict=True):
-            for y, (_, n, i) in enumerate(rows):
+            for y, (f, n, i) in enumerate(rows):
                 if n.unit == unit:
-                    _draw_number(ax, y, n, i)
+                    _draw_number(ax, y, n, n.cases(f.figures) if n.cases else [i])
             ax.axvline(0, color="k", lw=1)
             ax.set_xlabel(_UNITS[unit])
             names = [f"{_label(f.claim.id)}\n{f.verdict}" for f, _, _ in rows]
@@ -313,7 +313,8 @@ def _plot_scoreboard(findings: Sequence[Finding]):  # -> matplotlib Figure, or N
             _spread(ax, unit)
             ax.label_outer()
         figure.suptitle(
-            "Claimed (hatched, or a bar) and measured (dot, with its interval)", fontsize=10
+            "Claimed (hatched, or a bar) and measured (a dot for each case, with its interval)",
+            fontsize=10,
         )
     return figure
 
@@ -329,16 +330,21 @@ def _spread(ax: Any, unit: str) -> None:
         ax.minorticks_off()
 
 # %% ../../nbs/audit/05_report.ipynb #c37bad65
-def _draw_number(ax: Any, y: int, n: Number, i: Interval) -> None:
-    "One row of the scoreboard's picture."
+def _draw_number(ax: Any, y: int, n: Number, found: Sequence[Interval]) -> None:
+    "One row of the scoreboard's picture; several cases one below the other."
     if n.high > n.low:
         style = dict(color="C3", alpha=0.3, edgecolor="C3", hatch="//", lw=0)
         ax.barh(y, n.high - n.low, 0.7, n.low, **style)
     else:
         ax.plot([n.low, n.low], [y - 0.35, y + 0.35], color="C3", lw=3)
-    low, high = max(i.low, -99), i.high if math.isfinite(i.high) else i.median
-    ax.plot([low, high], [y, y], color="C0", lw=2)
-    ax.plot(i.median, y, "o", color="C0")
+    for i, at in zip(found, y + 0.25 * _centred(len(found)), strict=True):
+        low, high = max(i.low, -99), i.high if math.isfinite(i.high) else i.median
+        ax.plot([low, high], [at, at], color="C0", lw=2)
+        ax.plot(i.median, at, "o", color="C0", markersize=5)
+
+
+def _centred(n: int) -> np.ndarray:
+    return np.arange(n) - (n - 1) / 2
 
 # %% ../../nbs/audit/05_report.ipynb #9d3dd393
 _PLOTS: dict[
