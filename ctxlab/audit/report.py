@@ -337,7 +337,8 @@ def _draw_number(ax: Any, y: int, n: Number, found: Sequence[Interval]) -> None:
         ax.barh(y, n.high - n.low, 0.7, n.low, **style)
     else:
         ax.plot([n.low, n.low], [y - 0.35, y + 0.35], color="C3", lw=3)
-    for i, at in zip(found, y + 0.25 * _centred(len(found)), strict=True):
+    apart = min(0.25, 0.8 / max(len(found), 1))  # rows
+    for i, at in zip(found, y + apart * _centred(len(found)), strict=True):
         low, high = max(i.low, -99), i.high if math.isfinite(i.high) else i.median
         ax.plot([low, high], [at, at], color="C0", lw=2)
         ax.plot(i.median, at, "o", color="C0", markersize=5)
