@@ -278,6 +278,36 @@ WHOLE = [  # claim, figures of all cases, verdict
 ]
 
 
+SENTENCES = [  # claim, figures by case, what the plain sentence says
+    ("pow2", {"a": grown(3, 199)}, "least, and holds less than twice"),
+    ("pow2", {"a": grown(3, 200)}, "least, and holds twice"),
+    ("pow2", {"a": grown(4, 199)}, "Another policy reallocates less; it holds less"),
+    ("pow2", {"a": grown(4, 200)}, "Another policy reallocates less, and it holds twice"),
+    ("pow2", {"a": grown(3, 200), "b": grown(4, 199)}, "in one case, and not in another"),
+    ("total", {"a": memory((9, 0, 9))}, "As much is held at a time; the time was not measured"),
+    (
+        "total",
+        {"a": memory((2e7, 0, 2e7)) | gained(11, 9, 12)},
+        "Less is held at a time, and it is",
+    ),
+    ("total", {"a": memory() | gained(1, 0, 2)}, "and it is not faster by a tenth"),
+    ("total", {"a": memory() | gained(9, 0, 20)}, "too close to tell"),
+    (
+        "total",
+        {"a": memory() | gained(11, 9, 12), "b": memory() | gained(1, 0, 2)},
+        "at one size and not at another",
+    ),
+    ("all-archs", kinds((1, 2), (9, 10), (1, 2)), "All gain, but one more than another"),
+    ("all-archs", kinds((-1, 1), (9, 10), (1, 2)), "They do not: one gains more"),
+    ("all-archs", kinds((0, 2), (9, 10), (1, 2)), "They do not: one gains more"),
+]
+
+
+@pytest.mark.parametrize(("id", "figures", "said"), SENTENCES)
+def test_the_plain_sentence_says_what_holds(id, figures, said):
+    assert said in entry(id).tell(figures)[0]
+
+
 @pytest.mark.parametrize(("id", "figures", "verdict"), WHOLE)
 def test_the_bound_is_where_the_rule_says(id, figures, verdict):
     assert entry(id).judge(figures) == verdict
