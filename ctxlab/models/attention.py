@@ -287,6 +287,49 @@ def attention_into(
     _check_attention(q, k, v, {}, dict(out=out, lse=lse, weights=weights), causal, keep)
     return _attention_into(q, k, v, out, lse, ws, weights=weights, causal=causal, keep=keep)
 
+# %% ../../nbs/models/02_attention.ipynb #22b8823d
+def _attention_of_one_into(
+    q: np.ndarray,  # (B, H, 1, E), changed in place
+    k: np.ndarray,  # (B, H, S, E)
+    v: np.ndarray,  # (B, H, S, E)
+    out: np.ndarray,  # (B, H, 1, E)
+    room: int,  # tokens that there is scratch for
+    ws: Workspace,  # for `_attention_of_one_requirement`, until the scope of the caller ends
+    keep: np.ndarray | None = None,  # (B, S) bool, False: padding
+) -> np.ndarray:  # out
+    "`attention` of the last token of each sequence."
+    (B, H, _, E), S = q.shape, k.shape[2]
+    info = np.finfo(q.dtype)
+    q *= q.dtype.type(1 / math.sqrt(E))
+    flat = ws.take("attention.scores", (B * H * room,), q.dtype)
+    top, total = ws.take("attention.extremes", (2, B, H, 1, 1), q.dtype)
+    P = flat[: B * H * S].reshape(B, H, 1, S)
+    np.matmul(q, k.swapaxes(2, 3), out=P)
+    if keep is not None:
+        hidden = ws.take("attention.unseen", (B * room,), np.bool_)[: B * S].reshape(B, S)
+        np.logical_not(keep, out=hidden)
+        np.copyto(P, -np.inf, where=hidden[:, None, None])
+    np.maximum.reduce(P, axis=3, keepdims=True, out=top)
+    np.maximum(top, info.min, out=top)  # finite also where nothing is visible
+    P -= top
+    np.exp(P, out=P)
+    np.add.reduce(P, axis=3, keepdims=True, out=total)
+    np.maximum(total, info.tiny, out=total)
+    np.matmul(P, v, out=out)
+    out /= total
+    return out
+
+
+def _attention_of_one_requirement(dtype: DTypeLike, keep: bool) -> Requirement:
+    "Scratch of one call, in B, H and L, the tokens that there is room for."
+    parts = [
+        Buffer("attention.scores", ("B", "H", "L"), dtype),
+        Buffer("attention.extremes", (2, "B", "H"), dtype),
+    ]
+    if keep:
+        parts.append(Buffer("attention.unseen", ("B", "L"), np.bool_))
+    return all_of(*parts)
+
 # %% ../../nbs/models/02_attention.ipynb #b99f3de7
 def attention_vjp(
     q: np.ndarray,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -27,9 +27,18 @@ from ctxlab.models.layers import (
     _norm_into,
     _renorm_into,
 )
-from ..reference import _check_array, _check_same_shape
+from ..reference import _check_array, _check_same_shape, _check_whole
 from ..testing import assert_equiv, numeric_gradient
-from ..workspace import Buffer, Requirement, Workspace, _Dim, _given_or_new, all_of, any_of
+from ctxlab.workspace import (
+    Buffer,
+    Requirement,
+    Workspace,
+    _Dim,
+    _evaluate,
+    _given_or_new,
+    all_of,
+    any_of,
+)
 
 # %% ../../nbs/models/03_block.ipynb #d4cbe37a
 _Shapes = dict[str, tuple[int, ...]]  # parameter -> shape
@@ -126,6 +135,7 @@ class _Parametric:
     _gradients: dict[str, np.ndarray]
     workspace: Workspace
     _saved: Any = None  # what backward needs; None: no forward pass to follow
+    _decoding: Any = None  # where decoding stands; None: it was not started
     _follows = "forward pass", "forward()"  # what backward follows, and the call that makes it
 
     def _allocate(
@@ -181,8 +191,8 @@ class _Parametric:
             )
         return last
 
-    def __getstate__(self) -> dict[str, Any]:  # without the pass that backward could follow
-        return self.__dict__ | {"_saved": None}
+    def __getstate__(self) -> dict[str, Any]:  # without a pass or a decoding that could go on
+        return self.__dict__ | {"_saved": None, "_decoding": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -213,12 +223,13 @@ def _buffer(name: str, prefix: str, *shape: _Dim, dtype: DTypeLike) -> Buffer:
     return Buffer(f"{prefix}.{name}", shape, dtype)
 
 
-@lru_cache(maxsize=256)  # a step of a small block takes hardly longer than making these
-def _buffers(
-    prefix: str, shapes: tuple[tuple[str, tuple[_Dim, ...]], ...], dtype: np.dtype
-) -> list[Buffer]:
-    "Buffers of one block by name and shape."
-    return [_buffer(name, prefix, *shape, dtype=dtype) for name, shape in shapes]
+@lru_cache(maxsize=256)  # a step of a small block takes hardly longer than this
+def _evaluated(
+    shapes: tuple[tuple[str, tuple[_Dim, ...]], ...], sizes: tuple[tuple[str, int], ...]
+) -> list[tuple[str, tuple[int, ...]]]:
+    "Shapes by name, with numbers in place of letters."
+    numbers = dict(sizes)
+    return [(name, tuple(_evaluate(n, numbers) for n in shape)) for name, shape in shapes]
 
 
 def _panel_rows(rows: int, width: int, dtype: np.dtype) -> int:
@@ -277,7 +288,13 @@ def _norm_backward(
 
 # %% ../../nbs/models/03_block.ipynb #54ba281a
 _LEARNED = "incoming", "outgoing"  # contexts that a state may hold
-_Kept = TypeVar("_Kept")  # what a kind of block keeps until backward
+_SHARED = "inference"  # the name of what no backward pass will read: each block uses it again
+_OUTPUTS = f"{_SHARED}.y0", f"{_SHARED}.y1"  # one is the input of the other
+
+
+def _room(tokens: int) -> int:
+    "Tokens that a place for the output has: few sizes, whatever the lengths of the prompts."
+    return 1 << max(tokens - 1, 0).bit_length()
 
 
 @dataclass
@@ -290,11 +307,47 @@ class _Pass:
     generation: int  # of the workspace
     mixed_with: Any  # which strength and context were mixed in
 
+# %% ../../nbs/models/03_block.ipynb #c9b7f566
+class _Decoding:
+    "What a block remembers of the tokens so far."
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        memory: dict[str, np.ndarray],  # of the kind of block
+        batch: int,  # B, sequences
+        max_len: int,  # L, tokens that there is room for
+    ):
+        self.workspace = workspace
+        self.generation = workspace.generation
+        self.memory = memory
+        self.batch = batch
+        self.max_len = max_len
+        self.length = 0  # tokens so far
+        self.padded = False  # whether some of them may be padding
+
+    def check(self, call: str, workspace: Workspace, x: np.ndarray) -> None:  # x: (B, S, D)
+        "An error unless these tokens can be the next."
+        now = workspace.generation
+        if workspace is not self.workspace or now != self.generation:
+            raise RuntimeError(
+                f"{call}: start() was in generation {self.generation} of a workspace that "
+                "has gone on; call start() again"
+            )
+        if len(x) != self.batch:
+            raise ValueError(f"x: {len(x)} sequences, start() was given {self.batch}")
+        if self.length + x.shape[1] > self.max_len:
+            raise ValueError(
+                f"x: {x.shape[1]} tokens after {self.length}, "
+                f"start() was given max_len = {self.max_len}"
+            )
+
 # %% ../../nbs/models/03_block.ipynb #2e9b26b7
 class Block(_Parametric, metaclass=ABCMeta):
     "A layer with a shared context: forward, then backward, in buffers of one workspace."
 
     _saved: _Pass | None
+    _decoding: _Decoding | None
 
     def __init__(
         self,
@@ -316,7 +369,7 @@ class Block(_Parametric, metaclass=ABCMeta):
         self.workspace = _given_or_new(workspace)
         self._owns = workspace is None
         self._context = context
-        self._saved = None
+        self._saved = self._decoding = None
         strength: _Shapes = {} if context is None else {"context.strength": (1,)}
         self._allocate(shapes, self.dtype, rng, strength)
 
@@ -324,9 +377,15 @@ class Block(_Parametric, metaclass=ABCMeta):
 
     @abstractmethod
     def _forward(
-        self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], *args: Any, **options: Any
+        self,
+        h: np.ndarray,
+        y: np.ndarray,
+        shape: tuple[int, ...],
+        arrays: _Arrays,
+        *args: Any,
+        **options: Any,
     ) -> Any:
-        "Compute `y` from `h`, both (N, D), and return what backward needs."
+        "Compute `y` from `h`, both (N, D), and return what backward needs; `arrays` are for it."
 
     @abstractmethod
     def _backward(
@@ -336,7 +395,7 @@ class Block(_Parametric, metaclass=ABCMeta):
 
     @abstractmethod
     def _kept_shapes(self) -> dict[str, tuple[_Dim, ...]]:
-        "What stays until backward: the fields of a dataclass, and their shapes."
+        "What stays until backward: the arrays that `_forward` gets, and their shapes."
 
     @abstractmethod
     def _forward_scratch(self, *args: Any, **options: Any) -> Requirement:
@@ -350,15 +409,47 @@ class Block(_Parametric, metaclass=ABCMeta):
     def _sizes(self, batch: int, seq_len: int) -> dict[str, int]:
         "Numbers for the letters of its own in those buffers."
 
-    def _kept(self) -> list[Buffer]:
-        "Buffers that stay until backward."
-        return _buffers(self.name, tuple(self._kept_shapes().items()), self.dtype)
+    # What some kinds of block do in a way of their own.
 
-    def _check_options(self, *args: Any, **options: Any) -> None:  # before anything changes
-        pass
+    def _check_options(self, *args: Any, **options: Any) -> None:
+        "An error that names an option that does not fit; before anything changes."
 
     def _without_padding(self, x: np.ndarray, *args: Any, **options: Any) -> np.ndarray:
         return x  # a copy with zeros in place of padding, where a kind of block knows of any
+
+    def _mix(self, x: np.ndarray, name: str, *args: Any, **options: Any) -> np.ndarray:
+        "The input with the context in it; `x` itself without one."
+        if self.context is None or self.context.incoming is None:
+            return x
+        return self.context.apply(x, out=self.workspace.take(f"{name}.mixed", x.shape, self.dtype))
+
+    def _unmix(self, x: np.ndarray, grad_h: np.ndarray, out: np.ndarray, kept: Any) -> float:
+        "The way back through `_mix`, into `out`; returns the gradient of the strength."
+        assert self.context is not None  # it was mixed in
+        return self.context.backward(x, grad_h, out=out)[1]
+
+    def _infer(
+        self,
+        h: np.ndarray,
+        y: np.ndarray,
+        shape: tuple[int, ...],
+        decoding: _Decoding | None = None,  # what went before; None: nothing did
+        **options: Any,
+    ) -> None:
+        "Compute `y` from `h` and keep nothing for backward."
+        self._forward(h, y, shape, self._take_kept(shape, _SHARED), **options)
+
+    def _inference_scratch(self, *args: Any, **options: Any) -> Requirement:
+        "What `_infer` takes and gives back."
+        return all_of(*self._kept(_SHARED), self._forward_scratch(**options))
+
+    def _step_scratch(self, *args: Any, **options: Any) -> Requirement:
+        "The same for one token of a decoding."
+        return self._inference_scratch(**options)
+
+    def _memory(self) -> list[Buffer]:
+        "What decoding remembers, in B, L (tokens there is room for), and letters of the kind."
+        raise TypeError(f"start: a {type(self).__name__} sees all tokens at once, none by itself")
 
     # Parameters and state.
 
@@ -398,7 +489,7 @@ class Block(_Parametric, metaclass=ABCMeta):
             self.context.load_state_dict(given)
         for name, p in self._parameters.items():
             p[...] = arrays[name]
-        self._saved = None
+        self._saved = self._decoding = None
 
     # Forward and backward.
 
@@ -406,6 +497,8 @@ class Block(_Parametric, metaclass=ABCMeta):
         self,
         x: np.ndarray,  # (B, S, D); stays as it is until backward, as must arrays of options
         out: np.ndarray | None = None,  # same shape; default: a buffer, valid in this generation
+        *,
+        training: bool = True,  # False: keeps nothing for backward, in buffers that blocks share
         **options: Any,
     ) -> np.ndarray:  # (B, S, D)
         "Mix the context in, compute, let the context learn from input and output."
@@ -415,15 +508,39 @@ class Block(_Parametric, metaclass=ABCMeta):
         if out is not None:
             self._check_out(out, inputs)
         self._begin()
-        out = self._out("y", out, inputs)
-        x = self._without_padding(x, **options)
-        with unbuffered():
-            h = self._mix(x)
-            kept = self._forward(self._rows(h), self._rows(out), x.shape, **options)
-            self._learn(self._rows(x), self._rows(out), tokens=x.shape[1] == 1)
-        inputs["x"] = x
-        self._saved = _Pass(inputs, h, kept, self.workspace.generation, self._mixed_with())
+        if out is None:
+            out = self._take_out(inputs, training)
+        if training:
+            self._saved = self._train(inputs, out, options)
+        else:
+            self._pass_on(x, out, None, options)
         return out
+
+    def _train(self, inputs: _Arrays, out: np.ndarray, options: dict[str, Any]) -> _Pass:
+        "A forward pass that backward may follow."
+        x = self._without_padding(inputs["x"], self.name, **options)
+        with unbuffered():
+            h = self._mix(x, self.name, **options)
+            arrays = self._take_kept(x.shape, self.name)
+            kept = self._forward(self._rows(h), self._rows(out), x.shape, arrays, **options)
+            self._learn(x, out)
+        generation = self.workspace.generation
+        return _Pass(inputs | {"x": x}, h, kept, generation, self._mixed_with())
+
+    def _pass_on(
+        self,
+        x: np.ndarray,
+        out: np.ndarray,
+        decoding: _Decoding | None,
+        options: dict[str, Any],
+    ) -> None:
+        "A forward pass of which nothing but `out` is left."
+        with unbuffered(), self.workspace.scope():
+            x = self._without_padding(x, _SHARED, **options)
+            h = self._mix(x, _SHARED, **options)
+            with self.workspace.scope():
+                self._infer(self._rows(h), self._rows(out), x.shape, decoding, **options)
+            self._learn(x, out)
 
     def backward(
         self,
@@ -436,7 +553,11 @@ class Block(_Parametric, metaclass=ABCMeta):
         G = _check_array("grad_out", grad_out, ndim=(3,), dtype=self.dtype)
         _check_same_shape("grad_out", G, "x", x)
         _check_contiguous("grad_out", G)
-        out = self._out("dx", out, last.inputs | {"grad_out": G})
+        inputs = last.inputs | {"grad_out": G}
+        if out is None:
+            out = self._take_apart([f"{self.name}.dx"], inputs)
+        else:
+            out = self._check_out(out, inputs)
         self._saved = None
         if self.context is not None:
             self._gradients["context.strength"].fill(0)
@@ -444,17 +565,98 @@ class Block(_Parametric, metaclass=ABCMeta):
             if h is x:
                 self._backward(self._rows(h), last.kept, self._rows(G), self._rows(out), x.shape)
                 return out
-            assert self.context is not None  # it made h
             with self.workspace.scope():
                 grad_h = self.workspace.take("block.grad_h", x.shape, self.dtype)
                 self._backward(self._rows(h), last.kept, self._rows(G), self._rows(grad_h), x.shape)
-                _, grad_strength = self.context.backward(x, grad_h, out=out)
+                grad_strength = self._unmix(x, grad_h, out, last.kept)
         self._gradients["context.strength"][0] = grad_strength
         return out
 
     def forget(self) -> None:
         "Let go of what backward would need."
         self._saved = None
+
+    # Token by token.
+
+    def start(
+        self,
+        batch: int,  # B, sequences
+        max_len: int,  # L, tokens of each that there is room for
+    ) -> None:
+        "Begin to decode; what is remembered stays in this generation of the workspace."
+        batch = _check_whole("batch", batch)
+        max_len = _check_whole("max_len", max_len, 1, self.max_len)
+        memory = self._memory()
+        self._decoding = None
+        self._begin()
+        sizes = self._all_sizes(batch, 1) | {"L": max_len}
+        arrays = {
+            b.name.removeprefix(f"{self.name}."): b.take(self.workspace, sizes) for b in memory
+        }
+        for a in arrays.values():
+            a.fill(0)
+        self._decoding = _Decoding(self.workspace, arrays, batch, max_len)
+
+    def prompt(
+        self,
+        x: np.ndarray,  # (B, S, D), the next tokens of each sequence; S may be 0
+        out: np.ndarray | None = None,  # same shape; default: a buffer, valid until the next call
+        **options: Any,
+    ) -> np.ndarray:  # (B, S, D)
+        "Some tokens more, as `forward(training=False)` of all that there were so far."
+        return self._go_on("prompt", self._check_input(x, least=0), out, options)
+
+    def step(
+        self,
+        x: np.ndarray,  # (B, D), the next token of each sequence
+        out: np.ndarray | None = None,  # same shape; default: a buffer, valid until the next call
+        **options: Any,
+    ) -> np.ndarray:  # (B, D)
+        "One token more of each sequence."
+        x = _check_array("x", x, dtype=self.dtype)
+        if x.shape[1] != self.dim:
+            raise ValueError(f"x: shape {x.shape}, needed (B, {self.dim})")
+        _check_contiguous("x", x)
+        if out is not None:
+            check_out(out, x.shape, self.dtype, {"x": x})
+            _check_contiguous("out", out, written=True)
+            out = out[:, None]
+        options = {n: a[:, None] if np.ndim(a) == 1 else a for n, a in options.items()}
+        return self._go_on("step", x[:, None], out, options)[:, 0]
+
+    def _go_on(
+        self, call: str, x: np.ndarray, out: np.ndarray | None, options: dict[str, Any]
+    ) -> np.ndarray:
+        "The next tokens (B, S, D) of a decoding."
+        decoding = self._decoding
+        if decoding is None:
+            raise RuntimeError(f"{call}: comes after start(batch, max_len), which was not called")
+        decoding.check(call, self.workspace, x)
+        self._check_options(x.shape, **options)
+        if out is None:
+            out = self._take_decoded(x)
+        elif call == "prompt":
+            self._check_out(out, {"x": x})
+        if x.size:
+            self._pass_on(x, out, decoding, options)
+            decoding.length += x.shape[1]
+        return out
+
+    def _take_decoded(self, x: np.ndarray) -> np.ndarray:
+        "Where the output of a decoding goes: one of two places, not that of the input."
+        B, S, D = x.shape
+        shape = B, _room(S), D
+        out = self.workspace.take(f"decoding.{shape[1]}.y0", shape, self.dtype)
+        if np.may_share_memory(out, x):
+            out = self.workspace.take(f"decoding.{shape[1]}.y1", shape, self.dtype)
+        return out.reshape(-1)[: x.size].reshape(x.shape)
+
+    def _decoded(self, tokens: int) -> Buffer:
+        "The first of those places."
+        room = _room(tokens)
+        return Buffer(f"decoding.{room}.y0", ("B", room, "D"), self.dtype)
+
+    # What surrounds a pass.
 
     def _begin(self) -> None:
         "Let go of the last pass, and start a generation if the workspace is the block's own."
@@ -472,33 +674,26 @@ class Block(_Parametric, metaclass=ABCMeta):
             )
         return last
 
-    def _mix(self, x: np.ndarray) -> np.ndarray:
-        "The input with the context in it; `x` itself without one."
-        if self.context is None or self.context.incoming is None:
-            return x
-        mixed = self.workspace.take(f"{self.name}.mixed", x.shape, self.dtype)
-        return self.context.apply(x, out=mixed)
-
     def _mixed_with(self) -> Any:  # differs after each change of what is mixed in
         return None if self.context is None else self.context._applied_with()
 
-    def _learn(self, x: np.ndarray, y: np.ndarray, *, tokens: bool) -> None:
-        "Let the context learn from rows (N, D) of sequences, or from single tokens."
+    def _learn(self, x: np.ndarray, y: np.ndarray) -> None:
+        "Let the context learn from (B, S, D): from sequences, or from single tokens."
         if self.context is None:
             return
-        if tokens:
-            self.context._learn_tokens(x, y, keeps=True)
+        if x.shape[1] == 1:
+            self.context._learn_tokens(self._rows(x), self._rows(y), keeps=True)
         else:
-            self.context.update(x, y)
+            self.context.update(self._rows(x), self._rows(y))
 
     def _rows(self, a: np.ndarray) -> np.ndarray:
         return a.reshape(-1, self.dim)  # (B, S, D) -> (N, D), never a copy
 
-    def _check_input(self, x: Any) -> np.ndarray:
+    def _check_input(self, x: Any, least: int = 1) -> np.ndarray:  # tokens at least
         x = _check_array("x", x, ndim=(3,), dtype=self.dtype)
         if x.shape[2] != self.dim:
             raise ValueError(f"x: shape {x.shape}, needed (B, S, {self.dim})")
-        if not x.size:
+        if not len(x) or x.shape[1] < least:
             raise ValueError(f"x: shape {x.shape} is empty; needed at least one token")
         if self.max_len is not None and x.shape[1] > self.max_len:
             raise ValueError(
@@ -507,58 +702,86 @@ class Block(_Parametric, metaclass=ABCMeta):
         _check_contiguous("x", x)
         return x
 
-    def _out(self, name: str, out: np.ndarray | None, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        "The array that is given, or a buffer."
-        if out is not None:
-            return self._check_out(out, inputs)
-        out = self.workspace.take(f"{self.name}.{name}", inputs["x"].shape, self.dtype)
-        for given, a in inputs.items():
-            if np.shares_memory(out, a):
-                raise ValueError(
-                    f"{given}: is this block's own buffer of this generation; "
-                    "pass another, or `out`"
-                )
-        return out
+    def _take_out(self, inputs: _Arrays, training: bool) -> np.ndarray:
+        "Where the output goes: a place of the block's own, or one of two that blocks share."
+        return self._take_apart([f"{self.name}.y"] if training else list(_OUTPUTS), inputs)
 
-    def _check_out(self, out: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    def _take_apart(self, names: list[str], inputs: _Arrays) -> np.ndarray:
+        "The first of these buffers that is none of the inputs."
+        found = ""
+        for name in names:
+            out = self.workspace.take(name, inputs["x"].shape, self.dtype)
+            found = next((n for n, a in inputs.items() if np.shares_memory(out, a)), "")
+            if not found:
+                return out
+        raise ValueError(
+            f"{found}: is this block's own buffer of this generation; pass another, or `out`"
+        )
+
+    def _check_out(self, out: Any, inputs: _Arrays) -> np.ndarray:
         out = check_out(out, inputs["x"].shape, self.dtype, inputs)
         _check_contiguous("out", out, written=True)
         return out
 
     # What it takes.
 
-    def _take_kept(
-        self,
-        kind: type[_Kept],  # a dataclass with a field for each buffer of `_kept`
-        shape: tuple[int, ...],  # (B, S, D)
-        **more: Any,  # other fields
-    ) -> _Kept:
-        "What stays until backward."
+    def _kept(self, name: str | None = None) -> list[Buffer]:
+        "Buffers that stay until backward, under the block's name or another."
+        prefix = self.name if name is None else name
+        return [
+            _buffer(field, prefix, *shape, dtype=self.dtype)
+            for field, shape in self._kept_shapes().items()
+        ]
+
+    def _take_kept(self, shape: tuple[int, ...], name: str) -> _Arrays:  # shape (B, S, D)
+        "Those buffers, from the workspace."
         B, S, D = shape
         sizes = dict(B=B, S=S, D=D, N=B * S) | self._sizes(B, S)
-        for buffer in self._kept():
-            field = buffer.name.removeprefix(f"{self.name}.")
-            more[field] = buffer.take(self.workspace, sizes)
-        return kind(**more)
+        take, letters = self.workspace.take, tuple(self._kept_shapes().items())
+        return {
+            field: take(f"{name}.{field}", shape, self.dtype)
+            for field, shape in _evaluated(letters, tuple(sizes.items()))
+        }
 
     def requirement(
         self,
+        *,
+        training: bool = True,  # False: of a forward pass that keeps nothing
         **options: bool,  # options of forward that take scratch: keep=True
     ) -> Requirement:  # in the block's letters; `str` of it is the formula
         "What both passes take when no `out` is given."
-        y, dx, mixed = (
-            _buffer(name, self.name, "B", "S", "D", dtype=self.dtype)
-            for name in ("y", "dx", "mixed")
-        )
-        kept = [y, *self._kept()]
-        forward = [self._forward_scratch(**options)]
-        backward = [dx, self._backward_scratch(**options)]
-        if self.context is not None and self.context.incoming is not None:
-            kept.append(mixed)
-            backward.insert(1, Buffer("block.grad_h", ("B", "S", "D"), self.dtype))
-        if self.context is not None and self.context.workspace is self.workspace:
-            forward.append(_update_requirement(self.dtype))
-        return all_of(*kept, any_of(any_of(*forward), all_of(*backward)))
+        if not training:
+            scratch = self._inference_scratch(**options)
+            return all_of(self._cube(_OUTPUTS[0]), self._passing(scratch, **options))
+        kept = [self._cube(f"{self.name}.y"), *self._kept(), *self._padding(self.name, **options)]
+        back = [self._cube(f"{self.name}.dx"), self._backward_scratch(**options)]
+        if mixed := self._mixed(self.name):
+            kept += mixed
+            back.insert(1, self._cube("block.grad_h"))
+        forward = self._forward_scratch(**options)
+        return all_of(*kept, any_of(forward, *self._learning(), all_of(*back)))
+
+    def _passing(self, scratch: Requirement, **options: bool) -> Requirement:
+        "What a pass takes that keeps nothing, beside its output."
+        around = [*self._padding(_SHARED, **options), *self._mixed(_SHARED)]
+        return all_of(*around, any_of(scratch, *self._learning()))
+
+    def _learning(self) -> list[Requirement]:
+        "What a context takes that learns, if it shares the workspace."
+        shares = self.context is not None and self.context.workspace is self.workspace
+        return [_update_requirement(self.dtype)] if shares else []
+
+    def _cube(self, name: str) -> Buffer:  # (B, S, D)
+        return Buffer(name, ("B", "S", "D"), self.dtype)
+
+    def _mixed(self, name: str) -> list[Buffer]:
+        "What `_mix` takes."
+        mixes = self.context is not None and self.context.incoming is not None
+        return [self._cube(f"{name}.mixed")] if mixes else []
+
+    def _padding(self, name: str, **options: bool) -> list[Buffer]:
+        "What `_without_padding` takes."
+        return [self._cube(f"{name}.real")] if options.get("keep") else []
 
     def _learned_from(self, batch: int, seq_len: int) -> int:
         "How many rows the context correlates, or tokens it takes one by one."
@@ -581,10 +804,27 @@ class Block(_Parametric, metaclass=ABCMeta):
         self,
         batch: int,
         seq_len: int,
+        *,
+        training: bool = True,  # False: of a forward pass that keeps nothing
+        max_len: int | None = None,  # L: of a decoding, with a prompt of seq_len, and steps
         **options: bool,  # as for `requirement`
     ) -> int:
         "Most bytes that both passes take from the workspace, for sequences of this length."
-        return self.requirement(**options).nbytes(**self._all_sizes(batch, seq_len))
+        if max_len is not None:
+            return self._decoding_bytes(batch, seq_len, max_len, **options)
+        requirement = self.requirement(training=training, **options)
+        return requirement.nbytes(**self._all_sizes(batch, seq_len))
+
+    def _decoding_bytes(self, batch: int, prompt: int, max_len: int, **options: bool) -> int:
+        "Most bytes of a prompt, and steps after it."
+        one = self._all_sizes(batch, 1) | {"L": max_len}
+        kept = all_of(*self._memory(), self._decoded(prompt)).nbytes(**one)
+        step = self._passing(self._step_scratch(**options), **options).nbytes(**one)
+        if prompt < 2:
+            return kept + step
+        scratch = self._passing(self._inference_scratch(**options), **options)
+        step += self._decoded(1).nbytes(**one)  # beside that of the prompt
+        return kept + max(scratch.nbytes(**self._all_sizes(batch, prompt)), step)
 
 # %% ../../nbs/models/03_block.ipynb #0e51aa03
 def _hand_on(blocks: Sequence[Block]) -> None:

@@ -324,7 +324,6 @@ class _DiffusionKept(_SublayersKept):
     heard1: np.ndarray  # (B, D), its silu
     time2: np.ndarray  # (B, D), after the second linear map
     heard2: np.ndarray  # (B, D), its silu
-    mixed: np.ndarray | None = None  # (N, D), input with the context in it; None: as it came
     stats1: np.ndarray  # (2, N), of the first norm
     attended: np.ndarray  # (N, D), what attention gives
     middle: np.ndarray  # (N, D), after the first gate
@@ -477,46 +476,44 @@ class DiffusionBlock(Block):
         x: np.ndarray,  # (B, S, D); must stay as it is until backward
         t: np.ndarray,  # (B,) integers in [0, T), the noise level of each sequence
         out: np.ndarray | None = None,  # (B, S, D); default: a buffer, valid in this generation
+        *,
+        training: bool = True,  # False: keeps nothing for backward, in buffers that blocks share
     ) -> np.ndarray:  # (B, S, D)
         "Mix the context in by the share of the signal, compute, let the context learn."
-        return super().forward(x, out, t=_check_levels(t, len(self._check_input(x)), self.n_steps))
+        t = _check_levels(t, len(self._check_input(x)), self.n_steps)
+        return super().forward(x, out, training=training, t=t)
 
-    def _mix(self, x: np.ndarray) -> np.ndarray:
-        return x  # `_forward` mixes, since it knows the levels
-
-    def _mix_by_level(self, x: np.ndarray, signal: list[float]) -> np.ndarray | None:
-        "The input (B, S, D) with the context in it; None without one."
-        mixed = super()._mix(x)
-        if mixed is x:
-            return None
-        for X, H, w in zip(x, mixed, signal, strict=True):
-            _part_way_into(X, H, w)
+    def _mix(self, x: np.ndarray, name: str, t: np.ndarray) -> np.ndarray:
+        mixed = super()._mix(x, name)
+        if mixed is not x:
+            for X, H, w in zip(x, mixed, self._signal(t), strict=True):
+                _part_way_into(X, H, w)
         return mixed
 
     def _unmix(
-        self, x: np.ndarray, G: np.ndarray, out: np.ndarray, signal: list[float]
-    ) -> float:  # dL/ds
-        assert self.context is not None  # it was mixed in
+        self, x: np.ndarray, grad_h: np.ndarray, out: np.ndarray, kept: _DiffusionKept
+    ) -> float:
         total = 0.0
-        for X, dH, dX, w in zip(x, G, out, signal, strict=True):
-            total += w * self.context.backward(X, dH, out=dX)[1]
-            _part_way_into(dH, dX, w)
+        for i, w in enumerate(kept.signal):
+            total += w * super()._unmix(x[i], grad_h[i], out[i], kept)
+            _part_way_into(grad_h[i], out[i], w)
         return total
 
+    def _signal(self, t: np.ndarray) -> list[float]:
+        "Size of the signal in each sequence."
+        return [math.sqrt(self.alpha_bar[level]) for level in t]
+
     def _forward(
-        self, x: np.ndarray, y: np.ndarray, shape: tuple[int, ...], t: np.ndarray
+        self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], arrays: _Arrays, t: np.ndarray
     ) -> _DiffusionKept:
-        signal = [math.sqrt(self.alpha_bar[level]) for level in t]
         grid = (*shape[:2], self.n_heads)
-        kept = self._take_kept(_DiffusionKept, shape, grid=grid, signal=signal)
-        p, ws, h = self._parameters, self.workspace, x
-        if (mixed := self._mix_by_level(x.reshape(shape), signal)) is not None:
-            kept.mixed = h = self._rows(mixed)
+        kept = _DiffusionKept(grid=grid, signal=self._signal(t), **arrays)
+        p, ws = self._parameters, self.workspace
         _listen(p, t, self.n_steps, kept)
         of_attention, of_feed = kept.six[:, :3], kept.six[:, 3:]
         with ws.scope():
-            normed = ws.take("diffusion.normed", x.shape, self.dtype)
-            nothing = np.broadcast_to(self._zero, x.shape)
+            normed = ws.take("diffusion.normed", h.shape, self.dtype)
+            nothing = np.broadcast_to(self._zero, h.shape)
             _steered_norm(of_attention, h, normed, kept.stats1, self.eps)
             _attend(p, normed, nothing, kept.attended, kept, ws, self.causal)
             _steered_gate(of_attention, h, kept.attended, kept.middle)
@@ -527,23 +524,11 @@ class DiffusionBlock(Block):
 
     def _backward(
         self,
-        x: np.ndarray,
+        h: np.ndarray,
         kept: _DiffusionKept,
         G: np.ndarray,
-        grad_x: np.ndarray,
+        grad_h: np.ndarray,
         shape: tuple[int, ...],
-    ) -> None:
-        if kept.mixed is None:
-            self._branches_backward(x, kept, G, grad_x)
-            return
-        with self.workspace.scope():
-            grad_h = self.workspace.take("block.grad_h", shape, self.dtype)
-            self._branches_backward(kept.mixed, kept, G, self._rows(grad_h))
-            ds = self._unmix(x.reshape(shape), grad_h, grad_x.reshape(shape), kept.signal)
-        self._gradients["context.strength"][0] = ds
-
-    def _branches_backward(
-        self, h: np.ndarray, kept: _DiffusionKept, G: np.ndarray, grad_h: np.ndarray
     ) -> None:
         p, g, ws = self._parameters, self._gradients, self.workspace
         of_attention, of_feed = kept.six[:, :3], kept.six[:, 3:]

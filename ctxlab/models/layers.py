@@ -461,6 +461,18 @@ def _tanh_panel(X: np.ndarray, out: np.ndarray) -> None:
     out *= X
     _sigmoid_into(out, out)
 
+# %% ../../nbs/models/01_layers.ipynb #8a436f8e
+def _cdf_panel(X: np.ndarray, out: np.ndarray, t: np.ndarray, approximate: str) -> None:
+    "What GELU multiplies `X` with; `t` is scratch."
+    if approximate == "tanh":
+        _tanh_panel(X, out)
+    elif X.dtype == np.float32:
+        _normal_panel(X, out, t)
+    else:
+        from scipy.special import ndtr
+
+        ndtr(X, out=out)
+
 # %% ../../nbs/models/01_layers.ipynb #d8fd082b
 def _gelu_into(
     x: np.ndarray,
@@ -478,16 +490,28 @@ def _gelu_into(
             X, C = x[rows], cdf[rows]
             if bias is not None:
                 X += bias
-            if approximate == "tanh":
-                _tanh_panel(X, C)
-            elif x.dtype == np.float32:
-                _normal_panel(X, C, t[: rows.stop - rows.start])
-            else:
-                from scipy.special import ndtr
-
-                ndtr(X, out=C)
+            _cdf_panel(X, C, t[: rows.stop - rows.start], approximate)
             np.multiply(X, C, out=out[rows])
     return out
+
+
+def _gelu_in_place(
+    x: np.ndarray,  # (N, F)
+    bias: np.ndarray | None,  # (F,)
+    ws: Workspace,  # for two panels
+    approximate: str = "none",
+) -> None:
+    "`gelu` of `x + bias`, where no backward pass follows."
+    row_bytes = x.shape[1] * x.itemsize
+    with ws.scope(), np.errstate(over="ignore"):
+        n = _largest_panel(len(x), row_bytes)
+        cdf, t = ws.take("gelu.panels", (2, n, x.shape[1]), x.dtype)
+        for rows in panels(len(x), row_bytes):
+            X, C = x[rows], cdf[: rows.stop - rows.start]
+            if bias is not None:
+                X += bias
+            _cdf_panel(X, C, t[: len(C)], approximate)
+            X *= C
 
 # %% ../../nbs/models/01_layers.ipynb #c772089d
 def gelu_into(

@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..context import SharedAttentionContext
-from ..gemm import _check_contiguous, check_out, gemm, panels, unbuffered
+from ..gemm import check_out, gemm, panels, unbuffered
 from ctxlab.models.block import (
     Block,
     _Arrays,
+    _buffer,
+    _Decoding,
     _layer_backward,
     _norm,
     _norm_backward,
@@ -30,6 +32,7 @@ from ctxlab.models.layers import (
     _add_residual,
     _check_operands,
     _gelu_backward_into,
+    _gelu_in_place,
     _gelu_into,
     _linear_into,
     _norm_requirement,
@@ -673,6 +676,45 @@ def _feed_backward(
 def _scratch(dtype: np.dtype, name: str, *shape: _Dim) -> Buffer:
     return Buffer(name, shape, dtype)
 
+# %% ../../nbs/models/07_ssm.ipynb #219f49bd
+def _token_into(
+    p: _Arrays,
+    h: np.ndarray,  # (B, D)
+    y: np.ndarray,  # (B, D)
+    state: np.ndarray,  # (B, D), changed in place
+    ws: Workspace,
+    eps: float,
+) -> None:
+    "A block on one token of each sequence."
+    (B, D), F = h.shape, len(p["ffn.gate.weight"])
+    stats = ws.take("token.stats", (2, B), h.dtype)
+    normed, u, z, r, i, a = ws.take("token.rows", (6, B, D), h.dtype)
+    wide1, wide2, hidden = ws.take("token.wide", (3, B, F), h.dtype)
+    far = ws.take("token.far", (B, D), np.bool_)
+    rate = _rate_into(p["decay"], ws.take("token.rate", (D,), h.dtype))
+    _norm(p, "norm1", h, normed, stats, eps)
+    _linear_into(normed, p["u_proj.weight"], None, u)
+    _linear_into(normed, p["gate_proj.weight"], None, z)
+    for name, gate in (("recurrence_gate", r), ("input_gate", i)):
+        _gate_into(_linear_into(u, p[f"{name}.weight"], None, gate), p[f"{name}.bias"])
+    r *= rate  # log a
+    lost = normed  # which is not needed after this
+    _lost_into(r, lost, a)
+    _decay_into(r, lost, a, far)
+    _scale_into(lost, a, r)
+    state *= a
+    for factor in (i, u):
+        lost *= factor
+    state += lost
+    _gelu_in_place(z, None, ws)
+    z *= state
+    _add_residual(_linear_into(z, p["out_proj.weight"], None, u), h)
+    _norm(p, "norm2", u, normed, stats, eps)
+    _linear_into(normed, p["ffn.gate.weight"], None, wide1)
+    _linear_into(normed, p["ffn.value.weight"], None, wide2)
+    _swiglu_into(wide1, wide2, hidden)
+    _add_residual(_linear_into(hidden, p["ffn.out.weight"], None, y), u)
+
 # %% ../../nbs/models/07_ssm.ipynb #972affa2
 class SSMBlock(Block):
     "A gated linear recurrence and a feed-forward layer with SwiGLU, each after an RMSNorm."
@@ -719,35 +761,44 @@ class SSMBlock(Block):
             _check_state(state, (len(x), self.dim), self.dtype, {"x": x, "out": out})
         return super().forward(x, out, state=state, **options)
 
-    def new_state(self, batch: int) -> np.ndarray:  # (B, D)
-        "A state of zeros, for `step` and `forward`."
-        return np.zeros((batch, self.dim), self.dtype)
+    def _memory(self) -> list[Buffer]:
+        return [_buffer("state", self.name, "B", "D", dtype=self.dtype)]
 
-    def step(
+    def _infer(
         self,
-        x: np.ndarray,  # (B, D), the next token of each sequence
-        state: np.ndarray,  # (B, D), updated in place
-        out: np.ndarray | None = None,  # (B, D); default: a buffer, valid in this generation
-    ) -> np.ndarray:  # (B, D)
-        "One token of each sequence; a workspace of the block's own starts a new generation."
-        x = _check_array("x", x, dtype=self.dtype)
-        if not len(x) or x.shape[1] != self.dim:
-            raise ValueError(
-                f"x: shape {x.shape}, needed (B, {self.dim}) with at least one sequence"
-            )
-        _check_contiguous("x", x)
-        _check_state(state, x.shape, self.dtype, {"x": x, "out": out})
-        self._begin()
-        out = self._out("y", out, {"x": x})
-        with unbuffered():
-            self._forward(self._mix(x), out, (len(x), 1, self.dim), state)
-            self._learn(x, out, tokens=True)
-        return out
+        h: np.ndarray,
+        y: np.ndarray,
+        shape: tuple[int, ...],
+        decoding: _Decoding | None = None,
+        state: np.ndarray | None = None,
+    ) -> None:
+        if decoding is not None:
+            state = decoding.memory["state"]
+        if decoding is not None and shape[1] == 1:
+            _token_into(self._parameters, h, y, state, self.workspace, self.eps)
+        else:
+            super()._infer(h, y, shape, state=state)
+
+    def _step_scratch(self) -> Requirement:
+        b = partial(_scratch, self.dtype)
+        return all_of(
+            b("token.stats", 2, "B"),
+            b("token.rows", 6, "B", "D"),
+            b("token.wide", 3, "B", "F"),
+            Buffer("token.far", ("B", "D"), np.bool_),
+            b("token.rate", "D"),
+            b("gelu.panels", 2, "m", "D"),
+        )
 
     def _forward(
-        self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], state: np.ndarray | None = None
+        self,
+        h: np.ndarray,
+        y: np.ndarray,
+        shape: tuple[int, ...],
+        arrays: _Arrays,
+        state: np.ndarray | None = None,
     ) -> _SSMKept:
-        kept = self._take_kept(_SSMKept, shape)
+        kept = _SSMKept(**arrays)
         kept.states[:, 0] = 0 if state is None else state
         p, ws, middle = self._parameters, self.workspace, kept.middle
         with ws.scope():

@@ -18,6 +18,8 @@ from ..context import SharedAttentionContext
 from ctxlab.models.attention import (
     _attention_backward_into,
     _attention_into,
+    _attention_of_one_into,
+    _attention_of_one_requirement,
     _attention_requirement,
     _block_rows,
     _check_keep,
@@ -31,6 +33,7 @@ from ctxlab.models.block import (
     Block,
     _Arrays,
     _buffer,
+    _Decoding,
     _layer_backward,
     _norm,
     _norm_backward,
@@ -41,6 +44,7 @@ from ctxlab.models.layers import (
     _add_residual,
     _check_form,
     _gelu_backward_into,
+    _gelu_in_place,
     _gelu_into,
     _linear_into,
     _norm_requirement,
@@ -245,16 +249,19 @@ class _SublayersKept:
     cdf: np.ndarray  # (N, F), its normal distribution function
 
 
+_Grid = tuple[int, int, int]  # B, S, H
+
+
 def _split(
-    qkv: np.ndarray, kept: _SublayersKept
+    qkv: np.ndarray, grid: _Grid
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (B, H, S, E) each, views
-    B, S, H = kept.grid
+    B, S, H = grid
     q, k, v = qkv.reshape(B, S, 3, H, -1).transpose(2, 0, 3, 1, 4)
     return q, k, v
 
 
-def _by_head(rows: np.ndarray, kept: _SublayersKept) -> np.ndarray:  # (B, H, S, E), a view
-    B, S, H = kept.grid
+def _by_head(rows: np.ndarray, grid: _Grid) -> np.ndarray:  # (B, H, S, E), a view
+    B, S, H = grid
     return rows.reshape(B, S, H, -1).swapaxes(1, 2)
 
 # %% ../../nbs/models/04_transformer.ipynb #45feb574
@@ -270,8 +277,8 @@ def _attend(
     "`out = residual + attention of x`."
     _linear_into(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"], kept.qkv)
     _attention_into(
-        *_split(kept.qkv, kept),
-        _by_head(kept.heads, kept),
+        *_split(kept.qkv, kept.grid),
+        _by_head(kept.heads, kept.grid),
         kept.lse,
         ws,
         weights=kept.weights,
@@ -298,11 +305,11 @@ def _attend_backward(
         dqkv = ws.take("transformer.dqkv", kept.qkv.shape, x.dtype)
         _layer_backward(p, g, "self_attn.out_proj.", kept.heads, G, dheads)
         _attention_backward_into(
-            *_split(kept.qkv, kept),
-            _by_head(kept.heads, kept),
+            *_split(kept.qkv, kept.grid),
+            _by_head(kept.heads, kept.grid),
             kept.lse,
-            _by_head(dheads, kept),
-            *_split(dqkv, kept),
+            _by_head(dheads, kept.grid),
+            *_split(dqkv, kept.grid),
             ws,
             weights=kept.weights,
             causal=causal,
@@ -384,6 +391,64 @@ def _check_widths(dim: Any, n_heads: Any, ffn_dim: Any, approximate: str) -> tup
     _check_form(approximate)
     return dim, n_heads, ffn_dim
 
+# %% ../../nbs/models/04_transformer.ipynb #379477e1
+def _feed_onto(
+    p: _Arrays,
+    x: np.ndarray,  # (N, D)
+    out: np.ndarray,  # (N, D), may be `x`
+    hidden: np.ndarray,  # (N, F), scratch
+    t: np.ndarray,  # (N, D), scratch; may be `x` if that is not `out`
+    ws: Workspace,
+    approximate: str,
+) -> None:
+    "Add the feed-forward layer of `x`."
+    np.matmul(x, p["linear1.weight"].T, out=hidden)
+    _gelu_in_place(hidden, p["linear1.bias"], ws, approximate)
+    np.matmul(hidden, p["linear2.weight"].T, out=t)
+    _add_residual(out, t, p["linear2.bias"])
+
+# %% ../../nbs/models/04_transformer.ipynb #473f8b81
+def _look_around(
+    qkv: np.ndarray,
+    heads: np.ndarray,
+    grid: _Grid,
+    ws: Workspace,
+    causal: bool,
+    keep: np.ndarray | None,
+) -> None:
+    "Attention of all tokens to each other, as for `_look_back`."
+    B, S, H = grid
+    with ws.scope():
+        lse = ws.take("inference.lse", (B, H, S), qkv.dtype)
+        q, k, v = _split(qkv, grid)
+        out = _by_head(heads, grid)
+        _attention_into(q, k, v, out, lse, ws, causal=causal, keep=keep)
+
+
+def _look_back(
+    qkv: np.ndarray,  # (N, 3 D), queries, keys and values; changed in place
+    heads: np.ndarray,  # (N, D), receives what the heads give, side by side
+    grid: _Grid,
+    decoding: _Decoding,
+    ws: Workspace,
+    keep: np.ndarray | None,  # (B, S) bool, False: padding
+) -> None:
+    "Attention of the newest tokens to all that there are; their keys and values are remembered."
+    (B, S, H), memory = grid, decoding.memory
+    (q, k, v), out = _split(qkv, grid), _by_head(heads, grid)
+    new, so_far = slice(decoding.length, decoding.length + S), slice(decoding.length + S)
+    memory["keys"][:, :, new], memory["values"][:, :, new] = k, v
+    memory["real"][:, new] = True if keep is None else keep
+    decoding.padded |= keep is not None
+    K, V = memory["keys"][:, :, so_far], memory["values"][:, :, so_far]
+    real = memory["real"][:, so_far] if decoding.padded else None
+    with ws.scope():
+        if S == 1:
+            _attention_of_one_into(q, K, V, out, decoding.max_len, ws, real)
+        else:
+            lse = ws.take("inference.lse", (B, H, S), qkv.dtype)
+            _attention_into(q, K, V, out, lse, ws, causal=True, keep=real)
+
 # %% ../../nbs/models/04_transformer.ipynb #bed63e7b
 @dataclass(kw_only=True)
 class _TransformerKept(_SublayersKept):
@@ -436,18 +501,24 @@ class TransformerBlock(Block):
     def _check_options(self, shape: tuple[int, ...], keep: np.ndarray | None = None) -> None:
         _check_keep(keep, shape[:2])
 
-    def _without_padding(self, x: np.ndarray, keep: np.ndarray | None = None) -> np.ndarray:
+    def _without_padding(
+        self, x: np.ndarray, name: str, keep: np.ndarray | None = None
+    ) -> np.ndarray:
         if keep is None:
             return x
-        real = self.workspace.take(f"{self.name}.real", x.shape, self.dtype)
+        real = self.workspace.take(f"{name}.real", x.shape, self.dtype)
         _copy_runs(self._rows(x), _runs(keep.reshape(-1)), self._rows(real))
         return real
 
     def _forward(
-        self, h: np.ndarray, y: np.ndarray, shape: tuple[int, ...], keep: np.ndarray | None = None
+        self,
+        h: np.ndarray,
+        y: np.ndarray,
+        shape: tuple[int, ...],
+        arrays: _Arrays,
+        keep: np.ndarray | None = None,
     ) -> _TransformerKept:
-        grid = (*shape[:2], self.n_heads)
-        kept = self._take_kept(_TransformerKept, shape, grid=grid, keep=keep)
+        kept = _TransformerKept(grid=(*shape[:2], self.n_heads), keep=keep, **arrays)
         p, ws, eps, first = self._parameters, self.workspace, self.eps, kept.first
         with ws.scope():
             normed = ws.take("transformer.normed", h.shape, self.dtype)
@@ -464,6 +535,43 @@ class TransformerBlock(Block):
         if keep is not None:
             _clear(~keep.reshape(-1), y)
         return kept
+
+    def _infer(
+        self,
+        h: np.ndarray,
+        y: np.ndarray,
+        shape: tuple[int, ...],
+        decoding: _Decoding | None = None,
+        keep: np.ndarray | None = None,
+    ) -> None:
+        p, ws, eps, pre = self._parameters, self.workspace, self.eps, self.norm_first
+        grid, N, D = (*shape[:2], self.n_heads), len(h), self.dim
+        stats = ws.take("inference.stats", (2, N), self.dtype)
+        normed = ws.take("inference.normed", h.shape, self.dtype)
+        wide = ws.take("inference.wide", (N * self._widest(),), self.dtype)
+        qkv, hidden = (wide[: N * n].reshape(N, n) for n in (3 * D, self.ffn_dim))
+        x = _norm(p, "norm1", h, normed, stats, eps) if pre else h
+        _linear_into(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"], qkv)
+        heads = normed  # which is not needed after this
+        if decoding is None:
+            _look_around(qkv, heads, grid, ws, self.causal, keep)
+        else:
+            _look_back(qkv, heads, grid, decoding, ws, keep)
+        np.matmul(heads, p["self_attn.out_proj.weight"].T, out=y)
+        _add_residual(y, h, p["self_attn.out_proj.bias"])
+        if pre:
+            _norm(p, "norm2", y, normed, stats, eps)
+            _feed_onto(p, normed, y, hidden, normed, ws, self.approximate)
+        else:
+            _norm(p, "norm1", y, y, stats, eps)
+            _feed_onto(p, y, y, hidden, normed, ws, self.approximate)
+            _norm(p, "norm2", y, y, stats, eps)
+        if keep is not None:
+            _clear(~keep.reshape(-1), y)
+
+    def _widest(self) -> int:
+        "Features of the widest intermediate."
+        return max(3 * self.dim, self.ffn_dim)
 
     def _backward(
         self,
@@ -516,6 +624,7 @@ class TransformerBlock(Block):
 
     def _sizes(self, batch: int, seq_len: int) -> dict[str, int]:
         return dict(
+            W=self._widest(),
             H=self.n_heads,
             F=self.ffn_dim,
             E=self.dim // self.n_heads,
@@ -524,19 +633,38 @@ class TransformerBlock(Block):
             m=_panel_rows(batch * seq_len, self.dim, self.dtype),
         )
 
-    def _forward_scratch(self, keep: bool = False) -> Requirement:
-        taken: list[Requirement] = [
-            Buffer("transformer.normed", ("N", "D"), self.dtype),
-            _sublayers_scratch(self.dtype, self.causal, keep),
+    def _memory(self) -> list[Buffer]:
+        if not self.causal:
+            raise ValueError("start: the block is not causal; its tokens would see later ones")
+        memory = [
+            _buffer(name, self.name, "B", "H", "L", "E", dtype=self.dtype)
+            for name in ("keys", "values")
         ]
-        if keep:
-            taken.insert(0, _buffer("real", self.name, "B", "S", "D", dtype=self.dtype))
-        return all_of(*taken)
+        return [*memory, _buffer("real", self.name, "B", "L", dtype=np.bool_)]
+
+    def _inference_scratch(self, keep: bool = False) -> Requirement:
+        attention = _attention_requirement(self.dtype, causal=self.causal, keep=keep)
+        return self._around(all_of(Buffer("inference.lse", ("B", "H", "S"), self.dtype), attention))
+
+    def _step_scratch(self, keep: bool = False) -> Requirement:
+        return self._around(_attention_of_one_requirement(self.dtype, keep))
+
+    def _around(self, attention: Requirement) -> Requirement:
+        "What a pass takes that keeps nothing, with this for its attention."
+        return all_of(
+            Buffer("inference.stats", (2, "N"), self.dtype),
+            Buffer("inference.normed", ("N", "D"), self.dtype),
+            Buffer("inference.wide", ("N", "W"), self.dtype),
+            any_of(attention, Buffer("gelu.panels", (2, "g", "F"), self.dtype)),
+        )
+
+    def _forward_scratch(self, keep: bool = False) -> Requirement:
+        normed = Buffer("transformer.normed", ("N", "D"), self.dtype)
+        return all_of(normed, _sublayers_scratch(self.dtype, self.causal, keep))
 
     def _backward_scratch(self, keep: bool = False) -> Requirement:
         taken: list[Requirement] = []
-        if keep:  # the input without padding stays until now
-            taken.append(_buffer("real", self.name, "B", "S", "D", dtype=self.dtype))
+        if keep:
             taken.append(Buffer("transformer.dreal", ("N", "D"), self.dtype))
         for name in ("normed", "dmiddle"):
             taken.append(Buffer(f"transformer.{name}", ("N", "D"), self.dtype))
