@@ -13,7 +13,7 @@ _HOMES = {  # name -> the module that defines it
     "DerivedValue": "norm_cache",
     "DiffusionBlock": "models.diffusion",
     "LEDGER": "audit.claims",
-    "LanguageModel": "models.training",
+    "LanguageModel": "models.language",
     "SSMBlock": "models.ssm",
     "SharedAttentionContext": "context",
     "TransformerBlock": "models.transformer",

@@ -664,7 +664,7 @@ def _stack_accounts(
         if backward:
             s.step(x, G)
         else:
-            s.forward(x, keep=False)
+            s.forward(x, training=False)
         for block in s.blocks:
             block.forget()
 

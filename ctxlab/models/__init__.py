@@ -5,7 +5,7 @@ from .. import _face
 _HOMES = {  # name -> the module that defines it
     "Block": "block",
     "DiffusionBlock": "diffusion",
-    "LanguageModel": "training",
+    "LanguageModel": "language",
     "SSMBlock": "ssm",
     "TransformerBlock": "transformer",
 }

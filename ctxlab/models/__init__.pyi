@@ -11,5 +11,5 @@ from ctxlab.models import transformer as transformer
 from ctxlab.models.block import Block as Block
 from ctxlab.models.diffusion import DiffusionBlock as DiffusionBlock
 from ctxlab.models.ssm import SSMBlock as SSMBlock
-from ctxlab.models.training import LanguageModel as LanguageModel
+from ctxlab.models.language import LanguageModel as LanguageModel
 from ctxlab.models.transformer import TransformerBlock as TransformerBlock

@@ -326,19 +326,21 @@ class _Decoding:
         self.length = 0  # tokens so far
         self.padded = False  # whether some of them may be padding
 
-    def check(self, call: str, workspace: Workspace, x: np.ndarray) -> None:  # x: (B, S, D)
-        "An error unless these tokens can be the next."
+    def check(
+        self, call: str, workspace: Workspace, name: str, shape: tuple[int, ...]
+    ) -> None:  # shape (B, S, ...)
+        "An error unless an argument of this shape can be the next tokens."
         now = workspace.generation
         if workspace is not self.workspace or now != self.generation:
             raise RuntimeError(
                 f"{call}: start() was in generation {self.generation} of a workspace that "
                 "has gone on; call start() again"
             )
-        if len(x) != self.batch:
-            raise ValueError(f"x: {len(x)} sequences, start() was given {self.batch}")
-        if self.length + x.shape[1] > self.max_len:
+        if shape[0] != self.batch:
+            raise ValueError(f"{name}: {shape[0]} sequences, start() was given {self.batch}")
+        if self.length + shape[1] > self.max_len:
             raise ValueError(
-                f"x: {x.shape[1]} tokens after {self.length}, "
+                f"{name}: {shape[1]} tokens after {self.length}, "
                 f"start() was given max_len = {self.max_len}"
             )
 
@@ -434,6 +436,7 @@ class Block(_Parametric, metaclass=ABCMeta):
         y: np.ndarray,
         shape: tuple[int, ...],
         decoding: _Decoding | None = None,  # what went before; None: nothing did
+        *args: Any,
         **options: Any,
     ) -> None:
         "Compute `y` from `h` and keep nothing for backward."
@@ -631,7 +634,7 @@ class Block(_Parametric, metaclass=ABCMeta):
         decoding = self._decoding
         if decoding is None:
             raise RuntimeError(f"{call}: comes after start(batch, max_len), which was not called")
-        decoding.check(call, self.workspace, x)
+        decoding.check(call, self.workspace, "x", x.shape)
         self._check_options(x.shape, **options)
         if out is None:
             out = self._take_decoded(x)

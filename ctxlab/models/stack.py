@@ -76,16 +76,15 @@ class _Stack:
     def forward(
         self,
         x: np.ndarray,  # (B, S, D)
-        keep: bool = True,  # what backward needs; False: only the output matters
+        *,
+        training: bool = True,  # False: keeps nothing for backward
     ) -> np.ndarray:  # same shape, valid in this generation
         "Through all blocks; hands the contexts on first."
         self.workspace.next_generation()
         _hand_on(self.blocks)
-        options = {"t": np.full(len(x), 500)} if self.kind == "Diffusion" else {}
+        options: dict[str, Any] = {"t": np.full(len(x), 500)} if self.kind == "Diffusion" else {}
         for block in self.blocks:
-            x = block.forward(x, **options)
-            if not keep:
-                block.forget()
+            x = block.forward(x, training=training, **options)
         return x
 
     def step(self, x: np.ndarray, grad_out: np.ndarray) -> np.ndarray:  # dL/dx
@@ -132,7 +131,7 @@ def memory(
     x, G = rng.standard_normal((2, *shape), np.float32)
 
     def run(stack: _Stack) -> Any:
-        return stack.step(x, G) if backward else stack.forward(x, keep=False)
+        return stack.step(x, G) if backward else stack.forward(x, training=False)
 
     def most(stack: _Stack) -> int:
         "Bytes beyond what is alive before, when nothing of an earlier pass is."
@@ -163,7 +162,7 @@ def _pass(
     "A pass through a stack, on random data: for `measure.compare`."
     x, G = np.random.default_rng(seed).standard_normal((2, *shape), np.float32)
     stack = _Stack(kind, layers, shape[2], pooled=pooled)
-    return partial(stack.step, x, G) if backward else partial(stack.forward, x, keep=False)
+    return partial(stack.step, x, G) if backward else partial(stack.forward, x, training=False)
 
 
 def _passes(

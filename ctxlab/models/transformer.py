@@ -518,7 +518,8 @@ class TransformerBlock(Block):
         arrays: _Arrays,
         keep: np.ndarray | None = None,
     ) -> _TransformerKept:
-        kept = _TransformerKept(grid=(*shape[:2], self.n_heads), keep=keep, **arrays)
+        grid = shape[0], shape[1], self.n_heads
+        kept = _TransformerKept(grid=grid, keep=keep, **arrays)
         p, ws, eps, first = self._parameters, self.workspace, self.eps, kept.first
         with ws.scope():
             normed = ws.take("transformer.normed", h.shape, self.dtype)
@@ -542,10 +543,12 @@ class TransformerBlock(Block):
         y: np.ndarray,
         shape: tuple[int, ...],
         decoding: _Decoding | None = None,
+        *args: Any,
         keep: np.ndarray | None = None,
+        **options: Any,
     ) -> None:
         p, ws, eps, pre = self._parameters, self.workspace, self.eps, self.norm_first
-        grid, N, D = (*shape[:2], self.n_heads), len(h), self.dim
+        grid, N, D = (shape[0], shape[1], self.n_heads), len(h), self.dim
         stats = ws.take("inference.stats", (2, N), self.dtype)
         normed = ws.take("inference.normed", h.shape, self.dtype)
         wide = ws.take("inference.wide", (N * self._widest(),), self.dtype)
