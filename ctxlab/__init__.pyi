@@ -26,8 +26,8 @@ from ctxlab.audit.trials import Claim as Claim
 from ctxlab.context import SharedAttentionContext as SharedAttentionContext
 from ctxlab.data import load_pairs as load_pairs
 from ctxlab.models.diffusion import DiffusionBlock as DiffusionBlock
-from ctxlab.models.ssm import SSMBlock as SSMBlock
 from ctxlab.models.language import LanguageModel as LanguageModel
+from ctxlab.models.ssm import SSMBlock as SSMBlock
 from ctxlab.models.transformer import TransformerBlock as TransformerBlock
 from ctxlab.norm_cache import DerivedValue as DerivedValue
 from ctxlab.planning import plan as plan

@@ -10,9 +10,9 @@ import pytest
 from ctxlab.context import SharedAttentionContext
 from ctxlab.models.block import Block, _FreshWorkspace
 from ctxlab.models.diffusion import Denoiser, DiffusionBlock
+from ctxlab.models.language import LanguageModel
 from ctxlab.models.ssm import SSMBlock
 from ctxlab.models.stack import _KINDS, _Stack
-from ctxlab.models.training import LanguageModel
 from ctxlab.models.transformer import TransformerBlock
 from ctxlab.testing import assert_equiv
 from ctxlab.workspace import Workspace, all_of
@@ -99,9 +99,10 @@ def test_a_step_follows_a_new_name():
     block, twin = (block_of("SSM") for _ in range(2))
     tokens = inputs(3, D)[0]
     block.name = "layer0"
-    state, twins = block.new_state(3), twin.new_state(3)
+    for each in (block, twin):
+        each.start(3, 2)
     for _ in range(2):
-        assert np.array_equal(block.step(tokens, state), twin.step(tokens, twins))
+        assert np.array_equal(block.step(tokens), twin.step(tokens))
     assert not any(name.startswith("SSMBlock") for name in block.workspace._buffers)
 
 
@@ -116,7 +117,7 @@ def test_two_blocks_of_one_name_use_a_workspace_in_turn_or_not_at_all(kind):
         forward(second, x)
     if kind == "SSM":
         with pytest.raises(RuntimeError, match=r"^name: "):
-            second.step(x[0], second.new_state(5))
+            second.start(2, 5)
     assert np.array_equal(y, want[0])  # what the first handed out is as it was
     assert np.array_equal(first.backward(G), want[1])
     ws.next_generation()
@@ -241,7 +242,8 @@ def test_tokens_without_a_statistic_weaken_nothing(kind, B):
     for _ in range(5):
         forward(block, flat)
     if kind == "SSM":
-        block.step(flat[:, 0], block.new_state(B))
+        block.start(B, 1)
+        block.step(np.ascontiguousarray(flat[:, 0]))
     assert np.array_equal(block.context.outgoing, before)
 
 
@@ -287,7 +289,7 @@ def test_a_kind_without_its_parts_is_refused():
 class Same(Block):
     """Hands its input on, so that nothing takes as much as what the context learns with."""
 
-    def _forward(self, h, y, shape):
+    def _forward(self, h, y, shape, arrays):
         y[...] = h
 
     def _backward(self, h, kept, G, grad_h, shape):

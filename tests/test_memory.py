@@ -68,6 +68,13 @@ def ssm_block(dtype):
     return block(ssm.SSMBlock, dtype)
 
 
+def decoding(kind, x):
+    """A block that has begun to decode what `x` may be the tokens of."""
+    found = kind(x.dtype)
+    found.start(max(len(x), 1), 50)
+    return found
+
+
 def walk(x, alpha_bar, ws):
     few = alpha_bar[:3] if alpha_bar.ndim else alpha_bar
     return diffusion.sample(lambda x, t: np.zeros_like(x), x, few**2 / 99 + 0.1, 2, ws)
@@ -132,8 +139,11 @@ TABLE = {
         lambda a, ws: ssm_block(a[0].dtype).forward(a[0], a[1], state=a[2]),
         dict(x=BSD4, out=BSD4 + "!", state="B4!"),
     ),
-    "ssm.SSMBlock.step": Entry(
-        lambda a, ws: ssm_block(a[0].dtype).step(*a), dict(x="B4", state="B4!", out="B4!")
+    "block.Block.prompt": Entry(
+        lambda a, ws: decoding(transformer_block, a[0]).prompt(*a), dict(x=BSD4, out=BSD4 + "!")
+    ),
+    "block.Block.step": Entry(
+        lambda a, ws: decoding(ssm_block, a[0]).step(*a), dict(x="B4", out="B4!")
     ),
     "attention.attention_into": Entry(
         lambda a, ws: attention.attention_into(*a[:5], ws, causal=True, keep=a[5]),

@@ -247,15 +247,12 @@ def test_steps_are_the_sequence(seed, B, S, D, prompt, mixes):
     start, y = other[:, 0].copy(), np.empty_like(x)
     last, state = start.copy(), start.copy()
     whole = block.forward(x, state=last).copy()
-    if prompt:
-        block.forward(
-            np.ascontiguousarray(x[:, :prompt]), out=(part := np.empty((B, prompt, D))), state=state
-        )
-        y[:, :prompt] = part
+    block.start(B, S)
+    block._decoding.memory["state"][...] = state
+    y[:, :prompt] = block.prompt(np.ascontiguousarray(x[:, :prompt]))
     for t in range(prompt, S):
-        kept = state
-        y[:, t] = block.step(np.ascontiguousarray(x[:, t]), state)
-        assert kept is state
+        y[:, t] = block.step(np.ascontiguousarray(x[:, t]))
+    state = block._decoding.memory["state"]
     size = dict(depth=D + 5 + S, scale=np.abs(whole).max() + 10)
     assert_equiv(y, whole, **size)
     assert_equiv(state, last, **size)
@@ -334,7 +331,8 @@ def test_the_workspace_does_not_matter(make):
         ]
         if workspace is not None:
             workspace.next_generation()
-        return [*results, block.step(np.ascontiguousarray(x[:, 0]), state).copy(), state.copy()]
+        block.start(2, 1)
+        return [*results, block.step(np.ascontiguousarray(x[:, 0])).copy()]
 
     assert all(map(np.array_equal, run(None), run(make())))
 
@@ -343,10 +341,11 @@ def test_steady_state_allocates_no_array():
     block, x, G = block_and_data(
         0, 4, 150, 64, context=mixing_context(np.random.default_rng(0), 64, np.float32)
     )
-    tokens, state = np.repeat(x[:, 0], 64, axis=0), block.new_state(256)
+    tokens, decoder = np.repeat(x[:, 0], 64, axis=0), SSMBlock(64)
+    decoder.start(256, 1000)
 
     def step():
-        block.step(tokens, state)
+        decoder.step(tokens)
 
     def train():
         block.forward(x)
@@ -354,10 +353,10 @@ def test_steady_state_allocates_no_array():
 
     for call in (train, step):
         assert traced_peak(call, warmup=2) < 20_000 < tokens.nbytes
-    count = block.workspace.allocation_count
+    counts = [b.workspace.allocation_count for b in (block, decoder)]
     for call in (train, step, train, step):
         call()
-    assert block.workspace.allocation_count == count
+    assert counts == [b.workspace.allocation_count for b in (block, decoder)]
 
 
 def test_blocks_share_a_workspace():
@@ -374,12 +373,13 @@ def test_blocks_share_a_workspace():
             g, want_g = block.backward(g), single.backward(want_g)
         assert np.array_equal(h, want_h)
         assert np.array_equal(g, want_g)
-    states = [block.new_state(2) for block in blocks]
+    ws.next_generation()
+    for block in blocks:
+        block.start(2, 9)
     for t in range(9):
-        ws.next_generation()
         y = np.ascontiguousarray(x[:, t])
-        for block, state in zip(blocks, states, strict=True):
-            y = block.step(y, state)
+        for block in blocks:
+            y = block.step(y)
         assert_equiv(y, np.ascontiguousarray(want_h[:, t]), depth=100, scale=np.abs(want_h).max())
 
 
@@ -415,7 +415,8 @@ def test_the_context_learns_in_a_step(B):
     rng = np.random.default_rng(0)
     block = SSMBlock(6, rng=rng, context=SharedAttentionContext(0.0, 0.1))
     tokens, twin = normal(rng, np.float32, B, 6), SharedAttentionContext(0.0, 0.1)
-    y = block.step(tokens, block.new_state(B))
+    block.start(B, 1)
+    y = block.step(tokens)
     twin.update_step(tokens, y)
     assert np.array_equal(block.context.outgoing, twin.outgoing)
 
@@ -483,8 +484,6 @@ def test_bad_states_change_nothing(bad):
     learned, generation = context.outgoing.copy(), block.workspace.generation
     with pytest.raises((TypeError, ValueError), match="state: "):
         block.forward(x, state=bad)
-    with pytest.raises((TypeError, ValueError), match="state: "):
-        block.step(np.ascontiguousarray(x[:, 0]), bad)
     assert np.array_equal(context.outgoing, learned)
     assert block.workspace.generation == generation
     block.backward(G)  # of the pass before the refused ones
@@ -497,21 +496,19 @@ def test_bad_states_change_nothing(bad):
 )
 def test_bad_tokens(bad):
     block = SSMBlock(4)
-    state = np.ones((2, 4), np.float32)
+    block.start(2, 5)
+    block.step(np.ones((2, 4), np.float32))
+    before = block._decoding.memory["state"].copy()
     with pytest.raises((TypeError, ValueError), match="x: "):
-        block.step(bad, state)
+        block.step(bad)
     with pytest.raises(ValueError, match="contiguous"):
-        block.step(np.zeros((4, 2), np.float32).T, state)
-    assert np.all(state == 1)
+        block.step(np.zeros((4, 2), np.float32).T)
+    assert np.array_equal(block._decoding.memory["state"], before)
+    assert block._decoding.length == 1
 
 
 def test_states_that_overlap():
     block, x, _ = block_and_data(0, 2, 3, 4)
-    tokens = np.ascontiguousarray(x[:, 0])
-    with pytest.raises(ValueError, match="state: overlaps x"):
-        block.step(tokens, tokens)
-    with pytest.raises(ValueError, match="state: overlaps out"):
-        block.step(tokens, out := np.zeros_like(tokens), out=out)
     with pytest.raises(ValueError, match="state: overlaps x"):
         block.forward(x, state=x[:, 1])
 
@@ -521,7 +518,8 @@ def test_order_of_calls():
     with pytest.raises(RuntimeError, match="no forward pass"):
         block.backward(G)
     block.forward(x)
-    block.step(np.ascontiguousarray(x[:, 0]), block.new_state(2))
+    block.start(2, 1)
+    block.step(np.ascontiguousarray(x[:, 0]))
     with pytest.raises(RuntimeError, match="no forward pass"):
         block.backward(G)
     block.forward(x)
@@ -535,9 +533,8 @@ def test_longer_than_declared():
     block = SSMBlock(4, max_len=3)
     with pytest.raises(ValueError, match="at most 3"):
         block.forward(np.zeros((1, 4, 4), np.float32))
-    state = block.new_state(1)
-    for _ in range(5):  # steps know no length
-        block.step(np.ones((1, 4), np.float32), state)
+    with pytest.raises(ValueError, match=r"^max_len: 4, needed 1\.\.3"):
+        block.start(1, 4)
 
 
 # --- decays beyond 1, and near it ---
@@ -717,7 +714,6 @@ def test_a_gradient_of_decays_needs_the_states():
 def test_a_state_with_entries_in_one_place_is_refused():
     block, x = SSMBlock(4, rng=np.random.default_rng(0)), np.ones((2, 4), np.float32)
     shared = np.lib.stride_tricks.as_strided(np.zeros(4, np.float32), (2, 4), (0, 4))
-    for call in (lambda: block.step(x, shared), lambda: block.forward(x[:, None], state=shared)):
-        with pytest.raises(ValueError, match=r"^state: entries share memory"):
-            call()
+    with pytest.raises(ValueError, match=r"^state: entries share memory"):
+        block.forward(x[:, None], state=shared)
     assert not shared.any()

@@ -18,15 +18,14 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from ctxlab.measure import page_faults, traced_peak
-from ctxlab.models import training
+from ctxlab.models import optimiser, training
 from ctxlab.models.block import _FreshWorkspace
+from ctxlab.models.language import LanguageModel, _language_model
 from ctxlab.models.training import (
-    LanguageModel,
     Settings,
     _draw,
     _held_out,
     _judge,
-    _language_model,
     _learning_rate,
     _previous,
     _proceed,
@@ -411,7 +410,7 @@ def test_large_gradients_are_clipped():
     assert free.advance() == clipped.advance()
     assert free.norms == clipped.norms
     for run, norm in ((clipped, 1e-3), (free, free.norms[0])):
-        found = np.sqrt(sum(np.sum(m * m) for m in run.m.values()))
+        found = np.sqrt(sum(np.sum(m * m) for m in run.optimiser.moments["m"].values()))
         assert found == pytest.approx(norm * (1 - SHORT.beta1), rel=1e-4)
 
 
@@ -516,7 +515,7 @@ def spoil(state, name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("m.embedding", None),
+        ("optimiser.m.embedding", None),
         ("v.embedding", np.zeros(3)),
         ("model.norm.bias", None),
         ("facts.lr", None),
@@ -671,7 +670,7 @@ def test_saving_that_is_broken_off_leaves_a_whole_checkpoint(where, error, tmp_p
 
 @pytest.mark.parametrize("at", range(1, 7))
 def test_an_interrupt_leaves_the_last_checkpoint_whole(at, tmp_path, monkeypatch):
-    path, true, calls = tmp_path / "run.ckpt", training.adam_into, iter(range(10**6))
+    path, true, calls = tmp_path / "run.ckpt", optimiser.adam_into, iter(range(10**6))
     stop_at = (at - 1) * len(make().parameters()) + 7  # in the middle of a step
 
     def interrupted(*args, **options):
@@ -680,7 +679,7 @@ def test_an_interrupt_leaves_the_last_checkpoint_whole(at, tmp_path, monkeypatch
         true(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "adam_into", interrupted)
+        patch.setattr(optimiser, "adam_into", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(make(), TEXT, SHORT, checkpoint=path, save_every=1, quiet=True)
     assert path.exists() == (at > 1)

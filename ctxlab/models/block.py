@@ -604,16 +604,18 @@ class Block(_Parametric, metaclass=ABCMeta):
         self,
         x: np.ndarray,  # (B, S, D), the next tokens of each sequence; S may be 0
         out: np.ndarray | None = None,  # same shape; default: a buffer, valid until the next call
-        **options: Any,
+        *,
+        keep: np.ndarray | None = None,  # (B, S) bool, False: padding, where a kind knows of any
     ) -> np.ndarray:  # (B, S, D)
         "Some tokens more, as `forward(training=False)` of all that there were so far."
-        return self._go_on("prompt", self._check_input(x, least=0), out, options)
+        return self._go_on("prompt", self._check_input(x, least=0), out, keep)
 
     def step(
         self,
         x: np.ndarray,  # (B, D), the next token of each sequence
         out: np.ndarray | None = None,  # same shape; default: a buffer, valid until the next call
-        **options: Any,
+        *,
+        keep: np.ndarray | None = None,  # (B,) bool, as for `prompt`
     ) -> np.ndarray:  # (B, D)
         "One token more of each sequence."
         x = _check_array("x", x, dtype=self.dtype)
@@ -624,14 +626,15 @@ class Block(_Parametric, metaclass=ABCMeta):
             check_out(out, x.shape, self.dtype, {"x": x})
             _check_contiguous("out", out, written=True)
             out = out[:, None]
-        options = {n: a[:, None] if np.ndim(a) == 1 else a for n, a in options.items()}
-        return self._go_on("step", x[:, None], out, options)[:, 0]
+        if isinstance(keep, np.ndarray) and keep.ndim == 1:
+            keep = keep[:, None]
+        return self._go_on("step", x[:, None], out, keep)[:, 0]
 
     def _go_on(
-        self, call: str, x: np.ndarray, out: np.ndarray | None, options: dict[str, Any]
+        self, call: str, x: np.ndarray, out: np.ndarray | None, keep: np.ndarray | None
     ) -> np.ndarray:
         "The next tokens (B, S, D) of a decoding."
-        decoding = self._decoding
+        decoding, options = self._decoding, {} if keep is None else {"keep": keep}
         if decoding is None:
             raise RuntimeError(f"{call}: comes after start(batch, max_len), which was not called")
         decoding.check(call, self.workspace, "x", x.shape)

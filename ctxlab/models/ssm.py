@@ -760,6 +760,9 @@ class SSMBlock(Block):
             _check_state(state, (len(x), self.dim), self.dtype, {"x": x, "out": out})
         return super().forward(x, out, state=state, **options)
 
+    def _check_options(self, shape: tuple[int, ...], state: np.ndarray | None = None) -> None:
+        pass  # `forward` has looked at the state
+
     def _memory(self) -> list[Buffer]:
         return [_buffer("state", self.name, "B", "D", dtype=self.dtype)]
 
