@@ -435,9 +435,12 @@ class LanguageModel(_Parametric):
         targets: np.ndarray,  # (B, S), the tokens that follow
         *,
         learn: bool = True,  # whether the contexts learn from this batch
+        ignore_index: int | None = None,  # a target that does not count
     ) -> float:  # mean cross-entropy in nats
         "One pass forward."
-        ids, targets = self._check("ids", ids), self._check("targets", targets)
+        ids, targets = self._check("ids", ids), np.asanyarray(targets)
+        counted = targets if ignore_index is None else targets[targets != ignore_index]
+        _check_indices("targets", counted, self.vocab)
         if targets.shape != ids.shape:
             raise ValueError(f"targets: shape {targets.shape} does not match ids: {ids.shape}")
         kept = self._forward(ids, learn)
@@ -445,7 +448,7 @@ class LanguageModel(_Parametric):
         kept.targets[...] = targets
         with unbuffered():
             logits, wanted = kept.outputs["logits"], kept.targets.reshape(-1)
-            loss = cross_entropy_into(logits, wanted, self.workspace)
+            loss = cross_entropy_into(logits, wanted, self.workspace, ignore_index)
         self._saved = kept
         return loss
 

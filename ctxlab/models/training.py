@@ -8,12 +8,14 @@ __all__ = ['corpus', 'Settings', 'save_checkpoint', 'load_checkpoint', 'train']
 # %% ../../nbs/models/09_training.ipynb #3a6f7326
 import hashlib
 import io
+import lzma
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,37 +27,41 @@ from .layers import gradient_norm
 from .optimiser import AdamW
 from ..reference import _check_number, _check_whole
 
-# %% ../../nbs/models/09_training.ipynb #d627bff9
-def _held_out(key: str, share: float = 1 / 8) -> bool:
-    "Whether a topic is for validation: decided by its key alone."
-    return hashlib.sha256(key.encode()).digest()[0] < 256 * share
-
 # %% ../../nbs/models/09_training.ipynb #1a9627e4
+_Batch = tuple[np.ndarray, np.ndarray]  # ids and targets, (B, S) each
+
+
 class _Text(NamedTuple):
     "Bytes to learn from, and others to be judged by."
 
     train: np.ndarray  # (n,) uint8
     valid: np.ndarray  # (m,) uint8
 
+    def check(self, s: "Settings") -> None:
+        "An error that names a part that is no text, or too short for a window."
+        _check_text(self, s.seq_len)
 
-def corpus(
-    share: float = 1 / 8,  # of the topics, for validation
-) -> _Text:
-    "The topics of Python's own help, each paragraph once; topics are split by a hash of their key."
-    from pydoc_data.topics import topics
+    def batch(self, step: int, s: "Settings") -> _Batch:
+        "The windows of one step, a function of its number."
+        window = _draw(self.train, step, s.batch, s.seq_len, s.seed)
+        return window[:, :-1], window[:, 1:]
 
-    seen: set[str] = set()
-    parts: dict[bool, list[str]] = {False: [], True: []}
-    for key in sorted(topics):
-        for paragraph in topics[key].split("\n\n"):
-            words = " ".join(paragraph.split())
-            if words and words not in seen:
-                parts[_held_out(key, share)].append(paragraph)
-            seen.add(words)
-    train, valid = (
-        np.frombuffer("\n\n".join(parts[which]).encode(), np.uint8) for which in (False, True)
-    )
-    return _Text(train, valid)
+    def judged_by(self, s: "Settings") -> Iterator[_Batch]:
+        "Evenly spaced windows of what is held out, always the same ones."
+        return _evenly(self.valid, s.batch, s.seq_len, s.windows)
+
+    def fingerprint(self) -> int:
+        "A number that differs when the text does."
+        return _fingerprint(*self)
+
+
+def corpus() -> _Text:
+    "The books of the King James Bible from Genesis to First Samuel; Second Samuel to be judged by."
+    with lzma.open(str(files("ctxlab") / "assets" / "kjv.txt.xz")) as f:
+        whole = f.read()
+    held_out = whole.rindex(b"\n\n") + 2
+    data: np.ndarray = np.frombuffer(whole, np.uint8)
+    return _Text(data[:held_out], data[held_out:])
 
 # %% ../../nbs/models/09_training.ipynb #869558a7
 def _draw(
@@ -108,23 +114,24 @@ def _learning_rate(
     return s.lr * (s.final + (1 - s.final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 # %% ../../nbs/models/09_training.ipynb #5716992f
-def _judge(
-    model: LanguageModel,
+def _evenly(
     data: np.ndarray,  # (n,) uint8
     batch: int,  # windows at a time
     seq_len: int,  # S
-    windows: int = 64,  # rounded down to whole batches, but at least one
-) -> float:  # mean cross-entropy, nats a byte
-    "Loss on evenly spaced windows; nothing is learned."
-    if data.ndim != 1 or len(data) <= seq_len:
-        raise ValueError(f"data: shape {data.shape}, needed more than {seq_len} bytes in one row")
+    windows: int,  # rounded down to whole batches, but at least one
+) -> Iterator[_Batch]:
+    "Evenly spaced windows."
     rounds = max(windows // batch, 1)
     starts = np.linspace(0, len(data) - seq_len - 1, rounds * batch).astype(int)
-    losses = []
     for some in starts.reshape(rounds, batch):
-        ids = np.stack([data[i : i + seq_len + 1] for i in some])
-        losses.append(model.loss(ids[:, :-1], ids[:, 1:], learn=False))
-    return math.fsum(losses) / rounds
+        window = np.stack([data[i : i + seq_len + 1] for i in some])
+        yield window[:, :-1], window[:, 1:]
+
+
+def _judge(model: LanguageModel, batches: Iterable[_Batch]) -> float:  # nats a token
+    "Mean loss of batches of one size; nothing is learned."
+    losses = [model.loss(ids, targets, learn=False) for ids, targets in batches]
+    return math.fsum(losses) / len(losses)
 
 # %% ../../nbs/models/09_training.ipynb #b0a44ab7
 def _all_finite(a: np.ndarray) -> bool:
@@ -150,9 +157,9 @@ def _check_text(text: _Text, seq_len: int) -> None:
             )
 
 # %% ../../nbs/models/09_training.ipynb #5d67775d
-def _fingerprint(text: _Text) -> int:  # 63 bits
-    "A number that differs when the text does."
-    digests = (hashlib.sha256(np.ascontiguousarray(a).tobytes()).digest() for a in text)
+def _fingerprint(*arrays: np.ndarray) -> int:  # 63 bits
+    "A number that differs when one of them does."
+    digests = (hashlib.sha256(np.ascontiguousarray(a).tobytes()).digest() for a in arrays)
     return int.from_bytes(hashlib.sha256(b"".join(digests)).digest()[:8], "big") >> 1
 
 
@@ -170,17 +177,33 @@ def _check_facts(state: Mapping[str, Any], facts: Mapping[str, float]) -> None:
     if wrong:
         raise ValueError(f"state: is of another run: {'; '.join(wrong)}")
 
+# %% ../../nbs/models/09_training.ipynb #c0a3e46d
+class _Task(Protocol):
+    "What a run learns."
+
+    def check(self, s: Settings) -> None:
+        "An error unless settings suit the task."
+
+    def batch(self, step: int, s: Settings) -> _Batch:
+        "What is learned from in one step, a function of its number and the seed."
+
+    def judged_by(self, s: Settings) -> Iterator[_Batch]:
+        "Batches that nothing is learned from."
+
+    def fingerprint(self) -> int:
+        "A number that differs when the task does."
+
 # %% ../../nbs/models/09_training.ipynb #a03e8c5f
 class _Run:
-    "A training run: a model, a text, settings, and how far it has come."
+    "A training run: a model, a task, settings, and how far it has come."
 
-    def __init__(self, model: LanguageModel, text: _Text, settings: Settings = Settings()):
+    def __init__(self, model: LanguageModel, task: "_Task", settings: Settings = Settings()):
         if settings.seq_len > model.max_len:
             raise ValueError(
                 f"seq_len: {settings.seq_len}, max_len of the model is {model.max_len}"
             )
-        self.text = _Text(*text)
-        _check_text(self.text, settings.seq_len)
+        task.check(settings)
+        self.task = task
         self.model = model
         self.settings = settings
         self.step = 0  # steps so far
@@ -197,21 +220,19 @@ class _Run:
     def advance(self) -> float:  # the loss
         "One step; a FloatingPointError leaves the parameters as they were."
         s, step = self.settings, self.step + 1
-        window = _draw(self.text.train, step, s.batch, s.seq_len, s.seed)
-        loss, norm = self.learn(step, window)
+        loss, norm = self.learn(step, *self.task.batch(step, s))
         self.optimise(step, norm)
         self.step = step
         self.losses.append(loss)
         self.norms.append(norm)
         if step % s.judge_every == 0 or step == s.steps:
-            judged = _judge(self.model, self.text.valid, s.batch, s.seq_len, s.windows)
-            self.judged.append((step, judged))
+            self.judged.append((step, _judge(self.model, self.task.judged_by(s))))
         return loss
 
-    def learn(self, step: int, window: np.ndarray) -> tuple[float, float]:
+    def learn(self, step: int, ids: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
         "Loss, and norm of its gradient; a FloatingPointError if one is not finite."
         with np.errstate(over="ignore", invalid="ignore"):
-            loss = self.model.loss(window[:, :-1], window[:, 1:])
+            loss = self.model.loss(ids, targets)
             layer = _first_nonfinite(self.model.last_outputs())
             if layer or not math.isfinite(loss):
                 raise FloatingPointError(
@@ -235,7 +256,7 @@ class _Run:
 
     def facts(self) -> dict[str, float]:
         "What must be the same when a run resumes."
-        own = {"format": 2, "text": _fingerprint(self.text)}
+        own = {"format": 2, "task": self.task.fingerprint()}
         return own | asdict(self.settings) | self.model.config
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -351,14 +372,48 @@ def _proceed(
 # %% ../../nbs/models/09_training.ipynb #b8ef53a5
 def train(
     model: LanguageModel,
-    text: _Text,
+    task: _Task,  # as from `corpus`
     settings: Settings = Settings(),
     *,
     resume: str | Path | None = None,  # a checkpoint to go on from
     **options: Any,
 ) -> _Run:  # as for `proceed`
     "Train a model from the beginning, or from a checkpoint."
-    run = _Run(model, text, settings)
+    run = _Run(model, task, settings)
     if resume is not None:
         load_checkpoint(resume, run)
     return _proceed(run, **options)
+
+# %% ../../nbs/models/09_training.ipynb #563a5de0
+@dataclass(frozen=True)
+class _Recall:
+    "At every token, the last key before it; keys are rare and all else is noise."
+
+    symbols: int = 8  # keys are 0, ..., symbols - 1; noise is the next as many
+    rate: float = 0.03  # of keys
+
+    def check(self, s: Settings) -> None:
+        "Any settings will do."
+
+    def draw(self, rng: np.random.Generator, batch: int, seq_len: int) -> _Batch:
+        "Sequences that begin with a key, and what is to be named."
+        shape = batch, seq_len
+        keys = rng.random(shape) < self.rate
+        keys[:, 0] = True
+        noise = rng.integers(self.symbols, 2 * self.symbols, shape)
+        ids = np.where(keys, rng.integers(0, self.symbols, shape), noise)
+        last = np.maximum.accumulate(np.where(keys, np.arange(seq_len), 0), axis=1)
+        return ids, np.take_along_axis(ids, last, axis=1)
+
+    def batch(self, step: int, s: Settings) -> _Batch:
+        "As drawn for this step."
+        return self.draw(np.random.default_rng((s.seed, step)), s.batch, s.seq_len)
+
+    def judged_by(self, s: Settings) -> Iterator[_Batch]:
+        "Sequences of a seed that no step has."
+        rng = np.random.default_rng((s.seed, 0))
+        return (self.draw(rng, s.batch, s.seq_len) for _ in range(max(s.windows // s.batch, 1)))
+
+    def fingerprint(self) -> int:
+        "Of its numbers."
+        return _fingerprint(np.array([self.symbols, self.rate]))
