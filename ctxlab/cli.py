@@ -421,17 +421,17 @@ def _report(args: argparse.Namespace) -> int:  # exit code
     from ctxlab.audit.changes import (
         _PARTIAL,
         _changes_html,
+        _compare_reports,
         _read_partial,
+        _read_report,
         _run_facts,
         _save_partial,
-        compare,
-        read_report,
     )
     from ctxlab.audit.claims import LEDGER
     from ctxlab.audit.report import _FILES, _as_json, _staging, write_report
     from ctxlab.data import _PACKAGED, load_pairs
 
-    old = read_report(args.compare) if args.compare else None
+    old = _read_report(args.compare) if args.compare else None
     kind = "quick" if args.quick else "thorough" if args.thorough else "default"
     settings = dict(
         seed=args.seed,
@@ -456,7 +456,7 @@ def _report(args: argparse.Namespace) -> int:  # exit code
         findings = _measure(LEDGER, b, args.no_progress, keep)
         data = _as_json(findings, b, settings)
         if old:
-            data["compared"] = compare(old, data)
+            data["compared"] = _compare_reports(old, data)
         write_report(place, findings, b, data, _changes_html(data["compared"]) if old else "")
     args.kept = 0
     (out / _PARTIAL).unlink(missing_ok=True)
@@ -515,15 +515,15 @@ def _told(findings: list[Any], b: Any, data: dict[str, Any], out: Path | None) -
 # %% ../nbs/10_cli.ipynb #2c13776d
 def _claims(args: argparse.Namespace) -> int:  # exit code
     "The list of claims, or one of them."
-    from ctxlab.audit.changes import _claims_list, _explained, _find_claim, read_report
+    from ctxlab.audit.changes import _claims_list, _explained, _find_claim, _read_report
     from ctxlab.audit.report import _terminal
     from ctxlab.data import InputError
 
     width, claim = _terminal()["width"], args.id and _find_claim(args.id)
-    stored = read_report(args.source) if args.source else None
+    stored = _read_report(args.source) if args.source else None
     if args.source is None and Path("ctxlab-report", "claims.json").is_file():
         try:
-            stored = read_report("ctxlab-report")
+            stored = _read_report("ctxlab-report")
         except InputError as e:  # it was not asked for, so the claims are told without it
             print("ctxlab:", _one_line(str(e)), file=sys.stderr)
     print(_explained(claim, width, stored) if claim else _claims_list(width, stored))
@@ -553,17 +553,17 @@ def _bench(args: argparse.Namespace) -> int:  # exit code
     "The benchmark tables."
     if args.calibrate:
         return _calibrate(args)
-    from ctxlab.audit.ladder import _against_torch, _benchmark_table, climb, inputs
+    from ctxlab.audit.ladder import _against_torch, _benchmark_table, _climb, _inputs
     from ctxlab.measure import machine, machine_line
 
-    data = inputs(args.rows, args.dim, args.seed)
+    data = _inputs(args.rows, args.dim, args.seed)
     with _threads(args.threads):
         print(
             f"{machine_line(machine())}\n\nS = {args.rows}, D = {args.dim}, in units of one bare "
             "matmul\n"
         )
         print(
-            _benchmark_table(climb(data, budget=args.seconds, seed=args.seed)),
+            _benchmark_table(_climb(data, budget=args.seconds, seed=args.seed)),
             flush=True,
         )
         peer = _against_torch(data, budget=args.seconds, seed=args.seed)

@@ -21,12 +21,12 @@ from ctxlab.audit.changes import _figures
 from ctxlab.audit.claims import _SHIPPED, LEDGER, _pairs, _rows, _workload, _workloads
 from ctxlab.audit.growth import _POLICIES
 from ctxlab.audit.original import (
+    _backward,
+    _forward,
     _path,
     _sites,
-    backward,
-    forward,
-    update,
-    update_step,
+    _update,
+    _update_step,
 )
 from ctxlab.audit.report import _as_json
 from ctxlab.audit.trials import (
@@ -601,19 +601,19 @@ def test_the_paths_compute_what_the_reference_says(form, real):
         product = _forms()[form]
         expected = apply_context(w.X, w.C, w.s)
         for _ in twice:
-            assert_equiv(forward(product, w.X, w.C, w.s), expected, depth=D, scale=out_size)
+            assert_equiv(_forward(product, w.X, w.C, w.s), expected, depth=D, scale=out_size)
         grad_x, _ = apply_context_vjp(w.X, w.C, w.s, w.G)
         grad_s = apply_context_vjp(X, C, w.s, G)[1]
         terms = np.sqrt(np.sum(G**2 * (X**2 @ C**2))) / D
         length = D + int(np.sqrt(X.size))  # sums of D products, and a sum of all made in blocks
         for _ in twice:
-            got_x, got_s = backward(product, w.X, w.C, w.s, w.G)
+            got_x, got_s = _backward(product, w.X, w.C, w.s, w.G)
             assert_equiv(got_x, grad_x, depth=D, scale=grad_size)
             assert_equiv(np.float32(got_s), np.float32(grad_s), depth=length, scale=terms)
         product, batch, step = _forms()[form], w.C.copy(), w.C.copy()
-        update(product, w.X, w.Y, batch, 0.1)
+        _update(product, w.X, w.Y, batch, 0.1)
         assert_equiv(batch, ema(w.C, similarity(w.X, w.Y), 0.1), depth=32, scale=1.0)
-        update_step(product, w.X[0], w.Y[0], step, 0.1)
+        _update_step(product, w.X[0], w.Y[0], step, 0.1)
         assert_equiv(step, ema(w.C, similarity_step(w.X[0], w.Y[0]), 0.1), depth=32, scale=1.0)
 
 
@@ -632,11 +632,11 @@ def test_a_timed_path_is_the_same_in_every_form(what):
 def outcome(product, w):
     """All that the four paths compute, in one vector."""
     C, c = w.C.copy(), w.C.copy()
-    update(product, w.X, w.Y, C, 0.1)
-    update_step(product, w.X[0], w.Y[0], c, 0.1)
-    grad_x, grad_s = backward(product, w.X, w.C, w.s, w.G)
+    _update(product, w.X, w.Y, C, 0.1)
+    _update_step(product, w.X[0], w.Y[0], c, 0.1)
+    grad_x, grad_s = _backward(product, w.X, w.C, w.s, w.G)
     return np.concatenate(
-        [a.ravel() for a in (forward(product, w.X, w.C, w.s), grad_x, C, c)] + [[grad_s]]
+        [a.ravel() for a in (_forward(product, w.X, w.C, w.s), grad_x, C, c)] + [[grad_s]]
     )
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .growth import _POLICIES, _sentence_lengths, study
-from .original import _path, _sites, backward, forward, update
-from .rust import Allocated, stored
+from .growth import _POLICIES, _sentence_lengths, _study
+from .original import _backward, _forward, _path, _sites, _update
+from .rust import _Allocated, stored
 from ctxlab.audit.trials import (
     _ACCOUNT_UNITS,
     _SMALL,
@@ -315,7 +315,7 @@ def _calls_account(form: str, w: _Workload, calls: int) -> Account:
 
         def run() -> None:
             for _ in range(calls):
-                forward(product, w.X, w.C, w.s)
+                _forward(product, w.X, w.C, w.s)
 
         return run
 
@@ -481,11 +481,11 @@ def _library_differs(w: _Workload) -> float:
     context = SharedAttentionContext(w.s, 0.1)
     context.set_incoming(w.C)
     product = _forms()["dot"]
-    theirs = [forward(product, w.X, w.C, w.s), backward(product, w.X, w.C, w.s, w.G)[0]]
+    theirs = [_forward(product, w.X, w.C, w.s), _backward(product, w.X, w.C, w.s, w.G)[0]]
     ours = [context.apply(w.X), context.backward(w.X, w.G)[0]]
     context.update(w.X, w.Y)
     learned = np.zeros_like(w.C)
-    update(product, w.X, w.Y, learned, 0.1)
+    _update(product, w.X, w.Y, learned, 0.1)
     assert context.outgoing is not None
     pairs = zip([*theirs, learned], [*ours, context.outgoing], strict=True)
     return max(_largest_difference(a, b) for a, b in pairs)
@@ -578,7 +578,7 @@ def _lazily_mb(figures: _Figures) -> Interval:
 # %% ../../nbs/audit/04_claims.ipynb #ff28684d
 @cache  # the text is the same each time
 def _growth_study() -> dict:
-    return study(_sentence_lengths())
+    return _study(_sentence_lengths())
 
 
 def _growth_figures(b: Bench) -> _Figures:
@@ -1140,7 +1140,7 @@ _RUST_FORMS = {
 }
 
 
-def _rust_account(a: Allocated) -> Account:
+def _rust_account(a: _Allocated) -> Account:
     "With the buffers into which the matrix multiply packs its operands."
     return Account(
         a.arrays.nbytes + a.packing.nbytes,
@@ -1150,7 +1150,7 @@ def _rust_account(a: Allocated) -> Account:
 
 
 def _site_in_rust(site: str) -> _Figures:
-    def of(forms: Mapping[str, Allocated]) -> dict[str, Any]:
+    def of(forms: Mapping[str, _Allocated]) -> dict[str, Any]:
         found = {form: _rust_account(forms[name]) for form, name in _RUST_FORMS.items()}
         return {
             "result": forms["dot"].arrays.nbytes,
