@@ -530,9 +530,9 @@ def _claims(args: argparse.Namespace) -> int:  # exit code
     return 0
 
 
-def _calibrate(args: argparse.Namespace) -> int:  # exit code
+def _error_rates(args: argparse.Namespace) -> int:  # exit code
     "Error rate and power of comparisons on this machine."
-    from ctxlab.calibration import _rates_table, calibrate
+    from ctxlab.calibration import _calibrate, _rates_table
     from ctxlab.data import InputError
     from ctxlab.measure import machine, machine_line
 
@@ -540,7 +540,7 @@ def _calibrate(args: argparse.Namespace) -> int:  # exit code
     options = dict(budget=args.seconds, seed=args.seed, threads=args.threads or 1)
     lines_so_far = 0
     try:
-        for rate in calibrate((0, 1, 2, 3, 5, 8), args.calibrate, **options):
+        for rate in _calibrate((0, 1, 2, 3, 5, 8), args.calibrate, **options):
             lines = _rates_table([rate]).splitlines()
             print("\n".join(lines[min(lines_so_far, 1) :]), flush=True)
             lines_so_far += 1
@@ -552,7 +552,7 @@ def _calibrate(args: argparse.Namespace) -> int:  # exit code
 def _bench(args: argparse.Namespace) -> int:  # exit code
     "The benchmark tables."
     if args.calibrate:
-        return _calibrate(args)
+        return _error_rates(args)
     from ctxlab.audit.ladder import _against_torch, _benchmark_table, _climb, _inputs
     from ctxlab.measure import machine, machine_line
 
@@ -579,7 +579,7 @@ def _compare(args: argparse.Namespace) -> int:  # exit code
     "Two versions of a function beside each other."
     from ctxlab.data import InputError
     from ctxlab.measure import DisagreementError
-    from ctxlab.versions import compare_versions, plot_comparison
+    from ctxlab.versions import _plot_comparison, compare_versions
 
     try:
         result, missed = compare_versions(
@@ -602,7 +602,7 @@ def _compare(args: argparse.Namespace) -> int:  # exit code
     except ValueError as e:
         raise InputError(str(e)) from e
     if args.plot:
-        _save_plot(lambda ax: plot_comparison(result, ax), args.plot)
+        _save_plot(lambda ax: _plot_comparison(result, ax), args.plot)
     print(json.dumps(result.to_dict() | {"missed": missed}, indent=1) if args.json else result)
     for text in missed:
         print(f"ctxlab: --require {text}: not met", file=sys.stderr)
@@ -614,12 +614,12 @@ def _save_plot(draw: Callable[[Any], None], path: str) -> None:
     from matplotlib.figure import Figure
 
     from ctxlab.audit.report import _png, _styled
-    from ctxlab.files import write_whole
+    from ctxlab.files import _write_whole
 
     with _styled():
         figure = Figure(figsize=(7, 2.2), layout="constrained")
         draw(figure.subplots())
-        write_whole(path, _png(figure))
+        _write_whole(path, _png(figure))
 
 # %% ../nbs/10_cli.ipynb #cac990c6
 _JOBS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -627,7 +627,7 @@ _JOBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "claims": _claims,
     "audit": _audit,
     "bench": _bench,
-    "context": exact.run,
+    "context": exact._run,
     "compare": _compare,
 }
 

@@ -29,8 +29,8 @@ from ctxlab.audit.changes import (
 )
 from ctxlab.audit.claims import LEDGER
 from ctxlab.audit.report import _SCHEMA_VERSION, _as_json, _plain_trials, _words
-from ctxlab.data import InputError, pair
-from ctxlab.intervals import Interval, sequential_interval, sequential_ranks
+from ctxlab.data import InputError, _pair
+from ctxlab.intervals import Interval, _sequential_interval, _sequential_ranks
 from ctxlab.measure import _Comparison
 
 
@@ -262,13 +262,13 @@ def test_hostile_names_stay_text_and_in_width(width, data, tmp_path):
 
 
 BLOCKS = 20
-RANKS = sequential_ranks(BLOCKS, 0.05)
+RANKS = _sequential_ranks(BLOCKS, 0.05)
 
 
 def synthetic(rng, noise, effect):
     """What a run finds, whose blocks have that noise."""
     ratio, control = (
-        Interval(*np.exp(sequential_interval(noise * rng.standard_normal(BLOCKS), RANKS)))
+        Interval(*np.exp(_sequential_interval(noise * rng.standard_normal(BLOCKS), RANKS)))
         for _ in range(2)
     )
     return _Comparison(ratio.scaled(effect), control)
@@ -317,7 +317,7 @@ def test_other_data_or_settings_or_machine_is_another_run(made, partial):
     (p,) = b.pairs
     machine = facts["machine"] | {"numpy": "1.0"}
     for changed in (
-        _run_facts(replace(b, pairs=[pair("p", p.x + 1, p.y)]), {"seed": 0}),
+        _run_facts(replace(b, pairs=[_pair("p", p.x + 1, p.y)]), {"seed": 0}),
         _run_facts(replace(b, pairs=[p, p]), {"seed": 0}),
         _run_facts(replace(b, pairs=None), {"seed": 0}),
         _run_facts(b, {"seed": 1}),

@@ -46,7 +46,7 @@ from ctxlab import cli
 from ctxlab.audit import changes, claims, trials
 claims._REPORT_SIZE, claims._STACK_SHAPE = (64, 48), (1, 32, 64)
 cli._TIMES['quick'] = 100.0
-ran, stop, write = [], os.environ.get('STOP'), changes.write_whole
+ran, stop, write = [], os.environ.get('STOP'), changes._write_whole
 def run(trial, seconds, seed):
     ran.append(trial.name)
     if stop == 'interrupt' and len(ran) == 6:
@@ -58,7 +58,7 @@ def keep(path, text):
     if stop == 'full' and len(ran) == 6:
         raise OSError(28, 'No space left on device')
     write(path, text)
-trials._run, changes.write_whole = run, keep
+trials._run, changes._write_whole = run, keep
 claims.account = lambda make: (make()(), trials.Account(8192, 0, 8192))[1]
 sys.exit(cli.main(sys.argv[1:]))
 """,

@@ -86,10 +86,10 @@ TABLE = {
     ),
     "gemm.blend": Entry(lambda a, ws: gemm.blend(*a, 0.5, 2.0), dict(x="BSD", y="BSD!")),
     "original._update": Entry(
-        lambda a, ws: original._update(gemm.dot, *a, 0.5), dict(X="SD", Y="SD", C="DD!")
+        lambda a, ws: original._update(gemm._dot, *a, 0.5), dict(X="SD", Y="SD", C="DD!")
     ),
     "original._update_step": Entry(
-        lambda a, ws: original._update_step(gemm.dot, *a, 0.5), dict(x="D", y="D", C="DD!")
+        lambda a, ws: original._update_step(gemm._dot, *a, 0.5), dict(x="D", y="D", C="DD!")
     ),
     "context.fold": Entry(
         lambda a, ws: context._fold(a[0], 0.5, a[1]), dict(context="DD", out="DD!")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ctxlab.interleave import explore, replay
 from ctxlab.norm_cache import (
     _SAFE,
-    VARIANTS,
+    _VARIANTS,
     DerivedValue,
     EarlyFlag,
     LockedFlag,
@@ -47,19 +47,19 @@ from ctxlab.norm_cache import (
     _word_pairs,
 )
 
-every = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
-safe = pytest.mark.parametrize("variant", [VARIANTS[name] for name in _SAFE], ids=_SAFE)
-CACHES = [name for name in VARIANTS if name != "recompute"]
-caches = pytest.mark.parametrize("variant", [VARIANTS[name] for name in CACHES], ids=CACHES)
+every = pytest.mark.parametrize("variant", _VARIANTS.values(), ids=list(_VARIANTS))
+safe = pytest.mark.parametrize("variant", [_VARIANTS[name] for name in _SAFE], ids=_SAFE)
+CACHES = [name for name in _VARIANTS if name != "recompute"]
+caches = pytest.mark.parametrize("variant", [_VARIANTS[name] for name in CACHES], ids=CACHES)
 Waitless = partial(DerivedValue, once=False)
 WAITLESS = {
-    name: Waitless if name == "snapshot swap" else VARIANTS[name]
+    name: Waitless if name == "snapshot swap" else _VARIANTS[name]
     for name in _SAFE
     if name != "locked flag"
 }
 waitless = pytest.mark.parametrize("variant", WAITLESS.values(), ids=list(WAITLESS))
 GUARDED = [name for name in _SAFE if name != "recompute"]
-guarded = pytest.mark.parametrize("variant", [VARIANTS[name] for name in GUARDED], ids=GUARDED)
+guarded = pytest.mark.parametrize("variant", [_VARIANTS[name] for name in GUARDED], ids=GUARDED)
 
 
 class Broken(Exception):
@@ -223,11 +223,11 @@ def test_one_thread_sees_every_change_and_computes_only_when_it_must(variant, op
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in VARIANTS if name not in ("recompute", "early flag")]
+    "name", [name for name in _VARIANTS if name not in ("recompute", "early flag")]
 )
 def test_a_cache_that_asks_itself_says_so_and_can_be_used_afterwards(name):
     asks = [True]
-    cache = VARIANTS[name](lambda: cache.get() if asks[0] else 3.0)
+    cache = _VARIANTS[name](lambda: cache.get() if asks[0] else 3.0)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="compute: asks for the value that it computes"):
             cache.get()
@@ -240,8 +240,8 @@ def test_a_cache_that_asks_itself_says_so_and_can_be_used_afterwards(name):
 @pytest.mark.parametrize(("one", "other"), [*product(GUARDED, repeat=2)])
 def test_caches_that_ask_each_other_say_so_and_can_be_used_afterwards(one, other):
     circle = [True]
-    a = VARIANTS[one](lambda: b.get() + 1)
-    b = VARIANTS[other](lambda: a.get() if circle[0] else 1.0)
+    a = _VARIANTS[one](lambda: b.get() + 1)
+    b = _VARIANTS[other](lambda: a.get() if circle[0] else 1.0)
     for cache in (a, b, a):
         with pytest.raises(RuntimeError, match="asks for the value"):
             cache.get()
@@ -265,7 +265,7 @@ def test_a_compute_function_may_catch_the_error_of_asking_again(variant):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in VARIANTS if name not in ("plain flag", "locked flag")]
+    "name", [name for name in _VARIANTS if name not in ("plain flag", "locked flag")]
 )
 def test_a_change_made_by_compute_itself_is_not_lost(name):
     state = [0]
@@ -277,7 +277,7 @@ def test_a_change_made_by_compute_itself_is_not_lost(name):
             cache.invalidate()
         return seen
 
-    cache = VARIANTS[name](compute)
+    cache = _VARIANTS[name](compute)
     assert [cache.get() for _ in range(5)] == [0, 1, 2, 2, 2]
 
 
@@ -758,7 +758,7 @@ def test_the_flags_fail_every_time(variant):
 @pytest.mark.parametrize("words", [("RR", "W"), ("R", "WR")], ids="-".join)
 @pytest.mark.parametrize("name", ["recompute", "plain flag", "early flag", "locked flag"])
 def test_memory_hides_nothing_of_a_cache(name, words):
-    scenario = _asking(VARIANTS[name], words)
+    scenario = _asking(_VARIANTS[name], words)
     pruned = explore(scenario)
     if pruned.interleavings <= 300:
         every_order = explore(scenario, prune=False)
@@ -863,7 +863,7 @@ def test_a_derived_value_that_nobody_waits_for_in_every_order():
     ],
 )
 def test_a_trial_proves_something_where_the_broken_variants_fail(stale, verdict):
-    results = {name: _Stress(100, 50, stale.get(name, 0), 1.0) for name in VARIANTS}
+    results = {name: _Stress(100, 50, stale.get(name, 0), 1.0) for name in _VARIANTS}
     assert verdict in _Trial(results).check()
     for name in _SAFE:
         with pytest.raises(AssertionError, match=f"stale reads of {name}"):
@@ -872,7 +872,7 @@ def test_a_trial_proves_something_where_the_broken_variants_fail(stale, verdict)
 
 def test_a_trial_runs_every_variant():
     found = _trial(400, pause=lambda: time.sleep(0))
-    assert list(found.results) == list(VARIANTS)
+    assert list(found.results) == list(_VARIANTS)
     assert all(each.operations == 400 for each in found.results.values())
 
 

@@ -32,7 +32,7 @@ from ctxlab.audit.report import (
 )
 from .trials import _SEVERAL, _SMALL, Bench, Claim, _Figures
 from ..data import InputError
-from ..files import write_whole
+from ..files import _write_whole
 from ..measure import Comparison, Interval, Measured, _apart, _Comparison, machine
 
 # %% ../../nbs/audit/06_changes.ipynb #22335cd3
@@ -442,7 +442,7 @@ def _save_partial(
         dict(schema=f"{_SCHEMA}.unfinished", facts=facts, trials=_plain_trials(b)),
         allow_nan=False,
     )
-    write_whole(target / _PARTIAL, text)
+    _write_whole(target / _PARTIAL, text)
 
 # %% ../../nbs/audit/06_changes.ipynb #ac160ed3
 def _read_partial(

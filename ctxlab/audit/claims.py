@@ -51,7 +51,7 @@ from ctxlab.audit.trials import (
     gain_claim,
 )
 from ..context import SharedAttentionContext
-from ..data import Pair, load_pairs
+from ..data import _Pair, load_pairs
 from ..gemm import _forms
 from ..intervals import Interval
 from ..models.stack import _KINDS, _passes, _Stack
@@ -88,7 +88,7 @@ def _rows(features: int, most: int) -> int:
     return int(np.clip(_PRODUCT_FLOP / (2 * features * features), 32, min(2048, most)))
 
 # %% ../../nbs/audit/04_claims.ipynb #5026b9c8
-def _workload(name: str, pair: Pair, rng: np.random.Generator) -> _Workload:
+def _workload(name: str, pair: _Pair, rng: np.random.Generator) -> _Workload:
     "The first rows of a pair, with its own context and a random gradient."
     rows, D = min(_rows(pair.x.shape[1], len(pair.x)), len(pair.x)), pair.x.shape[1]
     X, Y = pair.x[:rows], pair.y[:rows]
@@ -108,10 +108,10 @@ def _make_workloads(b: Bench) -> list[_Workload]:
     pairs = _pairs(b)
     x, y = rng.standard_normal((2, *_REPORT_SIZE), np.float32)
     own = _workload(b.name, pairs[len(pairs) // 2], rng)
-    return [own, _workload("", Pair("random", x, y), rng)]
+    return [own, _workload("", _Pair("random", x, y), rng)]
 
 
-def _pairs(b: Bench) -> Sequence[Pair]:
+def _pairs(b: Bench) -> Sequence[_Pair]:
     return b.once("pairs", lambda: load_pairs() if b.pairs is None else list(b.pairs))
 
 

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from ..data import InputError
-from ..files import write_whole
+from ..files import _write_whole
 from ..intervals import Interval, median_interval
 from ..measure import _Comparison, machine
 
@@ -89,7 +89,7 @@ class _RustRun:
         "Write the figures to a file that `stored` reads."
         text = json.dumps(self.raw, indent=1)
         lists = re.compile(r"\[[^][{}]*\]")
-        write_whole(path, lists.sub(lambda found: " ".join(found[0].split()), text) + "\n")
+        _write_whole(path, lists.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 # %% ../../nbs/audit/01a_rust.ipynb #300813c7
 _T = TypeVar("_T")

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data import InputError
-from ..intervals import Interval, sequential_interval, sequential_ranks
+from ..intervals import Interval, _sequential_interval, _sequential_ranks
 from ctxlab.measure import (
     Comparison,
     DisagreementError,
@@ -186,9 +186,9 @@ def _power(
     "How often a run like this one would have confirmed a gain that is as claimed."
     log = np.log(np.asarray(ratios, np.float64))
     log = log - np.median(log) - np.log1p(claimed / 100)
-    ranks, rng = sequential_ranks(len(log), _ERROR), np.random.default_rng(0)
+    ranks, rng = _sequential_ranks(len(log), _ERROR), np.random.default_rng(0)
     drawn = rng.choice(log, (draws, len(log)))
-    intervals = (Interval(*np.exp(sequential_interval(d, ranks)).tolist()) for d in drawn)
+    intervals = (Interval(*np.exp(_sequential_interval(d, ranks)).tolist()) for d in drawn)
     return float(np.mean([_judge_gain(least, _gain(i), _STILL) == CONFIRMED for i in intervals]))
 
 # %% ../../nbs/audit/03a_trials.ipynb #b1c18dcc

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..context import SharedAttentionContext, _frobenius, _update_requirement
-from ..files import _link_or_copy, whole_files
+from ..files import _link_or_copy, _whole_files
 from ..gemm import unbuffered
 from .block import _check_state, _converted, _hand_on, _Parametric, _Shapes
 from ctxlab.models.layers import (
@@ -652,7 +652,7 @@ def _previous(path: str | Path) -> Path:
 
 def save_checkpoint(path: str | Path, run: _Run) -> None:
     "Write a run's state. The file is whole at every moment, and the one before it is kept."
-    with whole_files(path) as (part,):
+    with _whole_files(path) as (part,):
         with open(part, "w+b") as f:
             np.savez(f, **run.state_dict())  # type: ignore[arg-type]
             f.seek(0)
@@ -660,7 +660,7 @@ def save_checkpoint(path: str | Path, run: _Run) -> None:
             f.seek(0, os.SEEK_END)
             f.write(digest)
         if Path(path).exists():
-            with whole_files(_previous(path)) as (old,):
+            with _whole_files(_previous(path)) as (old,):
                 _link_or_copy(path, old)
 
 # %% ../../nbs/models/05_training.ipynb #d4621215
