@@ -31,13 +31,8 @@ from ctxlab.audit.original import (
 from ctxlab.audit.report import _as_json
 from ctxlab.audit.trials import (
     _SMALL,
-    _VERDICTS,
-    CONFIRMED,
-    PARTLY,
-    REFUTED,
-    UNDECIDED,
-    UNTESTABLE,
     Bench,
+    Verdict,
     _audited,
     _gain,
     _judge_gain,
@@ -50,6 +45,7 @@ from ctxlab.models.stack import _KINDS
 from ctxlab.reference import apply_context, apply_context_vjp, ema, similarity, similarity_step
 from ctxlab.testing import assert_equiv
 
+CONFIRMED, PARTLY, REFUTED, UNDECIDED, UNTESTABLE = Verdict
 by_claim = pytest.mark.parametrize("claim", LEDGER, ids=lambda c: c.id)
 FORMS = list(_forms())
 FASTER = {"zeros + gemm": 4, "reused out": 6, "pooled": 5, "thresholds raised": 2}  # percent
@@ -491,7 +487,7 @@ def test_the_same_rule_judges_the_figures_of_the_program_in_rust(claim, findings
         assert (f.rust, f.rust_told) == ("", "")
         return
     figures = claim.in_rust()
-    assert f.rust == claim.judge(figures) in _VERDICTS
+    assert f.rust == claim.judge(figures) in list(Verdict)
     assert f.rust_told == claim.tell(figures)[1]
     assert json.dumps(figures)
 
@@ -504,7 +500,7 @@ def test_a_small_ledger_is_judged_whole(claim, findings):
     f = findings[claim.id]
     assert f.error == ""
     assert f.figures
-    assert f.verdict in _VERDICTS
+    assert f.verdict in list(Verdict)
     assert (f.plain, f.told) == claim.tell(f.figures)
 
 

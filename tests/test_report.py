@@ -43,17 +43,7 @@ from ctxlab.audit.report import (
     _terminal,
     write_report,
 )
-from ctxlab.audit.trials import (
-    CONFIRMED,
-    REFUTED,
-    UNDECIDED,
-    UNTESTABLE,
-    Bench,
-    Number,
-    _gain,
-    audit,
-    saving_claim,
-)
+from ctxlab.audit.trials import Bench, Number, Verdict, _gain, audit, saving_claim
 from ctxlab.data import InputError
 from ctxlab.intervals import Interval
 
@@ -139,9 +129,9 @@ def test_colour_only_where_it_is_wanted(tty, env, colour, monkeypatch):
 
 @pytest.mark.parametrize("width", [40, 100])
 def test_the_table_tells_where_the_program_in_rust_says_otherwise(made, width):
-    f = replace(made[1][0], verdict=CONFIRMED, rust=REFUTED)
-    assert f"in Rust: {REFUTED}" in _table([f], width)
-    assert "in Rust" not in _table([replace(f, rust=CONFIRMED)], width)
+    f = replace(made[1][0], verdict=Verdict.CONFIRMED, rust=Verdict.REFUTED)
+    assert f"in Rust: {Verdict.REFUTED}" in _table([f], width)
+    assert "in Rust" not in _table([replace(f, rust=Verdict.CONFIRMED)], width)
 
 
 def test_the_table_has_a_line_for_each_group(made):
@@ -251,7 +241,7 @@ def test_a_claim_that_failed_is_in_the_file(data):
     found = audit([plain(measure=raising(OSError("gone"))), plain(id="other")])
     failed, other = _as_json(found, Bench(), {})["claims"]
     assert (failed["error"], failed["figures"]) == ("OSError: gone", {})
-    assert (failed["verdict"], failed["measured"]) == (UNTESTABLE, "OSError: gone")
+    assert (failed["verdict"], failed["measured"]) == (Verdict.UNTESTABLE, "OSError: gone")
     assert (failed["notebook"], failed["in_rust"], other["error"]) == (None, None, None)
 
 
@@ -405,7 +395,9 @@ def test_hostile_texts_are_only_text(made, data):
     figures = {HOSTILE: {HOSTILE: HOSTILE}}
     hostile = dict.fromkeys(("id", "says", "rule", "where", "group", "units", "section"), HOSTILE)
     texts = dict.fromkeys(("plain", "told", "rust_told"), HOSTILE)
-    f = replace(f, claim=replace(f.claim, **hostile), figures=figures, rust=REFUTED, **texts)
+    f = replace(
+        f, claim=replace(f.claim, **hostile), figures=figures, rust=Verdict.REFUTED, **texts
+    )
     data = data | {
         "trials": [dict(name=HOSTILE)],
         "too_noisy": [dict(name=HOSTILE)],
@@ -460,7 +452,7 @@ def test_claims_of_anyone_get_a_page(own_made, tmp_path):
 def test_where_nothing_was_timed_there_is_no_picture_of_times(tmp_path):
     b = Bench(seconds=1e-6)
     found = audit(own(), b)
-    assert found[0].verdict == UNDECIDED
+    assert found[0].verdict == Verdict.UNDECIDED
     write_report(tmp_path, found, b, _as_json(found, b, {}))
     assert not (tmp_path / "times.png").exists()
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))

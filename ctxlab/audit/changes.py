@@ -135,7 +135,7 @@ def _comparisons(rows: Iterable[Mapping[str, Any]]) -> dict[str, Comparison]:
 
 # %% ../../nbs/audit/06_changes.ipynb #c3b655e7
 @dataclass(frozen=True)
-class _Verdict:
+class _Entry:
     "What a report says of one claim."
 
     verdict: str
@@ -148,13 +148,13 @@ class _Report:
     "What is read back from claims.json."
 
     facts: dict[str, Any]  # ctxlab, created, settings, machine
-    claims: dict[str, _Verdict]  # by id
+    claims: dict[str, _Entry]  # by id
     trials: dict[str, Comparison]  # by name
 
 
 def _report(data: Mapping[str, Any]) -> _Report:
     claims = {
-        str(c["id"]): _Verdict(str(c["verdict"]), str(c["measured"]), _figures(c["figures"]))
+        str(c["id"]): _Entry(str(c["verdict"]), str(c["measured"]), _figures(c["figures"]))
         for c in data["claims"]
     }
     facts = {
@@ -220,7 +220,7 @@ def _recounted(before: _Figures, after: _Figures) -> bool:
     )
 
 # %% ../../nbs/audit/06_changes.ipynb #35745836
-def _figures_change(before: _Verdict, after: _Verdict, timed: bool) -> str:
+def _figures_change(before: _Entry, after: _Entry, timed: bool) -> str:
     "What happened to the figures of one claim; '' for nothing."
     if timed and _moved(before.figures, after.figures):
         return "beyond noise"
@@ -231,7 +231,7 @@ def _figures_change(before: _Verdict, after: _Verdict, timed: bool) -> str:
     return ""
 
 
-def _change(before: _Verdict | None, after: _Verdict | None) -> str:
+def _change(before: _Entry | None, after: _Entry | None) -> str:
     "What happened to one claim, in a few words; '' for nothing."
     if before is None or after is None:
         return "new" if before is None else "no longer there"

@@ -20,16 +20,12 @@ from .rust import _Allocated, stored
 from ctxlab.audit.trials import (
     _ACCOUNT_UNITS,
     _SMALL,
-    CONFIRMED,
-    PARTLY,
-    REFUTED,
-    UNDECIDED,
-    UNTESTABLE,
     Account,
     Bench,
     Claim,
     Number,
     Trial,
+    Verdict,
     _accounts,
     _by_case,
     _clear,
@@ -170,16 +166,16 @@ def _site_figures(site: str, b: Bench) -> _Figures:
 
 def _site_saves(f: Mapping[str, Any]) -> str:
     if f["result"] < 2 * _SMALL:
-        return UNTESTABLE  # Python's own objects are as large
+        return Verdict.UNTESTABLE  # Python's own objects are as large
     saved = f["allocated before"] - f["allocated after"]
-    return CONFIRMED if saved >= f["result"] / 2 else REFUTED
+    return Verdict.CONFIRMED if saved >= f["result"] / 2 else Verdict.REFUTED
 
 # %% ../../nbs/audit/04_claims.ipynb #f8a2bd57
-_SITE_SENTENCES = {
-    CONFIRMED: "The allocation is saved, and its buffer is kept for good.",
-    REFUTED: "Nothing was saved: zeros and gemm allocates what dot allocates.",
-    PARTLY: "Saved in one case, and not in another.",
-    UNTESTABLE: "The result is too small to be told from Python's own objects.",
+_SITE_SENTENCES: dict[str, str] = {
+    Verdict.CONFIRMED: "The allocation is saved, and its buffer is kept for good.",
+    Verdict.REFUTED: "Nothing was saved: zeros and gemm allocates what dot allocates.",
+    Verdict.PARTLY: "Saved in one case, and not in another.",
+    Verdict.UNTESTABLE: "The result is too small to be told from Python's own objects.",
 }
 
 
@@ -222,15 +218,21 @@ def _count_figures(b: Bench) -> _Figures:
     return {"the paths": {"batch": len(_batch_sites(w)), "with the token form": len(every)}}
 
 
+def _both(*parts: bool) -> str:
+    "A verdict on a claim of two parts: confirmed if both hold, partly if one does."
+    return (Verdict.REFUTED, Verdict.PARTLY, Verdict.CONFIRMED)[sum(parts)]
+
+
 def _counted(f: Mapping[str, int]) -> str:
-    right = (f["batch"] == 5) + (f["with the token form"] == 6)
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[right]
+    return _both(f["batch"] == 5, f["with the token form"] == 6)
 
 
 def _tell_count(figures: _Figures) -> tuple[str, str]:
     f = figures["the paths"]
     verdict = _counted(f)
-    plain = "Both numbers are right." if verdict == CONFIRMED else "They are not both right."
+    plain = (
+        "Both numbers are right." if verdict == Verdict.CONFIRMED else "They are not both right."
+    )
     return (
         plain,
         f"{f['batch']} products on the batch paths, {f['with the token form']} with the token form",
@@ -260,13 +262,13 @@ def _within_a_tenth(f: Mapping[str, float]) -> str:
     "Compare claimed with actual bytes, reading the claim in MB and in MiB."
     for unit in (1.0, 2**20 / _MB):
         if abs(f["claimed"] * unit / f["actual"] - 1) <= 0.1:
-            return CONFIRMED
-    return REFUTED
+            return Verdict.CONFIRMED
+    return Verdict.REFUTED
 
 
 def _tell_bytes(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
-    right = _within_a_tenth(f) == CONFIRMED
+    right = _within_a_tenth(f) == Verdict.CONFIRMED
     plain = "The arithmetic is right." if right else "The arithmetic is wrong."
     return plain, f"{_mb(f['actual'])} MB" + ("" if right else f", not {_mb(f['claimed'])} MB")
 
@@ -420,11 +422,10 @@ def _why_figures(b: Bench) -> _Figures:
 
 
 def _why(f: Mapping[str, Any]) -> str:
-    if "gain" not in f or _judge_gain(3, f["gain"], f["control"]) == UNDECIDED:
-        return UNDECIDED
+    if "gain" not in f or _judge_gain(3, f["gain"], f["control"]) == Verdict.UNDECIDED:
+        return Verdict.UNDECIDED
     intermediate = f["intermediate"] >= max(f["result"] / 2, _SMALL)
-    parts = intermediate + (f["gain"].low > 0)
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[parts]
+    return _both(intermediate, f["gain"].low > 0)
 
 # %% ../../nbs/audit/04_claims.ipynb #b11520b4
 def _tell_why(figures: _Figures) -> tuple[str, str]:
@@ -503,11 +504,11 @@ def _numeric_figures(b: Bench) -> _Figures:
 
 
 def _equal(f: Mapping[str, float]) -> str:
-    return CONFIRMED if max(f["forms"], f["library"]) <= 1e-5 else REFUTED
+    return Verdict.CONFIRMED if max(f["forms"], f["library"]) <= 1e-5 else Verdict.REFUTED
 
 
 def _tell_numeric(figures: _Figures) -> tuple[str, str]:
-    equal = _each(_equal)(figures) == CONFIRMED
+    equal = _each(_equal)(figures) == Verdict.CONFIRMED
     plain = "Equal, and so are the paths of the library." if equal else "Not equal everywhere."
     return plain, _by_case(
         lambda f: f"forms differ by {f['forms']:.1g}, the library by {f['library']:.1g}", figures
@@ -541,12 +542,12 @@ def _lazy_figures(b: Bench) -> _Figures:
 
 def _saved_lazily(f: Mapping[str, int]) -> str:
     saved = f["outgoing"] - f["before"]
-    return CONFIRMED if math.isclose(saved, 2.36 * _MB, rel_tol=0.01) else REFUTED
+    return Verdict.CONFIRMED if math.isclose(saved, 2.36 * _MB, rel_tol=0.01) else Verdict.REFUTED
 
 
 def _tell_lazy(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
-    right = _saved_lazily(f) == CONFIRMED
+    right = _saved_lazily(f) == Verdict.CONFIRMED
     plain = "Saved, until the layer learns." if right else "Not that much is saved."
     return (
         plain,
@@ -603,7 +604,7 @@ def _growth_parts(f: Mapping[str, Any]) -> tuple[bool, bool]:
 
 
 def _growth(f: Mapping[str, Any]) -> str:
-    return {2: CONFIRMED, 1: PARTLY, 0: REFUTED}[sum(_growth_parts(f))]
+    return _both(*_growth_parts(f))
 
 # %% ../../nbs/audit/04_claims.ipynb #8956904f
 _GROWTH_SENTENCES = {
@@ -783,14 +784,14 @@ def _kinds_figures(b: Bench) -> _Figures:
 
 def _kinds(figures: _Figures) -> str:
     if len(figures) < len(_KINDS):
-        return UNDECIDED
+        return Verdict.UNDECIDED
     gains = [_widened(f["gain"], f["control"]) for f in figures.values()]
     differ = [_difference(a, b) for a in gains for b in gains if a is not b]
     if any(d.low > 0 and d.median >= _MARGIN for d in differ):
-        return REFUTED
+        return Verdict.REFUTED
     if any(d.high >= _MARGIN for d in differ):
-        return UNDECIDED
-    return CONFIRMED if all(g.low > 0 for g in gains) else PARTLY
+        return Verdict.UNDECIDED
+    return Verdict.CONFIRMED if all(g.low > 0 for g in gains) else Verdict.PARTLY
 
 
 def _difference(a: Interval, b: Interval) -> Interval:
@@ -800,17 +801,17 @@ def _difference(a: Interval, b: Interval) -> Interval:
     return Interval(a.median - b.median, a.median - b.median - low, a.median - b.median + high)
 
 # %% ../../nbs/audit/04_claims.ipynb #ac94dc90
-_KINDS_SENTENCES = {
-    CONFIRMED: "All three gain, and equally.",
-    PARTLY: "Equal, but not all of them gain.",
-    REFUTED: f"They do not: one gains more than another by {_MARGIN:g} points or more.",
-    UNDECIDED: "Too close to tell in this time.",
+_KINDS_SENTENCES: dict[str, str] = {
+    Verdict.CONFIRMED: "All three gain, and equally.",
+    Verdict.PARTLY: "Equal, but not all of them gain.",
+    Verdict.REFUTED: f"They do not: one gains more than another by {_MARGIN:g} points or more.",
+    Verdict.UNDECIDED: "Too close to tell in this time.",
 }
 
 
 def _kinds_sentence(figures: _Figures) -> str:
     verdict = _kinds(figures)
-    if verdict == REFUTED and all(map(_gains, figures.values())):
+    if verdict == Verdict.REFUTED and all(map(_gains, figures.values())):
         return f"All gain, but one more than another by {_MARGIN:g} points or more."
     return _KINDS_SENTENCES[verdict]
 
@@ -873,17 +874,17 @@ def _total_figures(b: Bench) -> _Figures:
 
 def _judge_any(rule: Callable[[Mapping[str, Any]], str], figures: _Figures) -> str:
     "By case; undecided where nothing was measured."
-    return _each(rule)(figures) if figures else UNDECIDED
+    return _each(rule)(figures) if figures else Verdict.UNDECIDED
 
 
 def _total(f: Mapping[str, Any]) -> str:
     if "gain" not in f:
-        return UNDECIDED
+        return Verdict.UNDECIDED
     faster = _judge_gain(_LEAST_IN_ALL, f["gain"], f["control"])
-    if faster == UNDECIDED:
-        return UNDECIDED
-    saves = _saving(f, 15 * _MB) == CONFIRMED
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[saves + (faster == CONFIRMED)]
+    if faster == Verdict.UNDECIDED:
+        return Verdict.UNDECIDED
+    saves = _saving(f, 15 * _MB) == Verdict.CONFIRMED
+    return _both(saves, faster == Verdict.CONFIRMED)
 
 # %% ../../nbs/audit/04_claims.ipynb #22a08284
 def _tell_total(figures: _Figures) -> tuple[str, str]:
@@ -898,12 +899,12 @@ def _tell_total(figures: _Figures) -> tuple[str, str]:
     return f"{memory}{_TENTH[_faster(figures)]}", told
 
 
-_TENTH = {
-    CONFIRMED: ", and it is faster by a tenth.",
-    PARTLY: ", and it is faster by a tenth at one size and not at another.",
-    REFUTED: ", and it is not faster by a tenth.",
-    UNDECIDED: "; whether it is faster by a tenth is too close to tell.",
-    UNTESTABLE: "; the time was not measured.",
+_TENTH: dict[str, str] = {
+    Verdict.CONFIRMED: ", and it is faster by a tenth.",
+    Verdict.PARTLY: ", and it is faster by a tenth at one size and not at another.",
+    Verdict.REFUTED: ", and it is not faster by a tenth.",
+    Verdict.UNDECIDED: "; whether it is faster by a tenth is too close to tell.",
+    Verdict.UNTESTABLE: "; the time was not measured.",
 }
 
 
@@ -911,7 +912,7 @@ def _faster(figures: _Figures) -> str:
     "A verdict on the gain alone."
     timed = [f for f in figures.values() if "gain" in f]
     if not timed:
-        return UNTESTABLE
+        return Verdict.UNTESTABLE
     return _together(_judge_gain(_LEAST_IN_ALL, f["gain"], f["control"]) for f in timed)
 
 
@@ -990,9 +991,8 @@ def _cost_figures(b: Bench) -> _Figures:
 def _cost(f: Mapping[str, Any]) -> str:
     growth = f["growth"]
     if growth.low < 2 <= growth.high or "share" not in f:
-        return UNDECIDED
-    grows, small = growth.low >= 2, f["share"] < 1
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[grows + small]
+        return Verdict.UNDECIDED
+    return _both(growth.low >= 2, f["share"] < 1)
 
 
 def _tell_cost(figures: _Figures) -> tuple[str, str]:
@@ -1037,8 +1037,8 @@ def _lock_figures(b: Bench) -> _Figures:
 def _dearer(f: Mapping[str, float]) -> str:
     ratio = f["hit"] / f["norm"]
     if 1 / _CLOSE < ratio < _CLOSE:
-        return UNDECIDED
-    return CONFIRMED if ratio > 1 else REFUTED
+        return Verdict.UNDECIDED
+    return Verdict.CONFIRMED if ratio > 1 else Verdict.REFUTED
 
 
 _CLOSE = 1.25  # a hit and a norm that differ by less are not told apart
@@ -1051,7 +1051,7 @@ def _tell_lock(figures: _Figures) -> tuple[str, str]:
         lambda f: f"a locked hit {f['hit']:.3g} ns, the norm {f['norm']:.3g} ns", figures
     )
     verdicts = {name: _dearer(f) for name, f in figures.items()}
-    dearer = [name for name, v in verdicts.items() if v == CONFIRMED]
+    dearer = [name for name, v in verdicts.items() if v == Verdict.CONFIRMED]
     if not dearer:
         return "The lock is the cheaper one.", told
     if len(dearer) == len(verdicts):
@@ -1097,8 +1097,8 @@ def _caching_figures(b: Bench) -> _Figures:
 
 def _caching(f: Mapping[str, float]) -> str:
     if "most" not in f:
-        return UNDECIDED
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[(f["most"] >= 5) + (f["bytes"] >= _MB / 2)]
+        return Verdict.UNDECIDED
+    return _both(f["most"] >= 5, f["bytes"] >= _MB / 2)
 
 # %% ../../nbs/audit/04_claims.ipynb #854a5de5
 def _tell_caching(figures: _Figures) -> tuple[str, str]:

@@ -30,15 +30,11 @@ import numpy as np
 from .. import __version__
 from ctxlab.audit.trials import (
     _SEVERAL,
-    CONFIRMED,
-    PARTLY,
-    REFUTED,
-    UNDECIDED,
-    UNTESTABLE,
     Bench,
     Claim,
     Finding,
     Number,
+    Verdict,
     _Figures,
 )
 from ..data import InputError
@@ -74,12 +70,12 @@ def _paragraph(text: str, width: int, indent: str = "  ") -> str:
     )
 
 # %% ../../nbs/audit/05_report.ipynb #5aba7494
-_VERDICTS = {  # colour on a terminal
-    CONFIRMED: 32,
-    PARTLY: 33,
-    REFUTED: 31,
-    UNDECIDED: 35,
-    UNTESTABLE: 36,
+_VERDICTS: dict[str, int] = {  # colour on a terminal
+    Verdict.CONFIRMED: 32,
+    Verdict.PARTLY: 33,
+    Verdict.REFUTED: 31,
+    Verdict.UNDECIDED: 35,
+    Verdict.UNTESTABLE: 36,
 }
 
 
@@ -628,11 +624,11 @@ def _words(claim: Claim) -> dict[str, str]:
 
 # %% ../../nbs/audit/05_report.ipynb #53b031bd
 _MEANS = {
-    CONFIRMED: "the figures bear the claim out",
-    PARTLY: "a part of it holds, or it holds in one case and not in another",
-    REFUTED: "the figures contradict it",
-    UNDECIDED: "the interval is too wide to tell, here and in this time",
-    UNTESTABLE: "the figures that would decide cannot be had on this machine",
+    Verdict.CONFIRMED: "the figures bear the claim out",
+    Verdict.PARTLY: "a part of it holds, or it holds in one case and not in another",
+    Verdict.REFUTED: "the figures contradict it",
+    Verdict.UNDECIDED: "the interval is too wide to tell, here and in this time",
+    Verdict.UNTESTABLE: "the figures that would decide cannot be had on this machine",
 }
 
 
