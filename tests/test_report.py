@@ -6,11 +6,8 @@ import re
 import struct
 import subprocess
 import sys
-import threading
 from dataclasses import replace
-from functools import partial
 from html.parser import HTMLParser
-from http.server import ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +16,8 @@ from urllib.parse import unquote, urlparse
 import matplotlib
 import numpy as np
 import pytest
+from conftest import serving
 from test_claims import entry, small_audit, small_bench, trials_of
-from test_site import CHROMIUM, OFFLINE, Quiet
 from test_trials import TRIAL, compared, held, measured, plain, raising, speed
 
 from ctxlab import __version__
@@ -513,35 +510,14 @@ LOOK = """() => ({
 })"""
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium")
-    api = pytest.importorskip("playwright.sync_api", reason="needs pip install -e '.[docs]'")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture(params=["from disk", STRICT, f"sandbox; {STRICT}"])
 def address(request, report):
     """Where the page can be opened: on disk, and on a server with a strict policy."""
     if request.param == "from disk":
         yield (report / "index.html").as_uri()
         return
-
-    class Strict(Quiet):
-        def end_headers(self):
-            self.send_header("Content-Security-Policy", request.param)
-            super().end_headers()
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Strict, directory=report)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/index.html"
-        server.shutdown()
-        thread.join()
+    with serving(report, request.param) as served:
+        yield f"{served}index.html"
 
 
 @pytest.mark.parametrize("width", [390, 1280])
