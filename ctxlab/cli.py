@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,6 @@ exit codes: 0 done, 1 a defect of ctxlab, 2 something about the input or the out
 _TIMES = {"quick": 10.0, "default": 90.0, "thorough": 600.0}  # seconds for all trials
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -64,30 +59,18 @@ def _percent(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0% and 100%")
     return value
 
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _several(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 2 or more")
-    return int(text)
-
 # %% ../nbs/10_cli.ipynb #1fe62abf
 def _add_common(p: argparse.ArgumentParser) -> None:
     "What all commands that measure take."
     p.add_argument(
         "--threads",
-        type=_positive,
+        type=exact._whole,
         metavar="N",
         help="threads of BLAS (default: as BLAS has it, mostly one a core)",
     )
     p.add_argument(
         "--seed",
-        type=_seed,
+        type=partial(exact._whole, least=0),
         default=0,
         metavar="N",
         help="of random data and of the order of timings (default: 0)",
@@ -187,15 +170,21 @@ def _add_bench(commands: Any) -> None:
         "installed, it is timed as well, with one thread each.",
     )
     p.add_argument(
-        "--rows", type=_several, default=512, metavar="S", help="sequence length (default: 512)"
+        "--rows",
+        type=partial(exact._whole, least=2),
+        default=512,
+        metavar="S",
+        help="sequence length (default: 512)",
     )
-    p.add_argument("--dim", type=_positive, default=768, metavar="D", help="width (default: 768)")
+    p.add_argument(
+        "--dim", type=exact._whole, default=768, metavar="D", help="width (default: 768)"
+    )
     p.add_argument(
         "--seconds", type=_seconds, default=15.0, help="time for each table (default: 15)"
     )
     p.add_argument(
         "--calibrate",
-        type=_positive,
+        type=exact._whole,
         metavar="RUNS",
         help="measure the instrument instead: comparisons with forms that are slower by 0 to 8%%, "
         "RUNS of each, of up to SECONDS (20 runs take a quarter of an hour)",

@@ -25,7 +25,6 @@ from ctxlab.audit.claims import LEDGER
 from ctxlab.audit.report import (
     _MEANS,
     _PLOTS,
-    _VERDICTS,
     _as_html,
     _as_json,
     _badge,
@@ -356,7 +355,7 @@ def test_each_claim_has_its_section_with_figures(page):
         assert claim.where in page.text
 
 
-@pytest.mark.parametrize("verdict", _VERDICTS)
+@pytest.mark.parametrize("verdict", Verdict)
 def test_each_verdict_has_a_sign_besides_its_colour_and_its_words(verdict):
     css = (files("ctxlab") / "assets" / "report.css").read_text(encoding="utf-8")
     ((_, attrs),) = Page(_badge(verdict)).tags
@@ -368,7 +367,7 @@ def test_each_verdict_has_a_sign_besides_its_colour_and_its_words(verdict):
 
 
 def test_the_page_explains_every_verdict(page):
-    assert list(_MEANS) == list(_VERDICTS)
+    assert list(_MEANS) == list(Verdict)
     for verdict, means in _MEANS.items():
         assert verdict in page.text
         assert means in page.text

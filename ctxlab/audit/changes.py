@@ -193,31 +193,28 @@ def _half(interval: Any) -> float:
     return (interval.high - interval.low) / 2 if isinstance(interval, Interval) else 0.0
 
 
+def _shared(before: _Figures, after: _Figures) -> Iterator[tuple[str, str]]:
+    "Cases with the names of figures that are in both."
+    for w in before.keys() & after.keys():
+        yield from ((w, k) for k in before[w].keys() & after[w].keys())
+
+
 def _moved(before: _Figures, after: _Figures) -> bool:
     "Do the intervals of a figure stay apart, though each is widened by half of its control's?"
-    for w in before.keys() & after.keys():
-        for k in before[w].keys() & after[w].keys():
-            a, z = before[w][k], after[w][k]
-            if "control" in k or not (isinstance(a, Interval) and isinstance(z, Interval)):
-                continue
-            slack = sum(
-                _half(f.get(f"{k} control", f.get("control"))) for f in (before[w], after[w])
-            )
-            if max(a.low, z.low) - min(a.high, z.high) > slack:
-                return True
+    for w, k in _shared(before, after):
+        a, z = before[w][k], after[w][k]
+        if "control" in k or not (isinstance(a, Interval) and isinstance(z, Interval)):
+            continue
+        slack = sum(_half(f.get(f"{k} control", f.get("control"))) for f in (before[w], after[w]))
+        if max(a.low, z.low) - min(a.high, z.high) > slack:
+            return True
     return False
 
 
 def _recounted(before: _Figures, after: _Figures) -> bool:
     "Did a number of bytes change by more than Python's own objects take?"
-    shared = (
-        (before[w][k], after[w][k])
-        for w in before.keys() & after.keys()
-        for k in before[w].keys() & after[w].keys()
-    )
-    return any(
-        isinstance(a, int) and isinstance(z, int) and abs(a - z) >= _SMALL for a, z in shared
-    )
+    pairs = ((before[w][k], after[w][k]) for w, k in _shared(before, after))
+    return any(isinstance(a, int) and isinstance(z, int) and abs(a - z) >= _SMALL for a, z in pairs)
 
 # %% ../../nbs/audit/06_changes.ipynb #35745836
 def _figures_change(before: _Entry, after: _Entry, timed: bool) -> str:

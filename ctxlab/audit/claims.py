@@ -30,9 +30,11 @@ from ctxlab.audit.trials import (
     _by_case,
     _clear,
     _each,
+    _each_timed,
     _exactly,
     _Figures,
     _gain,
+    _gained,
     _gains,
     _judge_gain,
     _mb,
@@ -42,6 +44,7 @@ from ctxlab.audit.trials import (
     _saving_sentence,
     _tell_account,
     _together,
+    _told_if_timed,
     _widened,
     account,
     gain_claim,
@@ -258,17 +261,24 @@ _COUNT = Claim(
 _MB = 1e6
 
 
-def _within_a_tenth(f: Mapping[str, float]) -> str:
+def _if_true(holds: Callable[[Mapping[str, Any]], bool]) -> Callable[[_Figures], str]:
+    "Judge a claim that holds in a case, or does not."
+    return _each(lambda f: Verdict.CONFIRMED if holds(f) else Verdict.REFUTED)
+
+
+def _in_mb(nbytes: Callable[[Mapping[str, Any]], float]) -> Callable[[_Figures], Interval]:
+    "The number of a claim of bytes, in its first case."
+    return lambda figures: _exactly(nbytes(next(iter(figures.values()))) / _MB)
+
+
+def _within_a_tenth(f: Mapping[str, float]) -> bool:
     "Compare claimed with actual bytes, reading the claim in MB and in MiB."
-    for unit in (1.0, 2**20 / _MB):
-        if abs(f["claimed"] * unit / f["actual"] - 1) <= 0.1:
-            return Verdict.CONFIRMED
-    return Verdict.REFUTED
+    return any(abs(f["claimed"] * unit / f["actual"] - 1) <= 0.1 for unit in (1.0, 2**20 / _MB))
 
 
 def _tell_bytes(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
-    right = _within_a_tenth(f) == Verdict.CONFIRMED
+    right = _within_a_tenth(f)
     plain = "The arithmetic is right." if right else "The arithmetic is wrong."
     return plain, f"{_mb(f['actual'])} MB" + ("" if right else f", not {_mb(f['claimed'])} MB")
 
@@ -281,19 +291,15 @@ def _arithmetic(id: str, says: str, claimed: float, floats: int) -> Claim:
         rule="confirmed if the claimed bytes are within a tenth of the actual, in MB or in MiB; "
         "refuted if further off",
         measure=lambda b: {"S = 512, D = 768": {"claimed": claimed, "actual": 4 * floats}},
-        judge=_each(_within_a_tenth),
+        judge=_if_true(_within_a_tenth),
         tell=_tell_bytes,
         where=_GAINS,
         group="memory",
         units="bytes of one such array, or two; actual: 4 for each float",
-        number=Number("MB", claimed / _MB, claimed / _MB, _actual_mb),
+        number=Number("MB", claimed / _MB, claimed / _MB, _in_mb(lambda f: f["actual"])),
         notebook="audit/04_claims",
         section="Memory: arithmetic",
     )
-
-
-def _actual_mb(figures: _Figures) -> Interval:
-    return _exactly(next(iter(figures.values()))["actual"] / _MB)
 
 # %% ../../nbs/audit/04_claims.ipynb #7cf44c26
 _ARITHMETIC = [
@@ -329,13 +335,9 @@ def _calls_figures(calls: int, b: Bench) -> _Figures:
     before, after = (_calls_account(form, w, calls) for form in ("dot", "zeros + gemm"))
     return {f"{calls} calls at {w.name}": _accounts(before, after)}
 
-
-def _saved_mb(figures: _Figures) -> Interval:
-    f = next(iter(figures.values()))
-    return _exactly((f["allocated before"] - f["allocated after"]) / _MB)
-
 # %% ../../nbs/audit/04_claims.ipynb #a17ddc42
 def _calls(id: str, says: str, calls: int, least: float, most: float) -> Claim:
+    saved = _in_mb(lambda f: f["allocated before"] - f["allocated after"])
     return Claim(
         id=id,
         says=says,
@@ -350,7 +352,7 @@ def _calls(id: str, says: str, calls: int, least: float, most: float) -> Claim:
         where=_GAINS,
         group="memory",
         units=f"{_ACCOUNT_UNITS}; before: dot; after: zeros + gemm, which was shipped",
-        number=Number("MB", least / _MB, most / _MB, _saved_mb),
+        number=Number("MB", least / _MB, most / _MB, saved),
         notebook="audit/04_claims",
         section="Memory: a forward pass, and a batch",
     )
@@ -416,8 +418,7 @@ def _why_figures(b: Bench) -> _Figures:
     figures: dict[str, Any] = {"result": w.X.nbytes, "intermediate": avoided}
     trial = _path_trials("forward", 3, b)[0]
     if b.has_time(trial):
-        m = b.timed(trial)["zeros + gemm"]
-        figures |= {"gain": _gain(m.ratio), "control": _gain(m.control)}
+        figures |= _gained(b.timed(trial)["zeros + gemm"])
     return {trial.name: figures}
 
 
@@ -431,9 +432,7 @@ def _why(f: Mapping[str, Any]) -> str:
 def _tell_why(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
     extra = f["intermediate"] >= max(f["result"] / 2, _SMALL)
-    plain = "dot allocates no more than zeros + gemm does."
-    if extra:
-        plain = "dot allocates more than zeros + gemm does."
+    plain = f"dot allocates {'more' if extra else 'no more'} than zeros + gemm does."
     told = f"for a result of {_mb(f['result'])} MB, {_mb(f['intermediate'])} MB more"
     if "gain" in f:
         told += f"; gain of zeros + gemm {_percent(f['gain'])}"
@@ -503,12 +502,12 @@ def _numeric_figures(b: Bench) -> _Figures:
     }
 
 
-def _equal(f: Mapping[str, float]) -> str:
-    return Verdict.CONFIRMED if max(f["forms"], f["library"]) <= 1e-5 else Verdict.REFUTED
+def _equal(f: Mapping[str, float]) -> bool:
+    return max(f["forms"], f["library"]) <= 1e-5
 
 
 def _tell_numeric(figures: _Figures) -> tuple[str, str]:
-    equal = _each(_equal)(figures) == Verdict.CONFIRMED
+    equal = all(map(_equal, figures.values()))
     plain = "Equal, and so are the paths of the library." if equal else "Not equal everywhere."
     return plain, _by_case(
         lambda f: f"forms differ by {f['forms']:.1g}, the library by {f['library']:.1g}", figures
@@ -521,7 +520,7 @@ _NUMERIC = Claim(
     rule="confirmed if no entry differs by more than 1e-5, of the forms and of the library's own "
     "paths; refuted if one does",
     measure=_numeric_figures,
-    judge=_each(_equal),
+    judge=_if_true(_equal),
     tell=_tell_numeric,
     where=_DONE,
     group="speed",
@@ -540,15 +539,13 @@ def _lazy_figures(b: Bench) -> _Figures:
     return {w.name: {"before": before, "outgoing": ctx.outgoing.nbytes}}
 
 
-def _saved_lazily(f: Mapping[str, int]) -> str:
-    saved = f["outgoing"] - f["before"]
-    return Verdict.CONFIRMED if math.isclose(saved, 2.36 * _MB, rel_tol=0.01) else Verdict.REFUTED
+def _saved_lazily(f: Mapping[str, int]) -> bool:
+    return math.isclose(f["outgoing"] - f["before"], 2.36 * _MB, rel_tol=0.01)
 
 
 def _tell_lazy(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
-    right = _saved_lazily(f) == Verdict.CONFIRMED
-    plain = "Saved, until the layer learns." if right else "Not that much is saved."
+    plain = "Saved, until the layer learns." if _saved_lazily(f) else "Not that much is saved."
     return (
         plain,
         f"holds {_mb(f['before'])} MB before the first update, {_mb(f['outgoing'])} MB after",
@@ -561,20 +558,15 @@ _LAZY = Claim(
     rule="confirmed if a context that never learned holds that much less, within 1 %; refuted if "
     "less or more",
     measure=_lazy_figures,
-    judge=_each(_saved_lazily),
+    judge=_if_true(_saved_lazily),
     tell=_tell_lazy,
     where=_GAINS,
     group="memory",
     units="bytes held",
-    number=Number("MB", 2.36, 2.36, lambda figures: _lazily_mb(figures)),
+    number=Number("MB", 2.36, 2.36, _in_mb(lambda f: f["outgoing"] - f["before"])),
     notebook="07_context",
     section="The original's six tests",
 )
-
-
-def _lazily_mb(figures: _Figures) -> Interval:
-    f = next(iter(figures.values()))
-    return _exactly((f["outgoing"] - f["before"]) / _MB)
 
 # %% ../../nbs/audit/04_claims.ipynb #ff28684d
 @cache  # the text is the same each time
@@ -696,9 +688,8 @@ def _tell_pool(least: float, figures: _Figures) -> tuple[str, str]:
     return _saving_sentence(f, least * f["layers"]), f"{case}: {_tell_account(f)}"
 
 
-def _peak_per_layer(figures: _Figures) -> Interval:
-    f = next(iter(figures.values()))
-    return _exactly((f["peak before"] - f["peak after"]) / f["layers"] / _MB)
+def _saved_at_a_time(f: Mapping[str, Any]) -> float:
+    return f["peak before"] - f["peak after"]
 
 # %% ../../nbs/audit/04_claims.ipynb #9c1f02a7
 # (S, D) of the input of a block that is timed. At the first, a Transformer without a pool gives
@@ -734,7 +725,7 @@ _POOL = [
         where=_PLANNED,
         group="pooling",
         units=_POOL_UNITS,
-        number=Number("MB", 1.5, 2.0, _peak_per_layer),
+        number=Number("MB", 1.5, 2.0, _in_mb(lambda f: _saved_at_a_time(f) / f["layers"])),
         notebook="models/08_stack",
         section="Memory",
     ),
@@ -773,8 +764,7 @@ def _kinds_figures(b: Bench) -> _Figures:
             c = b.timed(trial)
             figures[trial.name] = {
                 "kind": kind,
-                "gain": _gain(c["pooled"].ratio),
-                "control": _gain(c["pooled"].control),
+                **_gained(c["pooled"]),
                 "faults without": c["not pooled"].faults,
                 "faults pooled": c["pooled"].faults,
                 "thresholds raised": _gain(c["thresholds raised"].ratio),
@@ -824,8 +814,7 @@ def _tell_kinds(figures: _Figures) -> tuple[str, str]:
             f"thresholds raised {_percent(f['thresholds raised'])}"
         )
 
-    told_all = "; ".join(map(told, figures.values())) or "there was no time to measure it"
-    return _kinds_sentence(figures), told_all
+    return _kinds_sentence(figures), "; ".join(map(told, figures.values()))
 
 
 _ALL_ARCHS = Claim(
@@ -837,7 +826,7 @@ _ALL_ARCHS = Claim(
     "intervals allow both",
     measure=_kinds_figures,
     judge=_kinds,
-    tell=_tell_kinds,
+    tell=_told_if_timed(_tell_kinds),
     where=_GAINS,
     group="pooling",
     units="percent of throughput gained by pooling a step, and by an allocator that keeps memory; "
@@ -866,15 +855,9 @@ def _total_figures(b: Bench) -> _Figures:
     def of(trial: Trial) -> dict[str, Any]:
         if not b.has_time(trial):
             return accounts
-        m = b.timed(trial)["pooled"]
-        return accounts | {"gain": _gain(m.ratio), "control": _gain(m.control)}
+        return accounts | _gained(b.timed(trial)["pooled"])
 
     return {trial.name: of(trial) for trial in _step_trials(b)}
-
-
-def _judge_any(rule: Callable[[Mapping[str, Any]], str], figures: _Figures) -> str:
-    "By case; undecided where nothing was measured."
-    return _each(rule)(figures) if figures else Verdict.UNDECIDED
 
 
 def _total(f: Mapping[str, Any]) -> str:
@@ -888,13 +871,11 @@ def _total(f: Mapping[str, Any]) -> str:
 
 # %% ../../nbs/audit/04_claims.ipynb #22a08284
 def _tell_total(figures: _Figures) -> tuple[str, str]:
-    if not figures:
-        return "There was no time to measure it.", "the default has more"
     f = next(iter(figures.values()))
     gains = {name: f["gain"] for name, f in figures.items() if "gain" in f}
     steps = [f"{name} {_percent(gain)}" for name, gain in gains.items()]
     told = "; ".join([f"a step of six layers, 512 x 768: {_tell_account(f)}", *steps])
-    saves = f["peak before"] - f["peak after"] >= 15 * _MB
+    saves = _saved_at_a_time(f) >= 15 * _MB
     memory = "Less is held at a time" if saves else "As much is held at a time"
     return f"{memory}{_TENTH[_faster(figures)]}", told
 
@@ -916,11 +897,6 @@ def _faster(figures: _Figures) -> str:
     return _together(_judge_gain(_LEAST_IN_ALL, f["gain"], f["control"]) for f in timed)
 
 
-def _total_mb(figures: _Figures) -> Interval:
-    f = next(iter(figures.values()), {"peak before": math.nan, "peak after": math.nan})
-    return _exactly((f["peak before"] - f["peak after"]) / _MB)
-
-
 _TOTAL = Claim(
     id="total",
     says="in all 15-25 MB per model and 10-20 % of speed",
@@ -929,13 +905,13 @@ _TOTAL = Claim(
     "hold, partly if one does, refuted if neither, undecided if the gain is; partly if the sizes "
     "differ",
     measure=_total_figures,
-    judge=partial(_judge_any, _total),
-    tell=_tell_total,
+    judge=_each_timed(_total),
+    tell=_told_if_timed(_tell_total),
     where=_GAINS,
     group="pooling",
     units=f"{_POOL_UNITS}; gain: percent, of a step of one block, of each size",
     trials=_step_trials,
-    number=Number("MB", 15, 25, _total_mb),
+    number=Number("MB", 15, 25, _in_mb(_saved_at_a_time)),
     notebook="models/08_stack",
     section="Memory",
 )
@@ -996,8 +972,6 @@ def _cost(f: Mapping[str, Any]) -> str:
 
 
 def _tell_cost(figures: _Figures) -> tuple[str, str]:
-    if not figures:
-        return "There was no time to measure it.", "--thorough has more"
     f = next(iter(figures.values()))
     grows = f["growth"].low >= 2
     plain = "It grows with D." if grows else "It is |s|, which takes as long at any D."
@@ -1014,8 +988,8 @@ _NORM_COST = Claim(
     "times the D; the other: it takes below 1 % of a block's training step; confirmed if both "
     "hold, partly if one does, refuted if neither; undecided if the interval holds 2",
     measure=_cost_figures,
-    judge=partial(_judge_any, _cost),
-    tell=_tell_cost,
+    judge=_each_timed(_cost),
+    tell=_told_if_timed(_tell_cost),
     where=_DEFERRED,
     group="norms",
     units="growth: time at D = 1024 in units of that at 256; share: percent of a training step",
@@ -1045,8 +1019,6 @@ _CLOSE = 1.25  # a hit and a norm that differ by less are not told apart
 
 
 def _tell_lock(figures: _Figures) -> tuple[str, str]:
-    if not figures:
-        return "There was no time to measure it.", "--thorough has more"
     told = _by_case(
         lambda f: f"a locked hit {f['hit']:.3g} ns, the norm {f['norm']:.3g} ns", figures
     )
@@ -1065,8 +1037,8 @@ _NORM_LOCK = Claim(
     rule="confirmed if a hit behind a lock takes longer than computing the norm, by a quarter or "
     "more; refuted if it takes less by as much; undecided in between",
     measure=_lock_figures,
-    judge=partial(_judge_any, _dearer),
-    tell=_tell_lock,
+    judge=_each_timed(_dearer),
+    tell=_told_if_timed(_tell_lock),
     where=_DEFERRED,
     group="norms",
     units="nanoseconds: of a hit behind a lock, and of the norm: |s|, of a context's parameters, "
@@ -1110,6 +1082,10 @@ def _tell_caching(figures: _Figures) -> tuple[str, str]:
     return plain, f"a norm is {f['most']:.2g}% of a Transformer block's training step; {told}"
 
 
+def _percent_of_a_step(figures: _Figures) -> Interval:
+    return _exactly(figures["a norm of 768"].get("most", math.nan))
+
+
 _NORM_GAIN = Claim(
     id="norm-gain",
     says="caching the norm gains 5-10 % and costs 0.5-1 MB",
@@ -1123,14 +1099,10 @@ _NORM_GAIN = Claim(
     group="norms",
     units="most: percent of a training step; bytes: kept by a cache",
     trials=lambda b: [_norms_trial(b), _kinds_trials(b)[0]],
-    number=Number("%", 5, 10, lambda figures: _most_percent(figures)),
+    number=Number("%", 5, 10, _percent_of_a_step),
     notebook="09_norm_cache",
     section="The verdict",
 )
-
-
-def _most_percent(figures: _Figures) -> Interval:
-    return _exactly(figures["a norm of 768"].get("most", math.nan))
 
 # %% ../../nbs/audit/04_claims.ipynb #9cacfbf8
 _RUST_FORMS = {

@@ -270,6 +270,22 @@ def _each(rule: Callable[[dict[str, Any]], str]) -> Callable[[_Figures], str]:
     "Judge every case by `rule`, then all together."
     return lambda figures: _together(rule(f) for f in figures.values())
 
+
+def _each_timed(rule: Callable[[dict[str, Any]], str]) -> Callable[[_Figures], str]:
+    "The same, where there may have been no time to measure any case."
+    return lambda figures: _each(rule)(figures) if figures else Verdict.UNDECIDED
+
+
+_Tell = Callable[[_Figures], tuple[str, str]]
+
+
+def _told_if_timed(tell: _Tell) -> _Tell:
+    "Tell what was measured, or that there was no time for it."
+    return lambda figures: tell(figures) if figures else _NO_TIME
+
+
+_NO_TIME = "There was no time to measure it.", "--thorough or --seconds has more"
+
 # %% ../../nbs/audit/03a_trials.ipynb #b1722f7e
 def _by_case(text: Callable[[dict[str, Any]], str], figures: _Figures) -> str:
     "What was measured, case by case; said once where it is the same."
@@ -302,6 +318,11 @@ def _with_enough(t: Trial, form: str, least: float) -> Trial:
     return replace(t, enough={form: _clear(least), **t.enough})
 
 
+def _gained(m: Measured) -> dict[str, Any]:
+    "The figures of a gain."
+    return {"gain": _gain(m.ratio), "control": _gain(m.control)}
+
+
 def _gain_figures(
     cases: Callable[["Bench"], Sequence[Trial]], form: str, least: float, most: float
 ) -> Callable[["Bench"], _Figures]:
@@ -309,8 +330,7 @@ def _gain_figures(
 
     def measure(b: "Bench") -> _Figures:
         def of(m: Measured) -> dict[str, Any]:
-            found = {"gain": _gain(m.ratio), "control": _gain(m.control)}
-            return found | {"power": _power(least, (least + most) / 2, m.ratios)}
+            return _gained(m) | {"power": _power(least, (least + most) / 2, m.ratios)}
 
         return {t.name: of(b.timed(t)[form]) for t in cases(b) if b.has_time(t)}
 
@@ -318,12 +338,7 @@ def _gain_figures(
 
 
 def _judge_gains(least: float) -> Callable[[_Figures], str]:
-    def judge(figures: _Figures) -> str:
-        if not figures:
-            return Verdict.UNDECIDED
-        return _together(_judge_gain(least, f["gain"], f["control"]) for f in figures.values())
-
-    return judge
+    return _each_timed(lambda f: _judge_gain(least, f["gain"], f["control"]))
 
 # %% ../../nbs/audit/03a_trials.ipynb #7c0a51e2
 _Cases = Trial | Sequence[Trial] | Callable[["Bench"], Sequence[Trial]]
@@ -382,17 +397,15 @@ def _told_gain(f: Mapping[str, Any]) -> str:
     return _percent(f["gain"]) + (f", control {_percent(f['control'])}" if _strays(f) else "")
 
 
-def _tell_gains(least: float, most: float) -> Callable[[_Figures], tuple[str, str]]:
+def _tell_gains(least: float, most: float) -> _Tell:
     def tell(figures: _Figures) -> tuple[str, str]:
-        if not figures:
-            return "There was no time to measure it.", "--thorough or --seconds has more"
         verdict = _judge_gains(least)(figures)
         told = _by_case(_told_gain, figures)
         found = round(10 * min(f["power"] for f in figures.values()))
         would = f"a gain of {(least + most) / 2:g}% would be found in {found} of 10 such runs"
         return _gain_sentence(verdict, figures), f"{told}; {would}"
 
-    return tell
+    return _told_if_timed(tell)
 
 # %% ../../nbs/audit/03a_trials.ipynb #45c5a233
 def gain_claim(
