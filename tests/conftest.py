@@ -119,6 +119,34 @@ def refused(ws, error, match):
     assert (figures(ws), ws.summary(), repr(ws)) == before
 
 
+def refuses(call, arrays, kind):
+    """An error that names an argument first, and nothing has changed."""
+    before = {n: a.tobytes() for n, a in arrays.items()}
+    with pytest.raises(kind, match=r"^[a-z_0]+: "):
+        call(*arrays.values())
+    assert before == {n: a.tobytes() for n, a in arrays.items()}
+
+
+def refuses_misfits(call, arrays, written):
+    """Each array with another shape or dtype; read-only, or over another one, where it is written
+    to: those are the last `written` of them."""
+    call(*arrays.values())
+    for wrong, a in arrays.items():
+        refuses(call, arrays | {wrong: np.concatenate([a, a])}, ValueError)
+        refuses(call, arrays | {wrong: a.astype(np.float32)}, TypeError)
+        refuses(call, arrays | {wrong: a.astype(np.float16)}, TypeError)
+    for target in list(arrays)[-written:]:
+        a = arrays[target].copy()
+        a.flags.writeable = False
+        refuses(call, arrays | {target: a}, ValueError)
+        for other, b in arrays.items():
+            if other != target:
+                store = np.ones(a.size + b.size)
+                near = store[: a.size].reshape(a.shape)
+                far = store[a.size - 1 :][: b.size].reshape(b.shape)
+                refuses(call, arrays | {target: near, other: far}, ValueError)
+
+
 def in_threads(*functions):
     """Run them at the same time; the first error is raised here."""
     errors = []

@@ -213,6 +213,13 @@ WRONG = [
     "audit mine.py --threads 0",
     "audit mine.py --quick",
     "bench --threads 0",
+    "bench --rows 0",
+    "bench --rows 1",
+    "bench --dim -1",
+    "bench --dim x",
+    "bench --seconds nan",
+    "bench --seconds -1",
+    "bench --seed 1.5",
     "--print-completion fish",
 ]
 
@@ -222,7 +229,10 @@ def test_a_wrong_command_line_is_explained(words, tmp_path):
     done = run(tmp_path, words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: ctxlab")
-    assert "error:" in done.stderr.splitlines()[-1]
+    said = done.stderr.splitlines()[-1]
+    options = [word for word in words.split() if word.startswith("--")]
+    assert "error:" in said
+    assert not options or any(option in said for option in options)
     assert not tree(tmp_path)
 
 

@@ -84,24 +84,3 @@ def test_the_command_prints_the_table(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert all(f"\n{path} " in done.stdout for path in _PATHS)
     assert "S = 16, D = 8" in done.stdout
-
-
-WRONG = [
-    "--rows 0",
-    "--rows 1",
-    "--dim -1",
-    "--dim x",
-    "--seconds nan",
-    "--seconds -1",
-    "--seed 1.5",
-]
-
-
-@pytest.mark.parametrize("words", WRONG)
-def test_bad_options_are_refused(words, tmp_path):
-    words = ["bench", *words.split()]
-    done = subprocess.run(
-        [CTXLAB, *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert words[1] in done.stderr.splitlines()[-1]

@@ -111,6 +111,15 @@ class Slow:
         return seen
 
 
+def half_way(variant, state, error=None):
+    """A cache of a slow compute function, and the thread of a reader that is inside it."""
+    compute = Slow(state, error)
+    cache = variant(compute)
+    reader = Thread(cache.get)
+    assert compute.inside.wait(60)
+    return compute, cache, reader
+
+
 # One thread
 
 
@@ -301,10 +310,7 @@ def test_the_lock_refuses_a_change_made_by_compute_itself():
 @waitless
 def test_what_was_computed_from_before_a_change_is_not_kept(variant):
     """Nobody waits for the slow reader, and its late value does not replace the new one."""
-    compute = Slow("old")
-    cache = variant(compute)
-    slow = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, slow = half_way(variant, "old")
     compute.state = "new"
     cache.invalidate()
     assert cache.get() == "new"
@@ -315,10 +321,7 @@ def test_what_was_computed_from_before_a_change_is_not_kept(variant):
 
 @safe
 def test_a_change_that_nobody_else_read_is_not_lost(variant):
-    compute = Slow("old")
-    cache = variant(compute)
-    slow = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, slow = half_way(variant, "old")
     compute.state = "new"
     changing = Thread(lambda: [cache.invalidate(), compute.log.append("invalidated")])
     if variant is not LockedFlag:  # there it waits
@@ -332,10 +335,7 @@ def test_a_change_that_nobody_else_read_is_not_lost(variant):
 
 @pytest.mark.parametrize("attempt", range(5))
 def test_the_plain_flag_loses_a_change_every_time(attempt):
-    compute = Slow("old")
-    cache = PlainFlag(compute)
-    slow = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, slow = half_way(PlainFlag, "old")
     compute.state = "new"
     cache.invalidate()
     compute.go_on.set()
@@ -345,10 +345,7 @@ def test_the_plain_flag_loses_a_change_every_time(attempt):
 
 @pytest.mark.parametrize("attempt", range(5))
 def test_the_early_flag_is_clean_before_its_value_is_there_every_time(attempt):
-    compute = Slow("value")
-    cache = EarlyFlag(compute)
-    slow = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, slow = half_way(EarlyFlag, "value")
     assert cache.get() is None
     compute.go_on.set()
     assert slow.end() == cache.get() == "value"
@@ -360,10 +357,7 @@ def test_the_early_flag_is_clean_before_its_value_is_there_every_time(attempt):
 @waitless
 @pytest.mark.parametrize("error", [Broken, Interrupt])
 def test_an_error_of_one_reader_is_not_that_of_another(variant, error):
-    compute = Slow(1.0, error("first"))
-    cache = variant(compute)
-    failing = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, failing = half_way(variant, 1.0, error("first"))
     assert cache.get() == Thread(cache.get).end() == 1.0  # nobody waits
     compute.go_on.set()
     with pytest.raises(error, match="first"):
@@ -374,10 +368,7 @@ def test_an_error_of_one_reader_is_not_that_of_another(variant, error):
 @safe
 @pytest.mark.parametrize("error", [Broken, Interrupt])
 def test_readers_beside_an_error_are_not_blocked(variant, error):
-    compute = Slow(1.0, error("first"))
-    cache = variant(compute)
-    failing = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, failing = half_way(variant, 1.0, error("first"))
     others = [Thread(cache.get) for _ in range(3)] + [Thread(cache.invalidate)]
     compute.go_on.set()
     with pytest.raises(error, match="first"):
@@ -527,10 +518,7 @@ def test_an_error_goes_to_the_reader_that_computed_and_the_next_one_computes():
 
 
 def test_a_reader_after_a_change_does_not_wait_for_the_computation_before_it():
-    compute = Slow("old")
-    cache = DerivedValue(compute)
-    slow = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, slow = half_way(DerivedValue, "old")
     compute.state = "new"
     cache.invalidate()
     assert Thread(cache.get).end() == "new"
