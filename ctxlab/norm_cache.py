@@ -514,7 +514,7 @@ class _Trial(NamedTuple):
 
 def _trial(
     operations: int,  # of each variant
-    **options: Any,  # of `stress`
+    **options: Any,  # of `_stress`
 ) -> _Trial:
     "Put every variant under the same load."
     return _Trial({name: _stress(make, operations, **options) for name, make in _VARIANTS.items()})

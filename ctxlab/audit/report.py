@@ -145,7 +145,7 @@ def _table(
     return "\n".join([head, rule, *parts, rule, total])
 
 # %% ../../nbs/audit/05_report.ipynb #d2a189bc
-def _terminal() -> dict[str, Any]:  # arguments of `table`
+def _terminal() -> dict[str, Any]:  # arguments of `_table`
     """Width of the terminal, at most 100, and whether colours may be used: not in a file or pipe,
     nor where `NO_COLOR` is set.
     """
@@ -769,7 +769,7 @@ _FILES = (
 
 
 def write_report(
-    place: Path,  # an empty folder, from `staging`
+    place: Path,  # an empty folder, from `_staging`
     findings: Sequence[Finding],
     b: Bench,
     data: Mapping[str, Any],  # from `_as_json`
