@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,6 @@ exit codes: 0 done, 1 a defect of ctxlab, 2 something about the input or the out
 _TIMES = {"quick": 10.0, "default": 90.0, "thorough": 600.0}  # seconds for all trials
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -64,30 +59,18 @@ def _percent(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0% and 100%")
     return value
 
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _several(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 2 or more")
-    return int(text)
-
 # %% ../nbs/10_cli.ipynb #1fe62abf
 def _add_common(p: argparse.ArgumentParser) -> None:
     "What all commands that measure take."
     p.add_argument(
         "--threads",
-        type=_positive,
+        type=exact._whole,
         metavar="N",
         help="threads of BLAS (default: as BLAS has it, mostly one a core)",
     )
     p.add_argument(
         "--seed",
-        type=_seed,
+        type=partial(exact._whole, least=0),
         default=0,
         metavar="N",
         help="of random data and of the order of timings (default: 0)",
@@ -187,15 +170,21 @@ def _add_bench(commands: Any) -> None:
         "installed, it is timed as well, with one thread each.",
     )
     p.add_argument(
-        "--rows", type=_several, default=512, metavar="S", help="sequence length (default: 512)"
+        "--rows",
+        type=partial(exact._whole, least=2),
+        default=512,
+        metavar="S",
+        help="sequence length (default: 512)",
     )
-    p.add_argument("--dim", type=_positive, default=768, metavar="D", help="width (default: 768)")
+    p.add_argument(
+        "--dim", type=exact._whole, default=768, metavar="D", help="width (default: 768)"
+    )
     p.add_argument(
         "--seconds", type=_seconds, default=15.0, help="time for each table (default: 15)"
     )
     p.add_argument(
         "--calibrate",
-        type=_positive,
+        type=exact._whole,
         metavar="RUNS",
         help="measure the instrument instead: comparisons with forms that are slower by 0 to 8%%, "
         "RUNS of each, of up to SECONDS (20 runs take a quarter of an hour)",
@@ -421,17 +410,17 @@ def _report(args: argparse.Namespace) -> int:  # exit code
     from ctxlab.audit.changes import (
         _PARTIAL,
         _changes_html,
+        _compare_reports,
         _read_partial,
+        _read_report,
         _run_facts,
         _save_partial,
-        compare,
-        read_report,
     )
     from ctxlab.audit.claims import LEDGER
     from ctxlab.audit.report import _FILES, _as_json, _staging, write_report
     from ctxlab.data import _PACKAGED, load_pairs
 
-    old = read_report(args.compare) if args.compare else None
+    old = _read_report(args.compare) if args.compare else None
     kind = "quick" if args.quick else "thorough" if args.thorough else "default"
     settings = dict(
         seed=args.seed,
@@ -456,7 +445,7 @@ def _report(args: argparse.Namespace) -> int:  # exit code
         findings = _measure(LEDGER, b, args.no_progress, keep)
         data = _as_json(findings, b, settings)
         if old:
-            data["compared"] = compare(old, data)
+            data["compared"] = _compare_reports(old, data)
         write_report(place, findings, b, data, _changes_html(data["compared"]) if old else "")
     args.kept = 0
     (out / _PARTIAL).unlink(missing_ok=True)
@@ -515,24 +504,24 @@ def _told(findings: list[Any], b: Any, data: dict[str, Any], out: Path | None) -
 # %% ../nbs/10_cli.ipynb #2c13776d
 def _claims(args: argparse.Namespace) -> int:  # exit code
     "The list of claims, or one of them."
-    from ctxlab.audit.changes import _claims_list, _explained, _find_claim, read_report
+    from ctxlab.audit.changes import _claims_list, _explained, _find_claim, _read_report
     from ctxlab.audit.report import _terminal
     from ctxlab.data import InputError
 
     width, claim = _terminal()["width"], args.id and _find_claim(args.id)
-    stored = read_report(args.source) if args.source else None
+    stored = _read_report(args.source) if args.source else None
     if args.source is None and Path("ctxlab-report", "claims.json").is_file():
         try:
-            stored = read_report("ctxlab-report")
+            stored = _read_report("ctxlab-report")
         except InputError as e:  # it was not asked for, so the claims are told without it
             print("ctxlab:", _one_line(str(e)), file=sys.stderr)
     print(_explained(claim, width, stored) if claim else _claims_list(width, stored))
     return 0
 
 
-def _calibrate(args: argparse.Namespace) -> int:  # exit code
+def _error_rates(args: argparse.Namespace) -> int:  # exit code
     "Error rate and power of comparisons on this machine."
-    from ctxlab.calibration import _rates_table, calibrate
+    from ctxlab.calibration import _calibrate, _rates_table
     from ctxlab.data import InputError
     from ctxlab.measure import machine, machine_line
 
@@ -540,7 +529,7 @@ def _calibrate(args: argparse.Namespace) -> int:  # exit code
     options = dict(budget=args.seconds, seed=args.seed, threads=args.threads or 1)
     lines_so_far = 0
     try:
-        for rate in calibrate((0, 1, 2, 3, 5, 8), args.calibrate, **options):
+        for rate in _calibrate((0, 1, 2, 3, 5, 8), args.calibrate, **options):
             lines = _rates_table([rate]).splitlines()
             print("\n".join(lines[min(lines_so_far, 1) :]), flush=True)
             lines_so_far += 1
@@ -552,18 +541,18 @@ def _calibrate(args: argparse.Namespace) -> int:  # exit code
 def _bench(args: argparse.Namespace) -> int:  # exit code
     "The benchmark tables."
     if args.calibrate:
-        return _calibrate(args)
-    from ctxlab.audit.ladder import _against_torch, _benchmark_table, climb, inputs
+        return _error_rates(args)
+    from ctxlab.audit.ladder import _against_torch, _benchmark_table, _climb, _inputs
     from ctxlab.measure import machine, machine_line
 
-    data = inputs(args.rows, args.dim, args.seed)
+    data = _inputs(args.rows, args.dim, args.seed)
     with _threads(args.threads):
         print(
             f"{machine_line(machine())}\n\nS = {args.rows}, D = {args.dim}, in units of one bare "
             "matmul\n"
         )
         print(
-            _benchmark_table(climb(data, budget=args.seconds, seed=args.seed)),
+            _benchmark_table(_climb(data, budget=args.seconds, seed=args.seed)),
             flush=True,
         )
         peer = _against_torch(data, budget=args.seconds, seed=args.seed)
@@ -579,7 +568,7 @@ def _compare(args: argparse.Namespace) -> int:  # exit code
     "Two versions of a function beside each other."
     from ctxlab.data import InputError
     from ctxlab.measure import DisagreementError
-    from ctxlab.versions import compare_versions, plot_comparison
+    from ctxlab.versions import _plot_comparison, compare_versions
 
     try:
         result, missed = compare_versions(
@@ -602,7 +591,7 @@ def _compare(args: argparse.Namespace) -> int:  # exit code
     except ValueError as e:
         raise InputError(str(e)) from e
     if args.plot:
-        _save_plot(lambda ax: plot_comparison(result, ax), args.plot)
+        _save_plot(lambda ax: _plot_comparison(result, ax), args.plot)
     print(json.dumps(result.to_dict() | {"missed": missed}, indent=1) if args.json else result)
     for text in missed:
         print(f"ctxlab: --require {text}: not met", file=sys.stderr)
@@ -614,12 +603,12 @@ def _save_plot(draw: Callable[[Any], None], path: str) -> None:
     from matplotlib.figure import Figure
 
     from ctxlab.audit.report import _png, _styled
-    from ctxlab.files import write_whole
+    from ctxlab.files import _write_whole
 
     with _styled():
         figure = Figure(figsize=(7, 2.2), layout="constrained")
         draw(figure.subplots())
-        write_whole(path, _png(figure))
+        _write_whole(path, _png(figure))
 
 # %% ../nbs/10_cli.ipynb #cac990c6
 _JOBS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -627,7 +616,7 @@ _JOBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "claims": _claims,
     "audit": _audit,
     "bench": _bench,
-    "context": exact.run,
+    "context": exact._run,
     "compare": _compare,
 }
 

@@ -22,7 +22,7 @@ import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from .intervals import Interval as Interval
-from .intervals import decide, sequential_interval, sequential_ranks
+from .intervals import _decide, _sequential_interval, _sequential_ranks
 from .intervals import median_interval as median_interval
 from .testing import same
 from .witness import _megabytes as _megabytes
@@ -666,7 +666,7 @@ class _Tally:
 
     def __init__(self, setting: _Setting, question: _Question, blocks: int):
         self.base, self.question = setting.base, question
-        self.ranks = sequential_ranks(blocks, question.error)
+        self.ranks = _sequential_ranks(blocks, question.error)
         self.samples: dict[str, list[_Sample]] = {name: [] for name in setting.forms}
         self.ratios: dict[str, list[float]] = {name: [] for name in setting.forms}
         self.decided: dict[str, tuple[str, Interval, Interval]] = {}
@@ -682,14 +682,16 @@ class _Tally:
             self.ratios[name].append(_block_ratio(block[name], base))
             n = len(self.ratios[name])
             control = self.ratios[self.base][:n]
-            found = decide(self.ratios[name], control, self.question.resolution, self.ranks)
+            found = _decide(self.ratios[name], control, self.question.resolution, self.ranks)
             self.decided[name] = found
             if self.question.decided(name, *found[:2]):
                 self.open.remove(name)
 
     def measured(self, name: str, memory: Mapping[str, Any]) -> Measured:
         "What is known of a form."
-        control = Interval(*np.exp(sequential_interval(np.log(self.ratios[self.base]), self.ranks)))
+        control = Interval(
+            *np.exp(_sequential_interval(np.log(self.ratios[self.base]), self.ranks))
+        )
         outcome, ratio, control = self.decided.get(name, ("same", control, control))
         typical = _Sample(*np.median(self.samples[name], axis=0).tolist())
         return Measured(

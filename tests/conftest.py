@@ -1,9 +1,12 @@
 """What the tests share: one hypothesis profile, and arrays of every kind, made from a seed,
-what a comparison with PyTorch needs, and how a workspace refuses."""
+what a comparison with PyTorch needs, how a workspace refuses, and pages in a browser."""
 
+import shutil
 import threading
 import warnings
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -116,6 +119,34 @@ def refused(ws, error, match):
     assert (figures(ws), ws.summary(), repr(ws)) == before
 
 
+def refuses(call, arrays, kind):
+    """An error that names an argument first, and nothing has changed."""
+    before = {n: a.tobytes() for n, a in arrays.items()}
+    with pytest.raises(kind, match=r"^[a-z_0]+: "):
+        call(*arrays.values())
+    assert before == {n: a.tobytes() for n, a in arrays.items()}
+
+
+def refuses_misfits(call, arrays, written):
+    """Each array with another shape or dtype; read-only, or over another one, where it is written
+    to: those are the last `written` of them."""
+    call(*arrays.values())
+    for wrong, a in arrays.items():
+        refuses(call, arrays | {wrong: np.concatenate([a, a])}, ValueError)
+        refuses(call, arrays | {wrong: a.astype(np.float32)}, TypeError)
+        refuses(call, arrays | {wrong: a.astype(np.float16)}, TypeError)
+    for target in list(arrays)[-written:]:
+        a = arrays[target].copy()
+        a.flags.writeable = False
+        refuses(call, arrays | {target: a}, ValueError)
+        for other, b in arrays.items():
+            if other != target:
+                store = np.ones(a.size + b.size)
+                near = store[: a.size].reshape(a.shape)
+                far = store[a.size - 1 :][: b.size].reshape(b.shape)
+                refuses(call, arrays | {target: near, other: far}, ValueError)
+
+
 def in_threads(*functions):
     """Run them at the same time; the first error is raised here."""
     errors = []
@@ -136,3 +167,52 @@ def in_threads(*functions):
         raise next(
             (e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0]
         )
+
+
+# Pages in a browser
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+OFFLINE = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="needs pip install -e '.[docs]'")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
+        yield chromium
+        chromium.close()
+
+
+@contextmanager
+def serving(folder, policy=""):
+    """The address of a folder on a server of its own, which may send a content policy."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            pass
+
+        def end_headers(self):
+            if policy:
+                self.send_header("Content-Security-Policy", policy)
+            super().end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()

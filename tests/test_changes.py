@@ -23,14 +23,14 @@ from ctxlab.audit.changes import (
     _explained,
     _find_claim,
     _read_partial,
+    _read_report,
     _run_facts,
     _save_partial,
-    read_report,
 )
 from ctxlab.audit.claims import LEDGER
 from ctxlab.audit.report import _SCHEMA_VERSION, _as_json, _plain_trials, _words
-from ctxlab.data import InputError, pair
-from ctxlab.intervals import Interval, sequential_interval, sequential_ranks
+from ctxlab.data import InputError, _pair
+from ctxlab.intervals import Interval, _sequential_interval, _sequential_ranks
 from ctxlab.measure import _Comparison
 
 
@@ -48,7 +48,7 @@ def data(made):
 
 def stored(folder, data):
     (folder / "claims.json").write_text(json.dumps(data))
-    return read_report(folder)
+    return _read_report(folder)
 
 
 def test_what_is_written_can_be_read(data, made, tmp_path):
@@ -66,7 +66,7 @@ def test_an_interval_without_limits_can_be_read(made, tmp_path):
     data = json.loads(json.dumps(_as_json([], b, {}), allow_nan=False))
     assert stored(tmp_path, data).trials == b.found
     before = stored(tmp_path, data)
-    assert changes.compare(before, data)["timings"] == []  # nothing to compare yet
+    assert changes._compare_reports(before, data)["timings"] == []  # nothing to compare yet
 
 
 def first(data):
@@ -146,12 +146,12 @@ def altered(data, factor=1.0, control=0.0):
 )
 def test_a_change_must_exceed_the_noise_of_both(factor, control, change, data, tmp_path):
     before = stored(tmp_path, altered(data))
-    rows = changes.compare(before, altered(data, factor, control))["timings"]
+    rows = changes._compare_reports(before, altered(data, factor, control))["timings"]
     found = {(r["what"], r["name"]): r["change"] for r in rows}
     assert found.pop((first(data)["name"], "zeros + gemm")) == change
     assert set(found.values()) == {"same within noise"}
     after = stored(tmp_path, data)  # and the other way round
-    rows = changes.compare(after, altered(data))["timings"]
+    rows = changes._compare_reports(after, altered(data))["timings"]
     turned = {"slower": "faster", "faster": "slower"}.get(change, change)
     assert {r["change"] for r in rows} == {turned, "same within noise"}
 
@@ -159,12 +159,12 @@ def test_a_change_must_exceed_the_noise_of_both(factor, control, change, data, t
 def test_forms_are_compared_where_both_reports_have_them_on_the_same_base(data, tmp_path):
     before, names = stored(tmp_path, data), [t["name"] for t in data["trials"]]
     forms = {(t["name"], f) for t in data["trials"] for f in t["forms"] if f != t["base"]}
-    rows = changes.compare(before, data)["timings"]
+    rows = changes._compare_reports(before, data)["timings"]
     assert {(r["what"], r["name"]) for r in rows} == forms
     first(data)["base"] = "reused out"
     data["trials"][1]["name"] = "another one"
     del data["trials"][2]["forms"]["zeros + gemm"]
-    left = {(r["what"], r["name"]) for r in changes.compare(before, data)["timings"]}
+    left = {(r["what"], r["name"]) for r in changes._compare_reports(before, data)["timings"]}
     gone = {(n, f) for n, f in forms if n in names[:2]} | {(names[2], "zeros + gemm")}
     assert left == forms - gone
 
@@ -174,12 +174,14 @@ def claim(data, id):
 
 
 def change_of(before, data, id):
-    return next(c["change"] for c in changes.compare(before, data)["claims"] if c["id"] == id)
+    return next(
+        c["change"] for c in changes._compare_reports(before, data)["claims"] if c["id"] == id
+    )
 
 
 def test_what_happened_to_a_claim(data, tmp_path):
     before = stored(tmp_path, data)
-    assert {c["change"] for c in changes.compare(before, data)["claims"]} == {""}
+    assert {c["change"] for c in changes._compare_reports(before, data)["claims"]} == {""}
     claim(data, "lazy")["measured"] = "something else"
     assert change_of(before, data, "lazy") == "other figures"
     claim(data, "lazy")["verdict"] = "undecided"
@@ -231,7 +233,7 @@ def test_what_differs_is_listed(data, tmp_path):
     before = stored(tmp_path, data)
     data["settings"] |= {"seed": 4, "threads": 2}
     data["machine"]["cores"] = 1234
-    found = changes.compare(before, data)["differs"]
+    found = changes._compare_reports(before, data)["differs"]
     cores = before.facts["machine"]["cores"]
     expected = [
         "settings.seed: 0, now 4",
@@ -248,7 +250,7 @@ def test_hostile_names_stay_text_and_in_width(width, data, tmp_path):
     first(data)["name"] = claim(data, "pow2")["verdict"] = HOSTILE
     first(data)["forms"][HOSTILE] = form(data)
     before = stored(tmp_path, data)
-    found = changes.compare(before, data)
+    found = changes._compare_reports(before, data)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     text = _changes_table(found, width)
     assert "\x1b" not in text
@@ -260,13 +262,13 @@ def test_hostile_names_stay_text_and_in_width(width, data, tmp_path):
 
 
 BLOCKS = 20
-RANKS = sequential_ranks(BLOCKS, 0.05)
+RANKS = _sequential_ranks(BLOCKS, 0.05)
 
 
 def synthetic(rng, noise, effect):
     """What a run finds, whose blocks have that noise."""
     ratio, control = (
-        Interval(*np.exp(sequential_interval(noise * rng.standard_normal(BLOCKS), RANKS)))
+        Interval(*np.exp(_sequential_interval(noise * rng.standard_normal(BLOCKS), RANKS)))
         for _ in range(2)
     )
     return _Comparison(ratio.scaled(effect), control)
@@ -315,7 +317,7 @@ def test_other_data_or_settings_or_machine_is_another_run(made, partial):
     (p,) = b.pairs
     machine = facts["machine"] | {"numpy": "1.0"}
     for changed in (
-        _run_facts(replace(b, pairs=[pair("p", p.x + 1, p.y)]), {"seed": 0}),
+        _run_facts(replace(b, pairs=[_pair("p", p.x + 1, p.y)]), {"seed": 0}),
         _run_facts(replace(b, pairs=[p, p]), {"seed": 0}),
         _run_facts(replace(b, pairs=None), {"seed": 0}),
         _run_facts(b, {"seed": 1}),

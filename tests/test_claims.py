@@ -21,35 +21,31 @@ from ctxlab.audit.changes import _figures
 from ctxlab.audit.claims import _SHIPPED, LEDGER, _pairs, _rows, _workload, _workloads
 from ctxlab.audit.growth import _POLICIES
 from ctxlab.audit.original import (
+    _backward,
+    _forward,
     _path,
     _sites,
-    backward,
-    forward,
-    update,
-    update_step,
+    _update,
+    _update_step,
 )
 from ctxlab.audit.report import _as_json
 from ctxlab.audit.trials import (
     _SMALL,
-    _VERDICTS,
-    CONFIRMED,
-    PARTLY,
-    REFUTED,
-    UNDECIDED,
-    UNTESTABLE,
     Bench,
+    Verdict,
     _audited,
     _gain,
     _judge_gain,
     audit,
 )
-from ctxlab.data import pair
-from ctxlab.gemm import _forms, dot
-from ctxlab.intervals import Interval, sequential_interval, sequential_ranks
+from ctxlab.data import _pair
+from ctxlab.gemm import _dot, _forms
+from ctxlab.intervals import Interval, _sequential_interval, _sequential_ranks
 from ctxlab.models.stack import _KINDS
 from ctxlab.reference import apply_context, apply_context_vjp, ema, similarity, similarity_step
 from ctxlab.testing import assert_equiv
 
+CONFIRMED, PARTLY, REFUTED, UNDECIDED, UNTESTABLE = Verdict
 by_claim = pytest.mark.parametrize("claim", LEDGER, ids=lambda c: c.id)
 FORMS = list(_forms())
 FASTER = {"zeros + gemm": 4, "reused out": 6, "pooled": 5, "thresholds raised": 2}  # percent
@@ -77,7 +73,7 @@ def small_bench(name="mine", x=None, y=None, timed=True, like=None):
     """Small workloads, with trials that are made up; accounts are those of another bench."""
     if x is None:
         x, y = np.random.default_rng(0).standard_normal((2, 80, 32))
-    b = Bench(seconds=60 if timed else 1e-6, pairs=[pair(name, x, y)], name=name)
+    b = Bench(seconds=60 if timed else 1e-6, pairs=[_pair(name, x, y)], name=name)
     b.once("shape of a stack", lambda: (1, 32, 64))
     with patch.object(claims, "_REPORT_SIZE", (64, 48)):
         _workloads(b)
@@ -491,7 +487,7 @@ def test_the_same_rule_judges_the_figures_of_the_program_in_rust(claim, findings
         assert (f.rust, f.rust_told) == ("", "")
         return
     figures = claim.in_rust()
-    assert f.rust == claim.judge(figures) in _VERDICTS
+    assert f.rust == claim.judge(figures) in list(Verdict)
     assert f.rust_told == claim.tell(figures)[1]
     assert json.dumps(figures)
 
@@ -504,7 +500,7 @@ def test_a_small_ledger_is_judged_whole(claim, findings):
     f = findings[claim.id]
     assert f.error == ""
     assert f.figures
-    assert f.verdict in _VERDICTS
+    assert f.verdict in list(Verdict)
     assert (f.plain, f.told) == claim.tell(f.figures)
 
 
@@ -601,19 +597,19 @@ def test_the_paths_compute_what_the_reference_says(form, real):
         product = _forms()[form]
         expected = apply_context(w.X, w.C, w.s)
         for _ in twice:
-            assert_equiv(forward(product, w.X, w.C, w.s), expected, depth=D, scale=out_size)
+            assert_equiv(_forward(product, w.X, w.C, w.s), expected, depth=D, scale=out_size)
         grad_x, _ = apply_context_vjp(w.X, w.C, w.s, w.G)
         grad_s = apply_context_vjp(X, C, w.s, G)[1]
         terms = np.sqrt(np.sum(G**2 * (X**2 @ C**2))) / D
         length = D + int(np.sqrt(X.size))  # sums of D products, and a sum of all made in blocks
         for _ in twice:
-            got_x, got_s = backward(product, w.X, w.C, w.s, w.G)
+            got_x, got_s = _backward(product, w.X, w.C, w.s, w.G)
             assert_equiv(got_x, grad_x, depth=D, scale=grad_size)
             assert_equiv(np.float32(got_s), np.float32(grad_s), depth=length, scale=terms)
         product, batch, step = _forms()[form], w.C.copy(), w.C.copy()
-        update(product, w.X, w.Y, batch, 0.1)
+        _update(product, w.X, w.Y, batch, 0.1)
         assert_equiv(batch, ema(w.C, similarity(w.X, w.Y), 0.1), depth=32, scale=1.0)
-        update_step(product, w.X[0], w.Y[0], step, 0.1)
+        _update_step(product, w.X[0], w.Y[0], step, 0.1)
         assert_equiv(step, ema(w.C, similarity_step(w.X[0], w.Y[0]), 0.1), depth=32, scale=1.0)
 
 
@@ -632,11 +628,11 @@ def test_a_timed_path_is_the_same_in_every_form(what):
 def outcome(product, w):
     """All that the four paths compute, in one vector."""
     C, c = w.C.copy(), w.C.copy()
-    update(product, w.X, w.Y, C, 0.1)
-    update_step(product, w.X[0], w.Y[0], c, 0.1)
-    grad_x, grad_s = backward(product, w.X, w.C, w.s, w.G)
+    _update(product, w.X, w.Y, C, 0.1)
+    _update_step(product, w.X[0], w.Y[0], c, 0.1)
+    grad_x, grad_s = _backward(product, w.X, w.C, w.s, w.G)
     return np.concatenate(
-        [a.ravel() for a in (forward(product, w.X, w.C, w.s), grad_x, C, c)] + [[grad_s]]
+        [a.ravel() for a in (_forward(product, w.X, w.C, w.s), grad_x, C, c)] + [[grad_s]]
     )
 
 
@@ -655,7 +651,9 @@ def test_the_sites_are_the_products_that_the_paths_run(bench):
         for got, expected in zip(found[site], operands, strict=True):
             np.testing.assert_array_equal(got, expected)
     for wrong in found:  # and none whose result goes nowhere
-        assert (outcome(lambda s, a, b, wrong=wrong: dot(s, a, b) + (s == wrong), w) != right).any()
+        assert (
+            outcome(lambda s, a, b, wrong=wrong: _dot(s, a, b) + (s == wrong), w) != right
+        ).any()
 
 
 def test_the_sites_have_the_sizes_that_the_report_speaks_of(real):
@@ -724,7 +722,7 @@ def test_a_form_that_computes_something_else_is_found_out(form, wrong, monkeypat
 )
 def test_rows_are_cut_so_that_a_report_on_wide_layers_ends(rows, features, kept):
     x = np.ones((rows, features), np.float32)
-    w = _workload("w", pair("p", x, x), np.random.default_rng(0))
+    w = _workload("w", _pair("p", x, x), np.random.default_rng(0))
     assert w.X.shape == w.Y.shape == w.G.shape == (kept, features)
     assert 2 * kept * features**2 <= claims._PRODUCT_FLOP
 
@@ -741,7 +739,7 @@ def test_however_wide_a_layer_its_rows_fit(features, most):
 
 def test_a_dump_of_a_wide_model_keeps_few_rows():
     hidden = np.random.default_rng(0).standard_normal((3, 100, 4096), np.float32)
-    b = Bench(pairs=[pair(f"layer {i}", *hidden[i : i + 2]) for i in range(2)], name="dump.npz")
+    b = Bench(pairs=[_pair(f"layer {i}", *hidden[i : i + 2]) for i in range(2)], name="dump.npz")
     own, _ = _workloads(b)
     assert own.X.shape == own.Y.shape == own.G.shape == (32, 4096)
     assert own.name == "dump.npz, 32 x 4096"
@@ -754,7 +752,7 @@ def test_a_bench_repeats_from_its_seed(seed, other):
     @cache
     def arrays(seed):
         x = np.eye(4, dtype=np.float32)
-        b = Bench(pairs=[pair("p", x, x)], seed=seed)
+        b = Bench(pairs=[_pair("p", x, x)], seed=seed)
         with patch.object(claims, "_REPORT_SIZE", (5, 3)):
             return [a.tobytes() for w in _workloads(b) for a in (w.X, w.Y, w.G, w.C)]
 
@@ -765,7 +763,7 @@ def test_a_bench_repeats_from_its_seed(seed, other):
 
 def test_the_workloads_are_the_middle_pair_and_the_size_of_the_report():
     rng = np.random.default_rng(0)
-    pairs = [pair(f"layer {i}", *rng.standard_normal((2, 9, 4 + i))) for i in range(3)]
+    pairs = [_pair(f"layer {i}", *rng.standard_normal((2, 9, 4 + i))) for i in range(3)]
     own, report = _workloads(b := Bench(pairs=pairs, name="mine"))
     assert own.X.shape == (9, 5)
     assert report.X.shape == (512, 768)
@@ -777,7 +775,7 @@ def test_the_workloads_are_the_middle_pair_and_the_size_of_the_report():
 @pytest.mark.parametrize("name", ["512 x 768", "x" * 99, r"$\bad$.npz", "活.npz", "\udcff"])
 def test_workloads_keep_apart_and_can_be_printed_whatever_the_file_is_called(name):
     x = np.eye(4, dtype=np.float32)
-    own, report = _workloads(Bench(pairs=[pair("p", x, x)], name=name))
+    own, report = _workloads(Bench(pairs=[_pair("p", x, x)], name=name))
     assert own.name != report.name
     assert own.name.isascii()
     assert own.name.isprintable()
@@ -794,13 +792,13 @@ NOISES = {  # the logarithms of a block's ratio, beside the truth
     "skewed": lambda rng: 0.02 * (rng.exponential(1, BLOCKS) - np.log(2)),
     "large": lambda rng: 0.2 * rng.standard_normal(BLOCKS),
 }
-RANKS = sequential_ranks(BLOCKS, 0.05)
+RANKS = _sequential_ranks(BLOCKS, 0.05)
 
 
 def drawn(rng, noise, gain):
     """Figures of a form that gains so many percent, from blocks with that noise."""
     ratio, control = (
-        _gain(Interval(*np.exp(sequential_interval(NOISES[noise](rng) - np.log1p(g), RANKS))))
+        _gain(Interval(*np.exp(_sequential_interval(NOISES[noise](rng) - np.log1p(g), RANKS))))
         for g in (gain / 100, 0)
     )
     return dict(gain=ratio, control=control, power=0.5)
@@ -860,7 +858,7 @@ def test_the_power_of_a_run_is_the_share_of_such_runs_that_confirm(least, gain):
     truth, told = [], []
     for _ in range(300):
         log = noise * rng.standard_normal(BLOCKS) - np.log1p(gain / 100)
-        found = _gain(Interval(*np.exp(sequential_interval(log, RANKS))))
+        found = _gain(Interval(*np.exp(_sequential_interval(log, RANKS))))
         truth.append(_judge_gain(least, found, STILL) == CONFIRMED)
     for _ in range(30):
         told.append(claims._power(least, gain, np.exp(noise * rng.standard_normal(BLOCKS)), 100))

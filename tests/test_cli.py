@@ -46,7 +46,7 @@ from ctxlab import cli
 from ctxlab.audit import changes, claims, trials
 claims._REPORT_SIZE, claims._STACK_SHAPE = (64, 48), (1, 32, 64)
 cli._TIMES['quick'] = 100.0
-ran, stop, write = [], os.environ.get('STOP'), changes.write_whole
+ran, stop, write = [], os.environ.get('STOP'), changes._write_whole
 def run(trial, seconds, seed):
     ran.append(trial.name)
     if stop == 'interrupt' and len(ran) == 6:
@@ -58,7 +58,7 @@ def keep(path, text):
     if stop == 'full' and len(ran) == 6:
         raise OSError(28, 'No space left on device')
     write(path, text)
-trials._run, changes.write_whole = run, keep
+trials._run, changes._write_whole = run, keep
 claims.account = lambda make: (make()(), trials.Account(8192, 0, 8192))[1]
 sys.exit(cli.main(sys.argv[1:]))
 """,
@@ -213,6 +213,13 @@ WRONG = [
     "audit mine.py --threads 0",
     "audit mine.py --quick",
     "bench --threads 0",
+    "bench --rows 0",
+    "bench --rows 1",
+    "bench --dim -1",
+    "bench --dim x",
+    "bench --seconds nan",
+    "bench --seconds -1",
+    "bench --seed 1.5",
     "--print-completion fish",
 ]
 
@@ -222,7 +229,10 @@ def test_a_wrong_command_line_is_explained(words, tmp_path):
     done = run(tmp_path, words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: ctxlab")
-    assert "error:" in done.stderr.splitlines()[-1]
+    said = done.stderr.splitlines()[-1]
+    options = [word for word in words.split() if word.startswith("--")]
+    assert "error:" in said
+    assert not options or any(option in said for option in options)
     assert not tree(tmp_path)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ctxlab
-from ctxlab.data import InputError, load_pairs, pair
+from ctxlab.data import InputError, _pair, load_pairs
 from ctxlab.testing import assert_equiv
 
 ok = np.random.default_rng(0).standard_normal((4, 3))
@@ -247,7 +247,7 @@ def test_the_suffix_does_not_matter(save):
 def test_input_errors_are_value_errors():
     assert issubclass(InputError, ValueError)
     with pytest.raises(ValueError, match="mine: x has shape"):
-        pair("mine", ok, ok[:2])
+        _pair("mine", ok, ok[:2])
 
 
 def test_the_packaged_data_is_what_its_provenance_says():

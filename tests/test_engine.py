@@ -309,7 +309,7 @@ def workers_of(parent):
 
 
 def test_the_error_is_spent_for_the_blocks_that_were_planned():
-    """A tally with made-up samples: it decides as soon as `decide` does, and drops the form."""
+    """A tally with made-up samples: it decides as soon as `_decide` does, and drops the form."""
     question = measure._Question(1, 0.02, 0.05, 0, None, False)
     setting = measure._Setting({"a": "", "b": "", "c": ""}, "a", 1, "default")
     tally = measure._Tally(setting, question, 8)

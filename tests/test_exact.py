@@ -33,7 +33,7 @@ def parsed(*argv):
 
 
 def run(*argv):
-    return exact.run(parsed(*argv, "--no-progress"))
+    return exact._run(parsed(*argv, "--no-progress"))
 
 
 @pytest.fixture
@@ -557,7 +557,7 @@ SCRIPT = """if True:
     def main():
         p = argparse.ArgumentParser()
         exact._add_parser(p.add_subparsers(dest='command'))
-        try: return exact.run(p.parse_args(['context', *sys.argv[1:]]))
+        try: return exact._run(p.parse_args(['context', *sys.argv[1:]]))
         except KeyboardInterrupt as e: print('interrupted;', e, file=sys.stderr); return 130
     if __name__ == '__main__': # in the processes of workers the file is loaded under another name
         reading.shard_stats = held

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ctxlab.audit import Bench
-from ctxlab.audit.trials import _VERDICTS, UNDECIDED, _load_ledger
+from ctxlab.audit.trials import Verdict, _load_ledger
 from ctxlab.data import InputError
 from ctxlab.measure import _agree
 
@@ -105,7 +105,7 @@ def test_a_little_time_gives_any_verdict_but_no_error(tmp_path):
     done = run(tmp_path, "--seconds 8 --json -", EXAMPLE)
     assert done.returncode == 0, done.stderr
     found = findings(done)
-    assert all(f["verdict"] in _VERDICTS for f in found.values())
+    assert all(f["verdict"] in list(Verdict) for f in found.values())
     assert found["out-80kB"]["verdict"] == "confirmed"
 
 
@@ -126,7 +126,7 @@ def test_one_wrong_claim_leaves_the_others(tmp_path):
     found = findings(run(tmp_path, "--seconds 0.5 --json -", path))
     assert found["out-80kB"]["verdict"] == "confirmed"
     assert found["out-800kB"]["verdict"] == "not testable here"
-    assert {found[id]["verdict"] for id in SPEED} == {UNDECIDED}
+    assert {found[id]["verdict"] for id in SPEED} == {Verdict.UNDECIDED}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ctxlab import files
-from ctxlab.files import whole_files, write_whole
+from ctxlab.files import _whole_files, _write_whole
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def refusing(monkeypatch, name, at=0, error=None):
 @pytest.mark.parametrize("content", ["äö", b"\x00\xff", "", "x" * 10**6])
 def test_content_arrives(home, content):
     for name in ("a.txt", "new.txt"):
-        write_whole(home / name, content)
+        _write_whole(home / name, content)
         wanted = content if isinstance(content, bytes) else content.encode()
         assert (home / name).read_bytes() == wanted
     assert sorted(os.listdir(home)) == ["a.txt", "b.txt", "new.txt"]
@@ -55,7 +55,7 @@ def test_content_arrives(home, content):
 @pytest.mark.parametrize("names", [["a.txt"], ["new.txt"], ["a.txt", "new.txt", "b.txt"]])
 def test_a_block_that_fails_leaves_everything(home, error, names):
     before = tree(home)
-    with pytest.raises(type(error)), whole_files(*(home / n for n in names)) as parts:  # noqa: PT012
+    with pytest.raises(type(error)), _whole_files(*(home / n for n in names)) as parts:  # noqa: PT012
         for part in parts:
             part.write_text("new")
         raise error
@@ -71,7 +71,7 @@ def test_a_failure_at_any_step_leaves_everything(home, monkeypatch, step, at, er
     before = tree(home)
     names = ["a.txt", "new.txt", "b.txt"]
     refusing(monkeypatch, step, at, error)
-    with pytest.raises(type(error)) as e, whole_files(*(home / n for n in names)) as parts:  # noqa: PT012
+    with pytest.raises(type(error)) as e, _whole_files(*(home / n for n in names)) as parts:  # noqa: PT012
         for part in parts:
             part.write_text("new")
     assert tree(home) == before
@@ -90,7 +90,7 @@ def test_an_interrupt_after_a_rename_takes_it_back(home, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", late)
-    with pytest.raises(KeyboardInterrupt), whole_files(home / "new.txt", home / "a.txt") as parts:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), _whole_files(home / "new.txt", home / "a.txt") as parts:  # noqa: PT012
         for part in parts:
             part.write_text("new")
     assert tree(home) == before
@@ -103,7 +103,7 @@ def test_old_files_come_back_where_there_are_no_hard_links(home, monkeypatch):
     refusing(monkeypatch, "replace", 1)
     with (  # noqa: PT012
         pytest.raises(OSError, match=r"b\.txt"),
-        whole_files(home / "a.txt", home / "b.txt") as parts,
+        _whole_files(home / "a.txt", home / "b.txt") as parts,
     ):
         for part in parts:
             part.write_text("new")
@@ -124,7 +124,7 @@ def test_the_content_is_on_the_disk_before_the_name(home, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", noted_sync)
     monkeypatch.setattr(os, "replace", noted_rename)
-    write_whole(home / "a.txt", "new")
+    _write_whole(home / "a.txt", "new")
     assert steps == ["sync file", "rename", "sync folder"]
 
 
@@ -135,9 +135,9 @@ def test_the_content_is_on_the_disk_before_the_name(home, monkeypatch):
 def test_permissions_are_those_of_an_ordinary_file(home, umask):
     previous = os.umask(umask)
     try:
-        write_whole(home / "new.txt", "new")
+        _write_whole(home / "new.txt", "new")
         (home / "a.txt").chmod(0o640)
-        write_whole(home / "a.txt", "new")
+        _write_whole(home / "a.txt", "new")
     finally:
         os.umask(previous)
     assert stat.S_IMODE((home / "new.txt").stat().st_mode) == 0o666 & ~umask
@@ -148,7 +148,7 @@ def test_permissions_are_those_of_an_ordinary_file(home, umask):
 def test_a_link_stays_a_link(home, target):
     (home / "sub").mkdir()
     (home / "sub" / "link").symlink_to(home / target)
-    write_whole(home / "sub" / "link", "new")
+    _write_whole(home / "sub" / "link", "new")
     assert (home / "sub" / "link").is_symlink()
     assert (home / target).read_text() == "new"
     assert os.listdir(home / "sub") == ["link"]
@@ -165,12 +165,12 @@ def test_what_cannot_be_replaced_is_refused(home, monkeypatch):
         (home / ("long" * 70), OSError, "cannot be written: File name too long"),
     ]:
         with pytest.raises(error, match=said) as e:
-            write_whole(path, "new")
+            _write_whole(path, "new")
         assert str(e.value).startswith(f"{path}: ")
         assert "\n" not in str(e.value)
     monkeypatch.setattr(os, "access", lambda *args: False)  # permissions do not bind root
     with pytest.raises(PermissionError, match=r"a\.txt: is read-only"):
-        write_whole(home / "a.txt", "new")
+        _write_whole(home / "a.txt", "new")
     assert sorted(os.listdir(home)) == ["a.txt", "b.txt", "folder", "pipe"]
     assert (home / "a.txt").read_text() == "old a"
 
@@ -181,12 +181,12 @@ def test_a_folder_that_refuses_is_named(home, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", refused)
     with pytest.raises(PermissionError) as e:
-        write_whole(home / "a.txt", "new")
+        _write_whole(home / "a.txt", "new")
     assert str(e.value) == f"{home / 'a.txt'}: cannot be written: Permission denied"
 
 
 def test_an_error_of_another_file_keeps_its_name(home):
-    with pytest.raises(FileNotFoundError) as e, whole_files(home / "a.txt"):
+    with pytest.raises(FileNotFoundError) as e, _whole_files(home / "a.txt"):
         (home / "none").read_bytes()
     assert e.value.filename == str(home / "none")
 
@@ -200,7 +200,7 @@ def test_a_disk_that_is_full(home):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     script = (
-        "import sys; from ctxlab.files import write_whole; write_whole(sys.argv[1], b'x' * 5000)"
+        "import sys; from ctxlab.files import _write_whole; _write_whole(sys.argv[1], b'x' * 5000)"
     )
     done = subprocess.run(
         [sys.executable, "-B", "-c", script, home / "a.txt"],
@@ -218,9 +218,9 @@ def test_a_disk_that_is_full(home):
 
 WRITER = """if True:
     import sys
-    from ctxlab.files import whole_files
+    from ctxlab.files import _whole_files
     for i in range(150):
-        with whole_files(sys.argv[1]) as (part,), open(part, 'w') as f:
+        with _whole_files(sys.argv[1]) as (part,), open(part, 'w') as f:
             for _ in range(100): f.write(sys.argv[2] * 999 + '\\n')
 """
 

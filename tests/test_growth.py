@@ -15,7 +15,7 @@ from ctxlab.audit.growth import (
     _power_of_two,
     _replay,
     _sentence_lengths,
-    study,
+    _study,
 )
 
 shapes = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=30)
@@ -76,7 +76,7 @@ def test_alternating_shapes_reallocate_only_in_the_original():
 
 
 def test_the_study_covers_every_policy_on_every_buffer():
-    found = study([3, 50, 7])
+    found = _study([3, 50, 7])
     assert list(found) == list(_BUFFERS)
     assert all(list(runs) == list(_POLICIES) for runs in found.values())
 

@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from ctxlab.interleave import (
     Deadlock,
     Endless,
-    Explored,
     Refused,
+    _Explored,
     _Sharing,
     _Step,
     explore,
@@ -714,7 +714,7 @@ def test_exploring_within_threads_does_not_mix():
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [Explored(10, found[0].situations, 10, [])] * 3
+    assert found == [_Explored(10, found[0].situations, 10, [])] * 3
 
 
 def test_a_list_is_stored_and_loaded_in_one_step():

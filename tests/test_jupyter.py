@@ -1,9 +1,7 @@
 """In Jupyter: the index opens, its links lead to notebooks, each notebook runs in a new kernel."""
 
-import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -15,9 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # peers/01_bench holds hours of measurements, and says so in its front matter.
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "peers/01_bench")
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 
 
 def without_slow(cell):
@@ -110,21 +105,11 @@ def test_every_link_of_the_index_opens_from_the_folder_of_the_notebooks(lab):
         assert contents(link)["type"] == "notebook", link
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-@pytest.mark.skipif(
-    importlib.util.find_spec("playwright") is None, reason="needs pip install -e '.[docs]'"
-)
-def test_a_click_in_the_index_opens_the_notebook(lab):
-    from playwright.sync_api import sync_playwright
-
+def test_a_click_in_the_index_opens_the_notebook(lab, browser):
     address, token = lab
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = chromium.new_page()
-        tab.goto(f"{address}/lab/tree/index.ipynb?{token}")
-        tab.locator(".jp-RenderedMarkdown a", has_text="07_context").first.click(timeout=60_000)
-        tab.locator(".lm-TabBar-tabLabel", has_text="07_context.ipynb").first.wait_for(
-            timeout=60_000
-        )
-        assert tab.locator(".jp-Notebook:visible").count() == 1
-        chromium.close()
+    tab = browser.new_page()
+    tab.goto(f"{address}/lab/tree/index.ipynb?{token}")
+    tab.locator(".jp-RenderedMarkdown a", has_text="07_context").first.click(timeout=60_000)
+    tab.locator(".lm-TabBar-tabLabel", has_text="07_context.ipynb").first.wait_for(timeout=60_000)
+    assert tab.locator(".jp-Notebook:visible").count() == 1
+    tab.close()

@@ -15,10 +15,10 @@ from ctxlab.audit.ladder import (
     _benchmark_table,
     _check_call,
     _checked,
+    _climb,
+    _inputs,
     _rungs,
     _work,
-    climb,
-    inputs,
 )
 from ctxlab.measure import Interval, traced_peak
 
@@ -27,7 +27,7 @@ CTXLAB = Path(sys.executable).parent / "ctxlab"
 
 @pytest.mark.parametrize(("S", "D"), [(2, 1), (2, 3), (31, 16), (33, 16), (64, 100), (300, 65)])
 def test_every_rung_is_the_reference(S, D):
-    data = inputs(S, D, seed=S)
+    data = _inputs(S, D, seed=S)
     calls = _checked(_rungs(data), data)
     assert {path: tuple(by_rung) for path, by_rung in calls.items()} == dict.fromkeys(
         _PATHS, _RUNGS
@@ -36,7 +36,7 @@ def test_every_rung_is_the_reference(S, D):
 
 @pytest.mark.parametrize("path", _PATHS)
 def test_a_wrong_result_is_found(path):
-    data = inputs(64, 48)
+    data = _inputs(64, 48)
     right = ladder._reference_calls(data)[path]()
     wrong = (right[0], right[1] * 1.2) if path == "backward" else right * np.float32(1.01)
     _check_call(path, lambda: right, data)
@@ -46,19 +46,19 @@ def test_a_wrong_result_is_found(path):
 
 @pytest.mark.parametrize(("S", "D"), [(64, 64), (512, 256), (100, 300)])
 def test_the_last_rung_allocates_no_matrix(S, D):
-    data = inputs(S, D)
+    data = _inputs(S, D)
     for path, call in ladder._context_calls(data).items():
         vectors = 6 * 2 * D * 8  # of 2 D doubles, beside some Python objects
         assert traced_peak(call, warmup=2) < max(vectors + 1_000, 4_000), path
 
 
 def test_a_wrong_rung_is_never_timed(monkeypatch):
-    data = inputs(16, 8)
+    data = _inputs(16, 8)
     calls = _rungs(data)
     calls["apply"]["dot"] = lambda: data.X
     monkeypatch.setattr(ladder, "time_paired", lambda *a, **k: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="values"):
-        climb(data, calls)
+        _climb(data, calls)
 
 
 def test_the_table_says_the_ratios():
@@ -84,24 +84,3 @@ def test_the_command_prints_the_table(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert all(f"\n{path} " in done.stdout for path in _PATHS)
     assert "S = 16, D = 8" in done.stdout
-
-
-WRONG = [
-    "--rows 0",
-    "--rows 1",
-    "--dim -1",
-    "--dim x",
-    "--seconds nan",
-    "--seconds -1",
-    "--seed 1.5",
-]
-
-
-@pytest.mark.parametrize("words", WRONG)
-def test_bad_options_are_refused(words, tmp_path):
-    words = ["bench", *words.split()]
-    done = subprocess.run(
-        [CTXLAB, *words], capture_output=True, text=True, timeout=120, cwd=tmp_path
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert words[1] in done.stderr.splitlines()[-1]

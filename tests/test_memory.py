@@ -92,11 +92,11 @@ TABLE = {
         dict(x="MN", out="MN!"),
     ),
     "gemm.blend": Entry(lambda a, ws: gemm.blend(*a, 0.5, 2.0), dict(x="BSD", y="BSD!")),
-    "original.update": Entry(
-        lambda a, ws: original.update(gemm.dot, *a, 0.5), dict(X="SD", Y="SD", C="DD!")
+    "original._update": Entry(
+        lambda a, ws: original._update(gemm._dot, *a, 0.5), dict(X="SD", Y="SD", C="DD!")
     ),
-    "original.update_step": Entry(
-        lambda a, ws: original.update_step(gemm.dot, *a, 0.5), dict(x="D", y="D", C="DD!")
+    "original._update_step": Entry(
+        lambda a, ws: original._update_step(gemm._dot, *a, 0.5), dict(x="D", y="D", C="DD!")
     ),
     "context.fold": Entry(
         lambda a, ws: context._fold(a[0], 0.5, a[1]), dict(context="DD", out="DD!")
@@ -270,7 +270,7 @@ TABLE = {
     ),
 }
 
-IN_PLACE = {"gemm.blend", "original.update", "original.update_step", "diffusion.sample"}
+IN_PLACE = {"gemm.blend", "original._update", "original._update_step", "diffusion.sample"}
 """Functions that write to an argument and have neither a name nor a parameter that says so."""
 
 

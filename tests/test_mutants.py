@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctxlab.audit.ladder import _PATHS, _RUNGS, _check_call, _rungs, inputs
+from ctxlab.audit.ladder import _PATHS, _RUNGS, _check_call, _inputs, _rungs
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 
@@ -52,7 +52,7 @@ def mutants_of(a):
 @pytest.fixture(scope="module", params=SIZES)
 def ladder(request):
     "Inputs of one size, and every rung of every path on them."
-    data = inputs(*SIZES[request.param])
+    data = _inputs(*SIZES[request.param])
     return data, _rungs(data)
 
 
@@ -97,11 +97,11 @@ CHECKS = [
     ("05_gemm", "gemm", "def held_equal", -1),
     ("05_gemm", "_accumulate", "_accumulate(a, b, one, alpha, beta)", 2),
     ("05_gemm", "blend", "blend(x[:, part].copy(), got", 1),
-    ("audit/01_original", "forward", "def check_forward", -1),
-    ("audit/01_original", "backward", "def check_backward", -2),
-    ("audit/01_original", "backward", "def check_backward", -1),
-    ("audit/01_original", "update", "def check_update", 3),
-    ("audit/01_original", "update_step", "def check_update", 3),
+    ("audit/01_original", "_forward", "def check_forward", -1),
+    ("audit/01_original", "_backward", "def check_backward", -2),
+    ("audit/01_original", "_backward", "def check_backward", -1),
+    ("audit/01_original", "_update", "def check_update", 3),
+    ("audit/01_original", "_update_step", "def check_update", 3),
     ("07_context", "_fold", "M = _fold(C, s, np.empty_like(C))", 2),
     ("07_context", "backward_into", "got = out, backward_into(X", 4),
     ("07_context", "backward_into", "got = out, backward_into(X", -1),

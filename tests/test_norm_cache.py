@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ctxlab.interleave import explore, replay
 from ctxlab.norm_cache import (
     _SAFE,
-    VARIANTS,
+    _VARIANTS,
     DerivedValue,
     EarlyFlag,
     LockedFlag,
@@ -47,19 +47,19 @@ from ctxlab.norm_cache import (
     _word_pairs,
 )
 
-every = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
-safe = pytest.mark.parametrize("variant", [VARIANTS[name] for name in _SAFE], ids=_SAFE)
-CACHES = [name for name in VARIANTS if name != "recompute"]
-caches = pytest.mark.parametrize("variant", [VARIANTS[name] for name in CACHES], ids=CACHES)
+every = pytest.mark.parametrize("variant", _VARIANTS.values(), ids=list(_VARIANTS))
+safe = pytest.mark.parametrize("variant", [_VARIANTS[name] for name in _SAFE], ids=_SAFE)
+CACHES = [name for name in _VARIANTS if name != "recompute"]
+caches = pytest.mark.parametrize("variant", [_VARIANTS[name] for name in CACHES], ids=CACHES)
 Waitless = partial(DerivedValue, once=False)
 WAITLESS = {
-    name: Waitless if name == "snapshot swap" else VARIANTS[name]
+    name: Waitless if name == "snapshot swap" else _VARIANTS[name]
     for name in _SAFE
     if name != "locked flag"
 }
 waitless = pytest.mark.parametrize("variant", WAITLESS.values(), ids=list(WAITLESS))
 GUARDED = [name for name in _SAFE if name != "recompute"]
-guarded = pytest.mark.parametrize("variant", [VARIANTS[name] for name in GUARDED], ids=GUARDED)
+guarded = pytest.mark.parametrize("variant", [_VARIANTS[name] for name in GUARDED], ids=GUARDED)
 
 
 class Broken(Exception):
@@ -109,6 +109,15 @@ class Slow:
             if self.error is not None:
                 raise self.error
         return seen
+
+
+def half_way(variant, state, error=None):
+    """A cache of a slow compute function, and the thread of a reader that is inside it."""
+    compute = Slow(state, error)
+    cache = variant(compute)
+    reader = Thread(cache.get)
+    assert compute.inside.wait(60)
+    return compute, cache, reader
 
 
 # One thread
@@ -223,11 +232,11 @@ def test_one_thread_sees_every_change_and_computes_only_when_it_must(variant, op
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in VARIANTS if name not in ("recompute", "early flag")]
+    "name", [name for name in _VARIANTS if name not in ("recompute", "early flag")]
 )
 def test_a_cache_that_asks_itself_says_so_and_can_be_used_afterwards(name):
     asks = [True]
-    cache = VARIANTS[name](lambda: cache.get() if asks[0] else 3.0)
+    cache = _VARIANTS[name](lambda: cache.get() if asks[0] else 3.0)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="compute: asks for the value that it computes"):
             cache.get()
@@ -240,8 +249,8 @@ def test_a_cache_that_asks_itself_says_so_and_can_be_used_afterwards(name):
 @pytest.mark.parametrize(("one", "other"), [*product(GUARDED, repeat=2)])
 def test_caches_that_ask_each_other_say_so_and_can_be_used_afterwards(one, other):
     circle = [True]
-    a = VARIANTS[one](lambda: b.get() + 1)
-    b = VARIANTS[other](lambda: a.get() if circle[0] else 1.0)
+    a = _VARIANTS[one](lambda: b.get() + 1)
+    b = _VARIANTS[other](lambda: a.get() if circle[0] else 1.0)
     for cache in (a, b, a):
         with pytest.raises(RuntimeError, match="asks for the value"):
             cache.get()
@@ -265,7 +274,7 @@ def test_a_compute_function_may_catch_the_error_of_asking_again(variant):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in VARIANTS if name not in ("plain flag", "locked flag")]
+    "name", [name for name in _VARIANTS if name not in ("plain flag", "locked flag")]
 )
 def test_a_change_made_by_compute_itself_is_not_lost(name):
     state = [0]
@@ -277,7 +286,7 @@ def test_a_change_made_by_compute_itself_is_not_lost(name):
             cache.invalidate()
         return seen
 
-    cache = VARIANTS[name](compute)
+    cache = _VARIANTS[name](compute)
     assert [cache.get() for _ in range(5)] == [0, 1, 2, 2, 2]
 
 
@@ -301,10 +310,7 @@ def test_the_lock_refuses_a_change_made_by_compute_itself():
 @waitless
 def test_what_was_computed_from_before_a_change_is_not_kept(variant):
     """Nobody waits for the slow reader, and its late value does not replace the new one."""
-    compute = Slow("old")
-    cache = variant(compute)
-    slow = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, slow = half_way(variant, "old")
     compute.state = "new"
     cache.invalidate()
     assert cache.get() == "new"
@@ -315,10 +321,7 @@ def test_what_was_computed_from_before_a_change_is_not_kept(variant):
 
 @safe
 def test_a_change_that_nobody_else_read_is_not_lost(variant):
-    compute = Slow("old")
-    cache = variant(compute)
-    slow = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, slow = half_way(variant, "old")
     compute.state = "new"
     changing = Thread(lambda: [cache.invalidate(), compute.log.append("invalidated")])
     if variant is not LockedFlag:  # there it waits
@@ -332,10 +335,7 @@ def test_a_change_that_nobody_else_read_is_not_lost(variant):
 
 @pytest.mark.parametrize("attempt", range(5))
 def test_the_plain_flag_loses_a_change_every_time(attempt):
-    compute = Slow("old")
-    cache = PlainFlag(compute)
-    slow = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, slow = half_way(PlainFlag, "old")
     compute.state = "new"
     cache.invalidate()
     compute.go_on.set()
@@ -345,10 +345,7 @@ def test_the_plain_flag_loses_a_change_every_time(attempt):
 
 @pytest.mark.parametrize("attempt", range(5))
 def test_the_early_flag_is_clean_before_its_value_is_there_every_time(attempt):
-    compute = Slow("value")
-    cache = EarlyFlag(compute)
-    slow = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, slow = half_way(EarlyFlag, "value")
     assert cache.get() is None
     compute.go_on.set()
     assert slow.end() == cache.get() == "value"
@@ -360,10 +357,7 @@ def test_the_early_flag_is_clean_before_its_value_is_there_every_time(attempt):
 @waitless
 @pytest.mark.parametrize("error", [Broken, Interrupt])
 def test_an_error_of_one_reader_is_not_that_of_another(variant, error):
-    compute = Slow(1.0, error("first"))
-    cache = variant(compute)
-    failing = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, failing = half_way(variant, 1.0, error("first"))
     assert cache.get() == Thread(cache.get).end() == 1.0  # nobody waits
     compute.go_on.set()
     with pytest.raises(error, match="first"):
@@ -374,10 +368,7 @@ def test_an_error_of_one_reader_is_not_that_of_another(variant, error):
 @safe
 @pytest.mark.parametrize("error", [Broken, Interrupt])
 def test_readers_beside_an_error_are_not_blocked(variant, error):
-    compute = Slow(1.0, error("first"))
-    cache = variant(compute)
-    failing = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, failing = half_way(variant, 1.0, error("first"))
     others = [Thread(cache.get) for _ in range(3)] + [Thread(cache.invalidate)]
     compute.go_on.set()
     with pytest.raises(error, match="first"):
@@ -527,10 +518,7 @@ def test_an_error_goes_to_the_reader_that_computed_and_the_next_one_computes():
 
 
 def test_a_reader_after_a_change_does_not_wait_for_the_computation_before_it():
-    compute = Slow("old")
-    cache = DerivedValue(compute)
-    slow = Thread(cache.get)
-    assert compute.inside.wait(60)
+    compute, cache, slow = half_way(DerivedValue, "old")
     compute.state = "new"
     cache.invalidate()
     assert Thread(cache.get).end() == "new"
@@ -758,7 +746,7 @@ def test_the_flags_fail_every_time(variant):
 @pytest.mark.parametrize("words", [("RR", "W"), ("R", "WR")], ids="-".join)
 @pytest.mark.parametrize("name", ["recompute", "plain flag", "early flag", "locked flag"])
 def test_memory_hides_nothing_of_a_cache(name, words):
-    scenario = _asking(VARIANTS[name], words)
+    scenario = _asking(_VARIANTS[name], words)
     pruned = explore(scenario)
     if pruned.interleavings <= 300:
         every_order = explore(scenario, prune=False)
@@ -863,7 +851,7 @@ def test_a_derived_value_that_nobody_waits_for_in_every_order():
     ],
 )
 def test_a_trial_proves_something_where_the_broken_variants_fail(stale, verdict):
-    results = {name: _Stress(100, 50, stale.get(name, 0), 1.0) for name in VARIANTS}
+    results = {name: _Stress(100, 50, stale.get(name, 0), 1.0) for name in _VARIANTS}
     assert verdict in _Trial(results).check()
     for name in _SAFE:
         with pytest.raises(AssertionError, match=f"stale reads of {name}"):
@@ -872,7 +860,7 @@ def test_a_trial_proves_something_where_the_broken_variants_fail(stale, verdict)
 
 def test_a_trial_runs_every_variant():
     found = _trial(400, pause=lambda: time.sleep(0))
-    assert list(found.results) == list(VARIANTS)
+    assert list(found.results) == list(_VARIANTS)
     assert all(each.operations == 400 for each in found.results.values())
 
 

@@ -228,6 +228,12 @@ def test_other_names_that_are_not_there_fail_as_ever():
             importlib.import_module(name)
 
 
+def test_the_public_names_are_few():
+    found = [importlib.import_module(f"ctxlab.{module}") for module in MODULES]
+    names = [f"{m.__name__}.{name}" for m in found if m not in PACKAGES for name in m.__all__]
+    assert len(names) < 150, names  # what a reader of the reference can look through
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_public_things_are_documented(module):
     found = importlib.import_module(f"ctxlab.{module}")

@@ -6,11 +6,8 @@ import re
 import struct
 import subprocess
 import sys
-import threading
 from dataclasses import replace
-from functools import partial
 from html.parser import HTMLParser
-from http.server import ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +16,8 @@ from urllib.parse import unquote, urlparse
 import matplotlib
 import numpy as np
 import pytest
+from conftest import serving
 from test_claims import entry, small_audit, small_bench, trials_of
-from test_site import CHROMIUM, OFFLINE, Quiet
 from test_trials import TRIAL, compared, held, measured, plain, raising, speed
 
 from ctxlab import __version__
@@ -28,7 +25,6 @@ from ctxlab.audit.claims import LEDGER
 from ctxlab.audit.report import (
     _MEANS,
     _PLOTS,
-    _VERDICTS,
     _as_html,
     _as_json,
     _badge,
@@ -43,17 +39,7 @@ from ctxlab.audit.report import (
     _terminal,
     write_report,
 )
-from ctxlab.audit.trials import (
-    CONFIRMED,
-    REFUTED,
-    UNDECIDED,
-    UNTESTABLE,
-    Bench,
-    Number,
-    _gain,
-    audit,
-    saving_claim,
-)
+from ctxlab.audit.trials import Bench, Number, Verdict, _gain, audit, saving_claim
 from ctxlab.data import InputError
 from ctxlab.intervals import Interval
 
@@ -139,9 +125,9 @@ def test_colour_only_where_it_is_wanted(tty, env, colour, monkeypatch):
 
 @pytest.mark.parametrize("width", [40, 100])
 def test_the_table_tells_where_the_program_in_rust_says_otherwise(made, width):
-    f = replace(made[1][0], verdict=CONFIRMED, rust=REFUTED)
-    assert f"in Rust: {REFUTED}" in _table([f], width)
-    assert "in Rust" not in _table([replace(f, rust=CONFIRMED)], width)
+    f = replace(made[1][0], verdict=Verdict.CONFIRMED, rust=Verdict.REFUTED)
+    assert f"in Rust: {Verdict.REFUTED}" in _table([f], width)
+    assert "in Rust" not in _table([replace(f, rust=Verdict.CONFIRMED)], width)
 
 
 def test_the_table_has_a_line_for_each_group(made):
@@ -251,7 +237,7 @@ def test_a_claim_that_failed_is_in_the_file(data):
     found = audit([plain(measure=raising(OSError("gone"))), plain(id="other")])
     failed, other = _as_json(found, Bench(), {})["claims"]
     assert (failed["error"], failed["figures"]) == ("OSError: gone", {})
-    assert (failed["verdict"], failed["measured"]) == (UNTESTABLE, "OSError: gone")
+    assert (failed["verdict"], failed["measured"]) == (Verdict.UNTESTABLE, "OSError: gone")
     assert (failed["notebook"], failed["in_rust"], other["error"]) == (None, None, None)
 
 
@@ -369,7 +355,7 @@ def test_each_claim_has_its_section_with_figures(page):
         assert claim.where in page.text
 
 
-@pytest.mark.parametrize("verdict", _VERDICTS)
+@pytest.mark.parametrize("verdict", Verdict)
 def test_each_verdict_has_a_sign_besides_its_colour_and_its_words(verdict):
     css = (files("ctxlab") / "assets" / "report.css").read_text(encoding="utf-8")
     ((_, attrs),) = Page(_badge(verdict)).tags
@@ -381,7 +367,7 @@ def test_each_verdict_has_a_sign_besides_its_colour_and_its_words(verdict):
 
 
 def test_the_page_explains_every_verdict(page):
-    assert list(_MEANS) == list(_VERDICTS)
+    assert list(_MEANS) == list(Verdict)
     for verdict, means in _MEANS.items():
         assert verdict in page.text
         assert means in page.text
@@ -405,7 +391,9 @@ def test_hostile_texts_are_only_text(made, data):
     figures = {HOSTILE: {HOSTILE: HOSTILE}}
     hostile = dict.fromkeys(("id", "says", "rule", "where", "group", "units", "section"), HOSTILE)
     texts = dict.fromkeys(("plain", "told", "rust_told"), HOSTILE)
-    f = replace(f, claim=replace(f.claim, **hostile), figures=figures, rust=REFUTED, **texts)
+    f = replace(
+        f, claim=replace(f.claim, **hostile), figures=figures, rust=Verdict.REFUTED, **texts
+    )
     data = data | {
         "trials": [dict(name=HOSTILE)],
         "too_noisy": [dict(name=HOSTILE)],
@@ -460,7 +448,7 @@ def test_claims_of_anyone_get_a_page(own_made, tmp_path):
 def test_where_nothing_was_timed_there_is_no_picture_of_times(tmp_path):
     b = Bench(seconds=1e-6)
     found = audit(own(), b)
-    assert found[0].verdict == UNDECIDED
+    assert found[0].verdict == Verdict.UNDECIDED
     write_report(tmp_path, found, b, _as_json(found, b, {}))
     assert not (tmp_path / "times.png").exists()
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
@@ -521,35 +509,14 @@ LOOK = """() => ({
 })"""
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium")
-    api = pytest.importorskip("playwright.sync_api", reason="needs pip install -e '.[docs]'")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture(params=["from disk", STRICT, f"sandbox; {STRICT}"])
 def address(request, report):
     """Where the page can be opened: on disk, and on a server with a strict policy."""
     if request.param == "from disk":
         yield (report / "index.html").as_uri()
         return
-
-    class Strict(Quiet):
-        def end_headers(self):
-            self.send_header("Content-Security-Policy", request.param)
-            super().end_headers()
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Strict, directory=report)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/index.html"
-        server.shutdown()
-        thread.join()
+    with serving(report, request.param) as served:
+        yield f"{served}index.html"
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ctxlab.audit import rust
-from ctxlab.audit.rust import RustError, run, stored
+from ctxlab.audit.rust import _RustError, run, stored
 from ctxlab.data import InputError
 
 SOURCE = Path(__file__).resolve().parent.parent / "nbs" / "audit" / "rust"
@@ -140,7 +140,7 @@ def printed(tmp_path):
 
 
 def refusal(**options):
-    with pytest.raises(RustError) as raised:
+    with pytest.raises(_RustError) as raised:
         run(**options)
     assert "\n" not in str(raised.value)
     return str(raised.value)
@@ -262,7 +262,7 @@ def test_the_program_is_formatted():
 def test_the_program_allocates_what_is_stored():
     try:
         found = run(quick=True)
-    except RustError as error:
+    except _RustError as error:
         if "not to be had" in str(error):
             pytest.skip(str(error))
         raise

@@ -4,17 +4,14 @@ import importlib
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
-import threading
-from functools import partial
 from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
+from conftest import serving
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(
@@ -23,9 +20,6 @@ NOTEBOOKS = sorted(
 MODULES = sorted(
     p.relative_to(ROOT / "ctxlab").with_suffix("").as_posix().replace("/", ".")
     for p in (ROOT / "ctxlab").rglob("[!_]*.py")
-)
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 
 NEEDED = "sphinx", "myst_nb", "furo", "sphinx_copybutton", "mathjax"
@@ -243,17 +237,6 @@ def test_a_reader_without_eyes_is_served_too(pages):
 
 # ---- In a browser
 
-OFFLINE = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-]
-
 LEFT = "net::ERR_ABORTED"  # an icon that was still on its way when the test went to the next page
 
 # What a page is once its formulas are set: counts of what is there, and of what is wrong.
@@ -275,31 +258,11 @@ LOOK = """async () => {
 }"""
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format, *args):
-        pass
-
-
 @pytest.fixture(scope="module")
 def served(site):
     """The address of the site on a server of its own."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium")
-    api = pytest.importorskip("playwright.sync_api", reason="needs pip install -e '.[docs]'")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
-        yield chromium
-        chromium.close()
+    with serving(site) as address:
+        yield address
 
 
 @pytest.fixture

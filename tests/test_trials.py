@@ -16,16 +16,11 @@ from ctxlab.audit import trials
 from ctxlab.audit.trials import (
     _SMALL,
     _STILL,
-    _VERDICTS,
-    CONFIRMED,
-    PARTLY,
-    REFUTED,
-    UNDECIDED,
-    UNTESTABLE,
     Account,
     Bench,
     Claim,
     Trial,
+    Verdict,
     _accounts,
     _audited,
     _clear,
@@ -44,6 +39,8 @@ from ctxlab.data import InputError
 from ctxlab.intervals import Interval
 from ctxlab.measure import Comparison, Measured, _BudgetError
 from ctxlab.workers import WorkerError
+
+CONFIRMED, PARTLY, REFUTED, UNDECIDED, UNTESTABLE = Verdict
 
 # Made-up results of trials
 
@@ -334,7 +331,7 @@ def test_too_few_blocks_have_no_power():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_together(n):
-    for verdicts in itertools.product(_VERDICTS, repeat=n):
+    for verdicts in itertools.product(Verdict, repeat=n):
         known = set(verdicts) - {UNTESTABLE}
         if len(known) < 2:
             expected = next(iter(known), UNTESTABLE)
@@ -792,7 +789,7 @@ def test_findings_come_in_the_order_of_the_claims():
     assert [f.claim.id for f in audit([plain(id=id) for id in ids])] == ids
 
 
-@pytest.mark.parametrize("verdict", _VERDICTS)
+@pytest.mark.parametrize("verdict", Verdict)
 def test_a_finding_has_the_verdict_of_the_rule_and_beside_it_that_of_rust(verdict):
     claim = plain(
         judge=lambda f: f["case"]["v"],

@@ -361,6 +361,7 @@ class Reference:
             f"> {self.prose(source.says, source)}\n",
             f"```{{py:module}} {source.name}\n```\n",
             f"Explained in [{source.notebook}](../{source.notebook}.ipynb).{link}\n",
+            *["It offers no names to import.\n"] * (not source.public),
         ]
         for name in source.public:
             node = source.definition(name)
@@ -398,7 +399,7 @@ class Reference:
             explained = f"explained in [{source.notebook}](../{source.notebook}.ipynb)"
             lines.append(f"### [`{source.name}`](../{source.page}.md)\n")
             lines.append(f"{self.prose(source.says, source)} ({explained}).\n")
-            lines.append("| name | says |\n|---|---|")
+            lines += ["| name | says |\n|---|---|"] * bool(source.public)
             for name in source.public:
                 link = f"{{py:obj}}`{name} <{source.name}.{name}>`"
                 lines.append(f"| {link} | {self.summary(name, source)} |")

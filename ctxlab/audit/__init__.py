@@ -10,6 +10,7 @@ _HOMES = {  # name -> the module that defines it
     "LEDGER": "claims",
     "Number": "trials",
     "Trial": "trials",
+    "Verdict": "trials",
     "account": "trials",
     "audit": "trials",
     "gain_claim": "trials",

@@ -16,6 +16,7 @@ from ctxlab.audit.trials import Claim as Claim
 from ctxlab.audit.trials import Finding as Finding
 from ctxlab.audit.trials import Number as Number
 from ctxlab.audit.trials import Trial as Trial
+from ctxlab.audit.trials import Verdict as Verdict
 from ctxlab.audit.trials import account as account
 from ctxlab.audit.trials import audit as audit
 from ctxlab.audit.trials import gain_claim as gain_claim

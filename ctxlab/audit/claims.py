@@ -14,29 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from .growth import _POLICIES, _sentence_lengths, study
-from .original import _path, _sites, backward, forward, update
-from .rust import Allocated, stored
+from .growth import _POLICIES, _sentence_lengths, _study
+from .original import _backward, _forward, _path, _sites, _update
+from .rust import _Allocated, stored
 from ctxlab.audit.trials import (
     _ACCOUNT_UNITS,
     _SMALL,
-    CONFIRMED,
-    PARTLY,
-    REFUTED,
-    UNDECIDED,
-    UNTESTABLE,
     Account,
     Bench,
     Claim,
     Number,
     Trial,
+    Verdict,
     _accounts,
     _by_case,
     _clear,
     _each,
+    _each_timed,
     _exactly,
     _Figures,
     _gain,
+    _gained,
     _gains,
     _judge_gain,
     _mb,
@@ -46,12 +44,13 @@ from ctxlab.audit.trials import (
     _saving_sentence,
     _tell_account,
     _together,
+    _told_if_timed,
     _widened,
     account,
     gain_claim,
 )
 from ..context import SharedAttentionContext
-from ..data import Pair, load_pairs
+from ..data import _Pair, load_pairs
 from ..gemm import _forms
 from ..intervals import Interval
 from ..models.stack import _KINDS, _passes, _Stack
@@ -88,7 +87,7 @@ def _rows(features: int, most: int) -> int:
     return int(np.clip(_PRODUCT_FLOP / (2 * features * features), 32, min(2048, most)))
 
 # %% ../../nbs/audit/04_claims.ipynb #5026b9c8
-def _workload(name: str, pair: Pair, rng: np.random.Generator) -> _Workload:
+def _workload(name: str, pair: _Pair, rng: np.random.Generator) -> _Workload:
     "The first rows of a pair, with its own context and a random gradient."
     rows, D = min(_rows(pair.x.shape[1], len(pair.x)), len(pair.x)), pair.x.shape[1]
     X, Y = pair.x[:rows], pair.y[:rows]
@@ -108,10 +107,10 @@ def _make_workloads(b: Bench) -> list[_Workload]:
     pairs = _pairs(b)
     x, y = rng.standard_normal((2, *_REPORT_SIZE), np.float32)
     own = _workload(b.name, pairs[len(pairs) // 2], rng)
-    return [own, _workload("", Pair("random", x, y), rng)]
+    return [own, _workload("", _Pair("random", x, y), rng)]
 
 
-def _pairs(b: Bench) -> Sequence[Pair]:
+def _pairs(b: Bench) -> Sequence[_Pair]:
     return b.once("pairs", lambda: load_pairs() if b.pairs is None else list(b.pairs))
 
 
@@ -170,16 +169,16 @@ def _site_figures(site: str, b: Bench) -> _Figures:
 
 def _site_saves(f: Mapping[str, Any]) -> str:
     if f["result"] < 2 * _SMALL:
-        return UNTESTABLE  # Python's own objects are as large
+        return Verdict.UNTESTABLE  # Python's own objects are as large
     saved = f["allocated before"] - f["allocated after"]
-    return CONFIRMED if saved >= f["result"] / 2 else REFUTED
+    return Verdict.CONFIRMED if saved >= f["result"] / 2 else Verdict.REFUTED
 
 # %% ../../nbs/audit/04_claims.ipynb #f8a2bd57
-_SITE_SENTENCES = {
-    CONFIRMED: "The allocation is saved, and its buffer is kept for good.",
-    REFUTED: "Nothing was saved: zeros and gemm allocates what dot allocates.",
-    PARTLY: "Saved in one case, and not in another.",
-    UNTESTABLE: "The result is too small to be told from Python's own objects.",
+_SITE_SENTENCES: dict[str, str] = {
+    Verdict.CONFIRMED: "The allocation is saved, and its buffer is kept for good.",
+    Verdict.REFUTED: "Nothing was saved: zeros and gemm allocates what dot allocates.",
+    Verdict.PARTLY: "Saved in one case, and not in another.",
+    Verdict.UNTESTABLE: "The result is too small to be told from Python's own objects.",
 }
 
 
@@ -222,15 +221,21 @@ def _count_figures(b: Bench) -> _Figures:
     return {"the paths": {"batch": len(_batch_sites(w)), "with the token form": len(every)}}
 
 
+def _both(*parts: bool) -> str:
+    "A verdict on a claim of two parts: confirmed if both hold, partly if one does."
+    return (Verdict.REFUTED, Verdict.PARTLY, Verdict.CONFIRMED)[sum(parts)]
+
+
 def _counted(f: Mapping[str, int]) -> str:
-    right = (f["batch"] == 5) + (f["with the token form"] == 6)
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[right]
+    return _both(f["batch"] == 5, f["with the token form"] == 6)
 
 
 def _tell_count(figures: _Figures) -> tuple[str, str]:
     f = figures["the paths"]
     verdict = _counted(f)
-    plain = "Both numbers are right." if verdict == CONFIRMED else "They are not both right."
+    plain = (
+        "Both numbers are right." if verdict == Verdict.CONFIRMED else "They are not both right."
+    )
     return (
         plain,
         f"{f['batch']} products on the batch paths, {f['with the token form']} with the token form",
@@ -256,17 +261,24 @@ _COUNT = Claim(
 _MB = 1e6
 
 
-def _within_a_tenth(f: Mapping[str, float]) -> str:
+def _if_true(holds: Callable[[Mapping[str, Any]], bool]) -> Callable[[_Figures], str]:
+    "Judge a claim that holds in a case, or does not."
+    return _each(lambda f: Verdict.CONFIRMED if holds(f) else Verdict.REFUTED)
+
+
+def _in_mb(nbytes: Callable[[Mapping[str, Any]], float]) -> Callable[[_Figures], Interval]:
+    "The number of a claim of bytes, in its first case."
+    return lambda figures: _exactly(nbytes(next(iter(figures.values()))) / _MB)
+
+
+def _within_a_tenth(f: Mapping[str, float]) -> bool:
     "Compare claimed with actual bytes, reading the claim in MB and in MiB."
-    for unit in (1.0, 2**20 / _MB):
-        if abs(f["claimed"] * unit / f["actual"] - 1) <= 0.1:
-            return CONFIRMED
-    return REFUTED
+    return any(abs(f["claimed"] * unit / f["actual"] - 1) <= 0.1 for unit in (1.0, 2**20 / _MB))
 
 
 def _tell_bytes(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
-    right = _within_a_tenth(f) == CONFIRMED
+    right = _within_a_tenth(f)
     plain = "The arithmetic is right." if right else "The arithmetic is wrong."
     return plain, f"{_mb(f['actual'])} MB" + ("" if right else f", not {_mb(f['claimed'])} MB")
 
@@ -279,19 +291,15 @@ def _arithmetic(id: str, says: str, claimed: float, floats: int) -> Claim:
         rule="confirmed if the claimed bytes are within a tenth of the actual, in MB or in MiB; "
         "refuted if further off",
         measure=lambda b: {"S = 512, D = 768": {"claimed": claimed, "actual": 4 * floats}},
-        judge=_each(_within_a_tenth),
+        judge=_if_true(_within_a_tenth),
         tell=_tell_bytes,
         where=_GAINS,
         group="memory",
         units="bytes of one such array, or two; actual: 4 for each float",
-        number=Number("MB", claimed / _MB, claimed / _MB, _actual_mb),
+        number=Number("MB", claimed / _MB, claimed / _MB, _in_mb(lambda f: f["actual"])),
         notebook="audit/04_claims",
         section="Memory: arithmetic",
     )
-
-
-def _actual_mb(figures: _Figures) -> Interval:
-    return _exactly(next(iter(figures.values()))["actual"] / _MB)
 
 # %% ../../nbs/audit/04_claims.ipynb #7cf44c26
 _ARITHMETIC = [
@@ -315,7 +323,7 @@ def _calls_account(form: str, w: _Workload, calls: int) -> Account:
 
         def run() -> None:
             for _ in range(calls):
-                forward(product, w.X, w.C, w.s)
+                _forward(product, w.X, w.C, w.s)
 
         return run
 
@@ -327,13 +335,9 @@ def _calls_figures(calls: int, b: Bench) -> _Figures:
     before, after = (_calls_account(form, w, calls) for form in ("dot", "zeros + gemm"))
     return {f"{calls} calls at {w.name}": _accounts(before, after)}
 
-
-def _saved_mb(figures: _Figures) -> Interval:
-    f = next(iter(figures.values()))
-    return _exactly((f["allocated before"] - f["allocated after"]) / _MB)
-
 # %% ../../nbs/audit/04_claims.ipynb #a17ddc42
 def _calls(id: str, says: str, calls: int, least: float, most: float) -> Claim:
+    saved = _in_mb(lambda f: f["allocated before"] - f["allocated after"])
     return Claim(
         id=id,
         says=says,
@@ -348,7 +352,7 @@ def _calls(id: str, says: str, calls: int, least: float, most: float) -> Claim:
         where=_GAINS,
         group="memory",
         units=f"{_ACCOUNT_UNITS}; before: dot; after: zeros + gemm, which was shipped",
-        number=Number("MB", least / _MB, most / _MB, _saved_mb),
+        number=Number("MB", least / _MB, most / _MB, saved),
         notebook="audit/04_claims",
         section="Memory: a forward pass, and a batch",
     )
@@ -414,25 +418,21 @@ def _why_figures(b: Bench) -> _Figures:
     figures: dict[str, Any] = {"result": w.X.nbytes, "intermediate": avoided}
     trial = _path_trials("forward", 3, b)[0]
     if b.has_time(trial):
-        m = b.timed(trial)["zeros + gemm"]
-        figures |= {"gain": _gain(m.ratio), "control": _gain(m.control)}
+        figures |= _gained(b.timed(trial)["zeros + gemm"])
     return {trial.name: figures}
 
 
 def _why(f: Mapping[str, Any]) -> str:
-    if "gain" not in f or _judge_gain(3, f["gain"], f["control"]) == UNDECIDED:
-        return UNDECIDED
+    if "gain" not in f or _judge_gain(3, f["gain"], f["control"]) == Verdict.UNDECIDED:
+        return Verdict.UNDECIDED
     intermediate = f["intermediate"] >= max(f["result"] / 2, _SMALL)
-    parts = intermediate + (f["gain"].low > 0)
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[parts]
+    return _both(intermediate, f["gain"].low > 0)
 
 # %% ../../nbs/audit/04_claims.ipynb #b11520b4
 def _tell_why(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
     extra = f["intermediate"] >= max(f["result"] / 2, _SMALL)
-    plain = "dot allocates no more than zeros + gemm does."
-    if extra:
-        plain = "dot allocates more than zeros + gemm does."
+    plain = f"dot allocates {'more' if extra else 'no more'} than zeros + gemm does."
     told = f"for a result of {_mb(f['result'])} MB, {_mb(f['intermediate'])} MB more"
     if "gain" in f:
         told += f"; gain of zeros + gemm {_percent(f['gain'])}"
@@ -481,11 +481,11 @@ def _library_differs(w: _Workload) -> float:
     context = SharedAttentionContext(w.s, 0.1)
     context.set_incoming(w.C)
     product = _forms()["dot"]
-    theirs = [forward(product, w.X, w.C, w.s), backward(product, w.X, w.C, w.s, w.G)[0]]
+    theirs = [_forward(product, w.X, w.C, w.s), _backward(product, w.X, w.C, w.s, w.G)[0]]
     ours = [context.apply(w.X), context.backward(w.X, w.G)[0]]
     context.update(w.X, w.Y)
     learned = np.zeros_like(w.C)
-    update(product, w.X, w.Y, learned, 0.1)
+    _update(product, w.X, w.Y, learned, 0.1)
     assert context.outgoing is not None
     pairs = zip([*theirs, learned], [*ours, context.outgoing], strict=True)
     return max(_largest_difference(a, b) for a, b in pairs)
@@ -502,12 +502,12 @@ def _numeric_figures(b: Bench) -> _Figures:
     }
 
 
-def _equal(f: Mapping[str, float]) -> str:
-    return CONFIRMED if max(f["forms"], f["library"]) <= 1e-5 else REFUTED
+def _equal(f: Mapping[str, float]) -> bool:
+    return max(f["forms"], f["library"]) <= 1e-5
 
 
 def _tell_numeric(figures: _Figures) -> tuple[str, str]:
-    equal = _each(_equal)(figures) == CONFIRMED
+    equal = all(map(_equal, figures.values()))
     plain = "Equal, and so are the paths of the library." if equal else "Not equal everywhere."
     return plain, _by_case(
         lambda f: f"forms differ by {f['forms']:.1g}, the library by {f['library']:.1g}", figures
@@ -520,7 +520,7 @@ _NUMERIC = Claim(
     rule="confirmed if no entry differs by more than 1e-5, of the forms and of the library's own "
     "paths; refuted if one does",
     measure=_numeric_figures,
-    judge=_each(_equal),
+    judge=_if_true(_equal),
     tell=_tell_numeric,
     where=_DONE,
     group="speed",
@@ -539,15 +539,13 @@ def _lazy_figures(b: Bench) -> _Figures:
     return {w.name: {"before": before, "outgoing": ctx.outgoing.nbytes}}
 
 
-def _saved_lazily(f: Mapping[str, int]) -> str:
-    saved = f["outgoing"] - f["before"]
-    return CONFIRMED if math.isclose(saved, 2.36 * _MB, rel_tol=0.01) else REFUTED
+def _saved_lazily(f: Mapping[str, int]) -> bool:
+    return math.isclose(f["outgoing"] - f["before"], 2.36 * _MB, rel_tol=0.01)
 
 
 def _tell_lazy(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
-    right = _saved_lazily(f) == CONFIRMED
-    plain = "Saved, until the layer learns." if right else "Not that much is saved."
+    plain = "Saved, until the layer learns." if _saved_lazily(f) else "Not that much is saved."
     return (
         plain,
         f"holds {_mb(f['before'])} MB before the first update, {_mb(f['outgoing'])} MB after",
@@ -560,25 +558,20 @@ _LAZY = Claim(
     rule="confirmed if a context that never learned holds that much less, within 1 %; refuted if "
     "less or more",
     measure=_lazy_figures,
-    judge=_each(_saved_lazily),
+    judge=_if_true(_saved_lazily),
     tell=_tell_lazy,
     where=_GAINS,
     group="memory",
     units="bytes held",
-    number=Number("MB", 2.36, 2.36, lambda figures: _lazily_mb(figures)),
+    number=Number("MB", 2.36, 2.36, _in_mb(lambda f: f["outgoing"] - f["before"])),
     notebook="07_context",
     section="The original's six tests",
 )
 
-
-def _lazily_mb(figures: _Figures) -> Interval:
-    f = next(iter(figures.values()))
-    return _exactly((f["outgoing"] - f["before"]) / _MB)
-
 # %% ../../nbs/audit/04_claims.ipynb #ff28684d
 @cache  # the text is the same each time
 def _growth_study() -> dict:
-    return study(_sentence_lengths())
+    return _study(_sentence_lengths())
 
 
 def _growth_figures(b: Bench) -> _Figures:
@@ -603,7 +596,7 @@ def _growth_parts(f: Mapping[str, Any]) -> tuple[bool, bool]:
 
 
 def _growth(f: Mapping[str, Any]) -> str:
-    return {2: CONFIRMED, 1: PARTLY, 0: REFUTED}[sum(_growth_parts(f))]
+    return _both(*_growth_parts(f))
 
 # %% ../../nbs/audit/04_claims.ipynb #8956904f
 _GROWTH_SENTENCES = {
@@ -695,9 +688,8 @@ def _tell_pool(least: float, figures: _Figures) -> tuple[str, str]:
     return _saving_sentence(f, least * f["layers"]), f"{case}: {_tell_account(f)}"
 
 
-def _peak_per_layer(figures: _Figures) -> Interval:
-    f = next(iter(figures.values()))
-    return _exactly((f["peak before"] - f["peak after"]) / f["layers"] / _MB)
+def _saved_at_a_time(f: Mapping[str, Any]) -> float:
+    return f["peak before"] - f["peak after"]
 
 # %% ../../nbs/audit/04_claims.ipynb #9c1f02a7
 # (S, D) of the input of a block that is timed. At the first, a Transformer without a pool gives
@@ -733,7 +725,7 @@ _POOL = [
         where=_PLANNED,
         group="pooling",
         units=_POOL_UNITS,
-        number=Number("MB", 1.5, 2.0, _peak_per_layer),
+        number=Number("MB", 1.5, 2.0, _in_mb(lambda f: _saved_at_a_time(f) / f["layers"])),
         notebook="models/08_stack",
         section="Memory",
     ),
@@ -772,8 +764,7 @@ def _kinds_figures(b: Bench) -> _Figures:
             c = b.timed(trial)
             figures[trial.name] = {
                 "kind": kind,
-                "gain": _gain(c["pooled"].ratio),
-                "control": _gain(c["pooled"].control),
+                **_gained(c["pooled"]),
                 "faults without": c["not pooled"].faults,
                 "faults pooled": c["pooled"].faults,
                 "thresholds raised": _gain(c["thresholds raised"].ratio),
@@ -783,14 +774,14 @@ def _kinds_figures(b: Bench) -> _Figures:
 
 def _kinds(figures: _Figures) -> str:
     if len(figures) < len(_KINDS):
-        return UNDECIDED
+        return Verdict.UNDECIDED
     gains = [_widened(f["gain"], f["control"]) for f in figures.values()]
     differ = [_difference(a, b) for a in gains for b in gains if a is not b]
     if any(d.low > 0 and d.median >= _MARGIN for d in differ):
-        return REFUTED
+        return Verdict.REFUTED
     if any(d.high >= _MARGIN for d in differ):
-        return UNDECIDED
-    return CONFIRMED if all(g.low > 0 for g in gains) else PARTLY
+        return Verdict.UNDECIDED
+    return Verdict.CONFIRMED if all(g.low > 0 for g in gains) else Verdict.PARTLY
 
 
 def _difference(a: Interval, b: Interval) -> Interval:
@@ -800,17 +791,17 @@ def _difference(a: Interval, b: Interval) -> Interval:
     return Interval(a.median - b.median, a.median - b.median - low, a.median - b.median + high)
 
 # %% ../../nbs/audit/04_claims.ipynb #ac94dc90
-_KINDS_SENTENCES = {
-    CONFIRMED: "All three gain, and equally.",
-    PARTLY: "Equal, but not all of them gain.",
-    REFUTED: f"They do not: one gains more than another by {_MARGIN:g} points or more.",
-    UNDECIDED: "Too close to tell in this time.",
+_KINDS_SENTENCES: dict[str, str] = {
+    Verdict.CONFIRMED: "All three gain, and equally.",
+    Verdict.PARTLY: "Equal, but not all of them gain.",
+    Verdict.REFUTED: f"They do not: one gains more than another by {_MARGIN:g} points or more.",
+    Verdict.UNDECIDED: "Too close to tell in this time.",
 }
 
 
 def _kinds_sentence(figures: _Figures) -> str:
     verdict = _kinds(figures)
-    if verdict == REFUTED and all(map(_gains, figures.values())):
+    if verdict == Verdict.REFUTED and all(map(_gains, figures.values())):
         return f"All gain, but one more than another by {_MARGIN:g} points or more."
     return _KINDS_SENTENCES[verdict]
 
@@ -823,8 +814,7 @@ def _tell_kinds(figures: _Figures) -> tuple[str, str]:
             f"thresholds raised {_percent(f['thresholds raised'])}"
         )
 
-    told_all = "; ".join(map(told, figures.values())) or "there was no time to measure it"
-    return _kinds_sentence(figures), told_all
+    return _kinds_sentence(figures), "; ".join(map(told, figures.values()))
 
 
 _ALL_ARCHS = Claim(
@@ -836,7 +826,7 @@ _ALL_ARCHS = Claim(
     "intervals allow both",
     measure=_kinds_figures,
     judge=_kinds,
-    tell=_tell_kinds,
+    tell=_told_if_timed(_tell_kinds),
     where=_GAINS,
     group="pooling",
     units="percent of throughput gained by pooling a step, and by an allocator that keeps memory; "
@@ -865,45 +855,37 @@ def _total_figures(b: Bench) -> _Figures:
     def of(trial: Trial) -> dict[str, Any]:
         if not b.has_time(trial):
             return accounts
-        m = b.timed(trial)["pooled"]
-        return accounts | {"gain": _gain(m.ratio), "control": _gain(m.control)}
+        return accounts | _gained(b.timed(trial)["pooled"])
 
     return {trial.name: of(trial) for trial in _step_trials(b)}
 
 
-def _judge_any(rule: Callable[[Mapping[str, Any]], str], figures: _Figures) -> str:
-    "By case; undecided where nothing was measured."
-    return _each(rule)(figures) if figures else UNDECIDED
-
-
 def _total(f: Mapping[str, Any]) -> str:
     if "gain" not in f:
-        return UNDECIDED
+        return Verdict.UNDECIDED
     faster = _judge_gain(_LEAST_IN_ALL, f["gain"], f["control"])
-    if faster == UNDECIDED:
-        return UNDECIDED
-    saves = _saving(f, 15 * _MB) == CONFIRMED
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[saves + (faster == CONFIRMED)]
+    if faster == Verdict.UNDECIDED:
+        return Verdict.UNDECIDED
+    saves = _saving(f, 15 * _MB) == Verdict.CONFIRMED
+    return _both(saves, faster == Verdict.CONFIRMED)
 
 # %% ../../nbs/audit/04_claims.ipynb #22a08284
 def _tell_total(figures: _Figures) -> tuple[str, str]:
-    if not figures:
-        return "There was no time to measure it.", "the default has more"
     f = next(iter(figures.values()))
     gains = {name: f["gain"] for name, f in figures.items() if "gain" in f}
     steps = [f"{name} {_percent(gain)}" for name, gain in gains.items()]
     told = "; ".join([f"a step of six layers, 512 x 768: {_tell_account(f)}", *steps])
-    saves = f["peak before"] - f["peak after"] >= 15 * _MB
+    saves = _saved_at_a_time(f) >= 15 * _MB
     memory = "Less is held at a time" if saves else "As much is held at a time"
     return f"{memory}{_TENTH[_faster(figures)]}", told
 
 
-_TENTH = {
-    CONFIRMED: ", and it is faster by a tenth.",
-    PARTLY: ", and it is faster by a tenth at one size and not at another.",
-    REFUTED: ", and it is not faster by a tenth.",
-    UNDECIDED: "; whether it is faster by a tenth is too close to tell.",
-    UNTESTABLE: "; the time was not measured.",
+_TENTH: dict[str, str] = {
+    Verdict.CONFIRMED: ", and it is faster by a tenth.",
+    Verdict.PARTLY: ", and it is faster by a tenth at one size and not at another.",
+    Verdict.REFUTED: ", and it is not faster by a tenth.",
+    Verdict.UNDECIDED: "; whether it is faster by a tenth is too close to tell.",
+    Verdict.UNTESTABLE: "; the time was not measured.",
 }
 
 
@@ -911,13 +893,8 @@ def _faster(figures: _Figures) -> str:
     "A verdict on the gain alone."
     timed = [f for f in figures.values() if "gain" in f]
     if not timed:
-        return UNTESTABLE
+        return Verdict.UNTESTABLE
     return _together(_judge_gain(_LEAST_IN_ALL, f["gain"], f["control"]) for f in timed)
-
-
-def _total_mb(figures: _Figures) -> Interval:
-    f = next(iter(figures.values()), {"peak before": math.nan, "peak after": math.nan})
-    return _exactly((f["peak before"] - f["peak after"]) / _MB)
 
 
 _TOTAL = Claim(
@@ -928,13 +905,13 @@ _TOTAL = Claim(
     "hold, partly if one does, refuted if neither, undecided if the gain is; partly if the sizes "
     "differ",
     measure=_total_figures,
-    judge=partial(_judge_any, _total),
-    tell=_tell_total,
+    judge=_each_timed(_total),
+    tell=_told_if_timed(_tell_total),
     where=_GAINS,
     group="pooling",
     units=f"{_POOL_UNITS}; gain: percent, of a step of one block, of each size",
     trials=_step_trials,
-    number=Number("MB", 15, 25, _total_mb),
+    number=Number("MB", 15, 25, _in_mb(_saved_at_a_time)),
     notebook="models/08_stack",
     section="Memory",
 )
@@ -990,14 +967,11 @@ def _cost_figures(b: Bench) -> _Figures:
 def _cost(f: Mapping[str, Any]) -> str:
     growth = f["growth"]
     if growth.low < 2 <= growth.high or "share" not in f:
-        return UNDECIDED
-    grows, small = growth.low >= 2, f["share"] < 1
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[grows + small]
+        return Verdict.UNDECIDED
+    return _both(growth.low >= 2, f["share"] < 1)
 
 
 def _tell_cost(figures: _Figures) -> tuple[str, str]:
-    if not figures:
-        return "There was no time to measure it.", "--thorough has more"
     f = next(iter(figures.values()))
     grows = f["growth"].low >= 2
     plain = "It grows with D." if grows else "It is |s|, which takes as long at any D."
@@ -1014,8 +988,8 @@ _NORM_COST = Claim(
     "times the D; the other: it takes below 1 % of a block's training step; confirmed if both "
     "hold, partly if one does, refuted if neither; undecided if the interval holds 2",
     measure=_cost_figures,
-    judge=partial(_judge_any, _cost),
-    tell=_tell_cost,
+    judge=_each_timed(_cost),
+    tell=_told_if_timed(_tell_cost),
     where=_DEFERRED,
     group="norms",
     units="growth: time at D = 1024 in units of that at 256; share: percent of a training step",
@@ -1037,21 +1011,19 @@ def _lock_figures(b: Bench) -> _Figures:
 def _dearer(f: Mapping[str, float]) -> str:
     ratio = f["hit"] / f["norm"]
     if 1 / _CLOSE < ratio < _CLOSE:
-        return UNDECIDED
-    return CONFIRMED if ratio > 1 else REFUTED
+        return Verdict.UNDECIDED
+    return Verdict.CONFIRMED if ratio > 1 else Verdict.REFUTED
 
 
 _CLOSE = 1.25  # a hit and a norm that differ by less are not told apart
 
 
 def _tell_lock(figures: _Figures) -> tuple[str, str]:
-    if not figures:
-        return "There was no time to measure it.", "--thorough has more"
     told = _by_case(
         lambda f: f"a locked hit {f['hit']:.3g} ns, the norm {f['norm']:.3g} ns", figures
     )
     verdicts = {name: _dearer(f) for name, f in figures.items()}
-    dearer = [name for name, v in verdicts.items() if v == CONFIRMED]
+    dearer = [name for name, v in verdicts.items() if v == Verdict.CONFIRMED]
     if not dearer:
         return "The lock is the cheaper one.", told
     if len(dearer) == len(verdicts):
@@ -1065,8 +1037,8 @@ _NORM_LOCK = Claim(
     rule="confirmed if a hit behind a lock takes longer than computing the norm, by a quarter or "
     "more; refuted if it takes less by as much; undecided in between",
     measure=_lock_figures,
-    judge=partial(_judge_any, _dearer),
-    tell=_tell_lock,
+    judge=_each_timed(_dearer),
+    tell=_told_if_timed(_tell_lock),
     where=_DEFERRED,
     group="norms",
     units="nanoseconds: of a hit behind a lock, and of the norm: |s|, of a context's parameters, "
@@ -1097,8 +1069,8 @@ def _caching_figures(b: Bench) -> _Figures:
 
 def _caching(f: Mapping[str, float]) -> str:
     if "most" not in f:
-        return UNDECIDED
-    return {0: REFUTED, 1: PARTLY, 2: CONFIRMED}[(f["most"] >= 5) + (f["bytes"] >= _MB / 2)]
+        return Verdict.UNDECIDED
+    return _both(f["most"] >= 5, f["bytes"] >= _MB / 2)
 
 # %% ../../nbs/audit/04_claims.ipynb #854a5de5
 def _tell_caching(figures: _Figures) -> tuple[str, str]:
@@ -1108,6 +1080,10 @@ def _tell_caching(figures: _Figures) -> tuple[str, str]:
         return "The time was not measured.", told
     plain = "There is nothing to gain." if f["most"] < 5 else "As much could be gained."
     return plain, f"a norm is {f['most']:.2g}% of a Transformer block's training step; {told}"
+
+
+def _percent_of_a_step(figures: _Figures) -> Interval:
+    return _exactly(figures["a norm of 768"].get("most", math.nan))
 
 
 _NORM_GAIN = Claim(
@@ -1123,14 +1099,10 @@ _NORM_GAIN = Claim(
     group="norms",
     units="most: percent of a training step; bytes: kept by a cache",
     trials=lambda b: [_norms_trial(b), _kinds_trials(b)[0]],
-    number=Number("%", 5, 10, lambda figures: _most_percent(figures)),
+    number=Number("%", 5, 10, _percent_of_a_step),
     notebook="09_norm_cache",
     section="The verdict",
 )
-
-
-def _most_percent(figures: _Figures) -> Interval:
-    return _exactly(figures["a norm of 768"].get("most", math.nan))
 
 # %% ../../nbs/audit/04_claims.ipynb #9cacfbf8
 _RUST_FORMS = {
@@ -1140,7 +1112,7 @@ _RUST_FORMS = {
 }
 
 
-def _rust_account(a: Allocated) -> Account:
+def _rust_account(a: _Allocated) -> Account:
     "With the buffers into which the matrix multiply packs its operands."
     return Account(
         a.arrays.nbytes + a.packing.nbytes,
@@ -1150,7 +1122,7 @@ def _rust_account(a: Allocated) -> Account:
 
 
 def _site_in_rust(site: str) -> _Figures:
-    def of(forms: Mapping[str, Allocated]) -> dict[str, Any]:
+    def of(forms: Mapping[str, _Allocated]) -> dict[str, Any]:
         found = {form: _rust_account(forms[name]) for form, name in _RUST_FORMS.items()}
         return {
             "result": forms["dot"].arrays.nbytes,

@@ -30,15 +30,11 @@ import numpy as np
 from .. import __version__
 from ctxlab.audit.trials import (
     _SEVERAL,
-    CONFIRMED,
-    PARTLY,
-    REFUTED,
-    UNDECIDED,
-    UNTESTABLE,
     Bench,
     Claim,
     Finding,
     Number,
+    Verdict,
     _Figures,
 )
 from ..data import InputError
@@ -74,12 +70,12 @@ def _paragraph(text: str, width: int, indent: str = "  ") -> str:
     )
 
 # %% ../../nbs/audit/05_report.ipynb #5aba7494
-_VERDICTS = {  # colour on a terminal
-    CONFIRMED: 32,
-    PARTLY: 33,
-    REFUTED: 31,
-    UNDECIDED: 35,
-    UNTESTABLE: 36,
+_COLOURS: dict[str, int] = {  # of verdicts, on a terminal
+    Verdict.CONFIRMED: 32,
+    Verdict.PARTLY: 33,
+    Verdict.REFUTED: 31,
+    Verdict.UNDECIDED: 35,
+    Verdict.UNTESTABLE: 36,
 }
 
 
@@ -88,13 +84,13 @@ def _paint(text: str, verdict: str) -> str:
     head, newline, rest = text.partition("\n")
     if not head.endswith(verdict):
         return text
-    return f"{head[: -len(verdict)]}\x1b[{_VERDICTS[verdict]}m{verdict}\x1b[0m{newline}{rest}"
+    return f"{head[: -len(verdict)]}\x1b[{_COLOURS[verdict]}m{verdict}\x1b[0m{newline}{rest}"
 
 
 def _board_rows(findings: Sequence[Finding]) -> str:
     "'5 confirmed, 3 partly, ...'"
     count = Counter(f.verdict for f in findings)
-    return ", ".join(f"{count[v]} {v}" for v in _VERDICTS if count[v])
+    return ", ".join(f"{count[v]} {v}" for v in Verdict if count[v])
 
 # %% ../../nbs/audit/05_report.ipynb #1c8dec64
 def _verdict_lines(f: Finding) -> str:
@@ -149,7 +145,7 @@ def _table(
     return "\n".join([head, rule, *parts, rule, total])
 
 # %% ../../nbs/audit/05_report.ipynb #d2a189bc
-def _terminal() -> dict[str, Any]:  # arguments of `table`
+def _terminal() -> dict[str, Any]:  # arguments of `_table`
     """Width of the terminal, at most 100, and whether colours may be used: not in a file or pipe,
     nor where `NO_COLOR` is set.
     """
@@ -220,7 +216,7 @@ def _site_figures(findings: Sequence[Finding]) -> dict[str, dict[str, Any]]:
     return {
         id.removeprefix("site-"): figures
         for id, figures in last.items()
-        if id.startswith("site-") and figures.keys() >= set(_ALLOCATED.values())
+        if id.startswith("site-") and figures.keys() >= {f"allocated, {form}" for form in _FORMS}
     }
 
 
@@ -231,7 +227,7 @@ def _plot_bytes(findings: Sequence[Finding]):  # -> matplotlib Figure, or None
         return None
     with _figure(7.5, 3.8) as (figure, ax):
         for i, (form, (colour, hatch, _)) in enumerate(_FORMS.items()):
-            values = [f[_ALLOCATED[form]] / 1e6 for f in sites.values()]
+            values = [f[f"allocated, {form}"] / 1e6 for f in sites.values()]
             places = [y + 0.27 * (i - 1) for y in range(len(sites))]
             style = dict(label=form, color=colour, hatch=hatch, edgecolor="white")
             bars = ax.barh(places, values, 0.25, **style)
@@ -246,13 +242,6 @@ def _plot_bytes(findings: Sequence[Finding]):  # -> matplotlib Figure, or None
         ax.invert_yaxis()
         ax.legend(loc="lower right", fontsize=8)
     return figure
-
-
-_ALLOCATED = {  # form -> name of the figure
-    "dot": "allocated, dot",
-    "zeros + gemm": "allocated, zeros + gemm",
-    "reused out": "allocated, reused out",
-}
 
 # %% ../../nbs/audit/05_report.ipynb #8d5acdb9
 _CLOSE_TO_1 = 0.5, 2.0  # forms whose times lie further apart need no picture
@@ -467,7 +456,7 @@ def _badge(verdict: str) -> str:
     "A verdict with its sign and colour."
     return (
         '<span class="verdict '
-        f'{verdict if verdict in _VERDICTS else ""}">{html.escape(verdict)}</span>'
+        f'{verdict if verdict in _COLOURS else ""}">{html.escape(verdict)}</span>'
     )
 
 # %% ../../nbs/audit/05_report.ipynb #04aa869e
@@ -570,7 +559,7 @@ def _scoreboard(
 ) -> str:
     "Counts, the picture, the tables of verdicts, and a warning where the machine was too noisy."
     count = Counter(f.verdict for f in findings)
-    tiles = "".join(f"<li><b>{count[v]}</b>{_badge(v)}</li>" for v in _VERDICTS if count[v])
+    tiles = "".join(f"<li><b>{count[v]}</b>{_badge(v)}</li>" for v in Verdict if count[v])
     tables = "".join(
         _board(
             f"{group.capitalize() or 'Claims'}: {_board_rows(members)}",
@@ -628,11 +617,11 @@ def _words(claim: Claim) -> dict[str, str]:
 
 # %% ../../nbs/audit/05_report.ipynb #53b031bd
 _MEANS = {
-    CONFIRMED: "the figures bear the claim out",
-    PARTLY: "a part of it holds, or it holds in one case and not in another",
-    REFUTED: "the figures contradict it",
-    UNDECIDED: "the interval is too wide to tell, here and in this time",
-    UNTESTABLE: "the figures that would decide cannot be had on this machine",
+    Verdict.CONFIRMED: "the figures bear the claim out",
+    Verdict.PARTLY: "a part of it holds, or it holds in one case and not in another",
+    Verdict.REFUTED: "the figures contradict it",
+    Verdict.UNDECIDED: "the interval is too wide to tell, here and in this time",
+    Verdict.UNTESTABLE: "the figures that would decide cannot be had on this machine",
 }
 
 
@@ -780,7 +769,7 @@ _FILES = (
 
 
 def write_report(
-    place: Path,  # an empty folder, from `staging`
+    place: Path,  # an empty folder, from `_staging`
     findings: Sequence[Finding],
     b: Bench,
     data: Mapping[str, Any],  # from `_as_json`

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..context import _frobenius
-from ..files import _link_or_copy, whole_files
+from ..files import _link_or_copy, _whole_files
 from .block import _check_state, _Shapes
 from .language import LanguageModel, _under
 from .layers import gradient_norm
@@ -306,7 +306,7 @@ def _previous(path: str | Path) -> Path:
 
 def save_checkpoint(path: str | Path, run: _Run) -> None:
     "Write a run's state. The file is whole at every moment, and the one before it is kept."
-    with whole_files(path) as (part,):
+    with _whole_files(path) as (part,):
         with open(part, "w+b") as f:
             np.savez(f, **run.state_dict())  # type: ignore[arg-type]
             f.seek(0)
@@ -314,7 +314,7 @@ def save_checkpoint(path: str | Path, run: _Run) -> None:
             f.seek(0, os.SEEK_END)
             f.write(digest)
         if Path(path).exists():
-            with whole_files(_previous(path)) as (old,):
+            with _whole_files(_previous(path)) as (old,):
                 _link_or_copy(path, old)
 
 # %% ../../nbs/models/09_training.ipynb #d4621215

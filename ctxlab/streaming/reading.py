@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data import InputError
-from ..files import whole_files
+from ..files import _whole_files
 from ..gemm import panels
 from ..reference import _check_array, _check_whole
 from ctxlab.streaming.moments import (
@@ -415,7 +415,7 @@ def save_stats(path: str | Path, stats: ContextStats, done: Sequence[Shard] = ()
     "Write statistics, and which shards are in them; the file is whole at every moment."
     about = json.dumps({"format": _FORMAT, "done": [_identity(s) for s in done]})
     state = {name: np.asarray(a) for name, a in _state(stats).items()}
-    with whole_files(path) as (part,):
+    with _whole_files(path) as (part,):
         _write_npz(part, {"about": np.frombuffer(about.encode(), np.uint8)} | state)
 
 # %% ../../nbs/streaming/02_reading.ipynb #261ccd43
