@@ -840,6 +840,63 @@ def _hand_on(blocks: Sequence[Block]) -> None:
             continue
         block.context.set_incoming(before.context.outgoing)
 
+# %% ../../nbs/models/03_block.ipynb #9db92a66
+def _under(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    "Entries under a prefix, without it."
+    return {n.removeprefix(prefix): a for n, a in named.items() if n.startswith(prefix)}
+
+
+class _Model(_Parametric):
+    "Blocks in a row, and what surrounds them."
+
+    blocks: Sequence[Block]
+    dim: int  # D
+    dtype: np.dtype
+    update_rate: float  # of the contexts
+
+    def _parts(self) -> dict[str, _Parametric]:
+        return {block.name: block for block in self.blocks}
+
+    def _hand_on(self, learn: bool) -> None:
+        "Give contexts what the one before them has learned; before anything of a batch is seen."
+        for block in self.blocks:
+            if block.context is not None:
+                block.context.update_rate = self.update_rate if learn else 0.0
+        _hand_on(self.blocks)
+
+    def state_shapes(
+        self,
+    ) -> tuple[_Shapes, _Shapes]:  # of what must be in a state, and of what may be
+        "Shapes of parameters, and of contexts."
+        contexts: _Shapes = {
+            f"{block.name}.context.{n}": (self.dim, self.dim)
+            for block in self.blocks
+            if block.context is not None
+            for n in _LEARNED
+        }
+        return {n: p.shape for n, p in self.parameters().items()}, contexts
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        "Copies of the parameters, and of the contexts if there are any."
+        own = {n: p.copy() for n, p in self._parameters.items()}
+        return own | {f"{b.name}.{n}": a for b in self.blocks for n, a in b.state_dict().items()}
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],  # as from `state_dict`, or an opened .npz
+    ) -> None:
+        "Restore parameters and contexts; a ValueError names what does not fit, nothing is loaded."
+        _check_state(state, *self.state_shapes())
+        state = _converted(state, state, self.dtype)
+        for n, a in state.items():
+            if n.endswith(".context.strength") and not np.isfinite(a[0]):
+                raise ValueError(f"state: {n} is {a[0]}, needed a finite number")
+        for block in self.blocks:
+            block.load_state_dict(_under(f"{block.name}.", state))
+        for n, p in self._parameters.items():
+            p[...] = state[n]
+        self._saved = self._decoding = None
+
 # %% ../../nbs/models/03_block.ipynb #262cc67f
 class _FreshWorkspace(Workspace):
     "A workspace that does not pool, to compare with: every `take` is a new array."

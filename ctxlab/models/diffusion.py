@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -23,8 +24,8 @@ from ctxlab.models.block import (
     Block,
     _Arrays,
     _layer_backward,
+    _Model,
     _panel_rows,
-    _Parametric,
 )
 from ctxlab.models.layers import (
     _check_operands,
@@ -606,7 +607,7 @@ class _DenoiserPass:
     generation: int  # of the workspace
 
 # %% ../../nbs/models/05_diffusion.ipynb #e1a44c95
-class Denoiser(_Parametric):
+class Denoiser(_Model):
     "Linear in, blocks, linear out: says which noise is in `x`. All blocks share one workspace."
 
     _saved: _DenoiserPass | None = None
@@ -621,25 +622,25 @@ class Denoiser(_Parametric):
         n_blocks: int = 2,
         n_steps: int = 1000,  # T
         max_len: int = 1024,  # longest sequence, for the table of positions
+        strength: float | None = None,  # where that of the contexts starts; None: without contexts
+        update_rate: float = 0.01,  # of the contexts
         rng: np.random.Generator | None = None,  # of the initial weights
         dtype: DTypeLike = np.float32,  # or float64
         workspace: Workspace | None = None,  # default: its own
     ):
         rng = np.random.default_rng() if rng is None else rng
         self.workspace = _given_or_new(workspace)
-        self.blocks = [
-            DiffusionBlock(
-                dim,
-                n_heads,
-                ffn_dim,
-                n_steps=n_steps,
-                rng=rng,
-                dtype=dtype,
-                workspace=self.workspace,
-                max_len=max_len,
+        self.update_rate = update_rate
+        self.blocks = []
+        for i in range(n_blocks):
+            shared: dict[str, Any] = dict(dtype=dtype, workspace=self.workspace)
+            if strength is not None:
+                shared["context"] = SharedAttentionContext(strength, update_rate, **shared)
+            block = DiffusionBlock(
+                dim, n_heads, ffn_dim, n_steps=n_steps, rng=rng, max_len=max_len, **shared
             )
-            for _ in range(n_blocks)
-        ]
+            block.name = f"blocks.{i}"
+            self.blocks.append(block)
         self.features = features
         self.dim = dim
         self.dtype = np.dtype(dtype)
@@ -655,13 +656,13 @@ class Denoiser(_Parametric):
         self._parameters["out.weight"].fill(0)
         self._positions = _embeddings(max_len, dim, self.dtype)
 
-    def _parts(self) -> dict[str, _Parametric]:
-        return {str(i): block for i, block in enumerate(self.blocks)}
-
     def forward(
         self,
         x: np.ndarray,  # (B, S, features), data with noise in it
         t: np.ndarray,  # (B,) noise levels
+        *,
+        training: bool = True,  # False: keeps nothing for backward
+        learn: bool = False,  # whether the contexts learn from this batch
     ) -> np.ndarray:  # (B, S, features), valid until the next forward pass
         "The noise in `x`."
         x = _check_array("x", x, (3,), self.dtype)
@@ -674,18 +675,21 @@ class Denoiser(_Parametric):
         t = _check_levels(t, len(x), self.n_steps)
         p, ws, rows = self._parameters, self.workspace, x.reshape(-1, self.features)
         ws.next_generation()
+        self._saved = None
+        self._hand_on(learn)
         h = ws.take("denoiser.in", (*x.shape[:2], self.dim), self.dtype)
         with unbuffered():
             _linear_into(rows, p["in.weight"], p["in.bias"], h.reshape(len(rows), self.dim))
             for sequence in h:
                 sequence += self._positions[: x.shape[1]]
             for block in self.blocks:
-                h = block.forward(h, t)
+                h = block.forward(h, t, training=training)
             h = h.reshape(len(rows), self.dim)
             v = ws.take("denoiser.v", rows.shape, self.dtype)
             _linear_into(h, p["out.weight"], p["out.bias"], v)
             signal = [math.sqrt(self.alpha_bar[level]) for level in t]
-            self._saved = _DenoiserPass(rows, h, signal, ws.generation)
+            if training:
+                self._saved = _DenoiserPass(rows, h, signal, ws.generation)
             out = ws.take("denoiser.out", x.shape, self.dtype)
             return _add_noise_into(v.reshape(x.shape), x, t, self.alpha_bar, out, ws)
 
@@ -732,12 +736,14 @@ class _Trainer:
         x0: np.ndarray,  # (B, S, features)
         noise: np.ndarray,  # (B, S, features)
         t: np.ndarray,  # (B,)
+        *,
+        learn: bool = False,  # whether the contexts learn, and backward may follow
     ) -> tuple[float, np.ndarray]:  # error, and predicted - noise
-        "Mean squared error of the prediction, without weights, and without learning from it."
+        "Mean squared error of the prediction, without weights."
         self.workspace.next_generation()
         noisy = self.workspace.take("trainer.noisy", x0.shape, x0.dtype)
         _add_noise_into(x0, noise, t, self.model.alpha_bar, noisy, self.workspace)
-        off = self.model.forward(noisy, t)
+        off = self.model.forward(noisy, t, training=learn, learn=learn)
         off -= noise
         flat = off.reshape(-1)
         return float(np.dot(flat, flat)) / off.size, off
@@ -746,7 +752,7 @@ class _Trainer:
         self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray
     ) -> float:  # error, without the weights
         "Gradients of the loss, in `model.gradients()`."
-        error, off = self.error(x0, noise, t)
+        error, off = self.error(x0, noise, t, learn=True)
         for sequence, level in zip(off, t, strict=True):
             sequence *= 2 / off.size * self.weights[level]
         self.model.backward(off)

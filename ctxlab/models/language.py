@@ -19,13 +19,11 @@ from ..gemm import unbuffered
 from ctxlab.models.block import (
     _OUTPUTS,
     Block,
-    _check_state,
-    _converted,
     _Decoding,
-    _hand_on,
-    _Parametric,
+    _Model,
     _room,
     _Shapes,
+    _under,
 )
 from ctxlab.models.layers import (
     _norm_requirement,
@@ -49,11 +47,6 @@ from ctxlab.reference import (
 from ..workspace import Buffer, Requirement, Workspace, _Dim, _given_or_new, all_of, any_of
 
 # %% ../../nbs/models/07_language.ipynb #fe36123e
-def _under(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    "Entries under a prefix, without it."
-    return {n.removeprefix(prefix): a for n, a in named.items() if n.startswith(prefix)}
-
-
 def _language_model(
     p: Mapping[str, np.ndarray],  # parameters, as of `LanguageModel`
     ids: np.ndarray,  # (B, S) integers
@@ -82,17 +75,6 @@ class _ModelPass:
     stats: np.ndarray  # (2, N), of the norm
     generation: int  # of the workspace
     targets: np.ndarray | None = None  # (B, S), None: no loss was asked for
-
-
-def _chain(
-    blocks: list[Block],
-    update_rate: float,  # 0: contexts stay as they are
-) -> None:
-    "Hand on what contexts have learned; before anything of this batch is seen."
-    for block in blocks:
-        if block.context is not None:
-            block.context.update_rate = update_rate
-    _hand_on(blocks)
 
 # %% ../../nbs/models/07_language.ipynb #dbe50f2f
 def _run_forward(model: "LanguageModel", ids: np.ndarray) -> _ModelPass:
@@ -310,7 +292,7 @@ def _draw_token(
     return (ends <= drawn).sum(axis=1)
 
 # %% ../../nbs/models/07_language.ipynb #ebffb6ee
-class LanguageModel(_Parametric):
+class LanguageModel(_Model):
     "Blocks of one kind on one workspace, with or without a context from block to block."
 
     _saved: _ModelPass | None = None
@@ -365,42 +347,6 @@ class LanguageModel(_Parametric):
             update_rate=float(update_rate),
             max_rows=max_rows or 0,
         )
-
-    def _parts(self) -> dict[str, _Parametric]:
-        return {block.name: block for block in self.blocks}
-
-    def state_shapes(
-        self,
-    ) -> tuple[_Shapes, _Shapes]:  # of what must be in a state, and of what may be
-        "Shapes of parameters, and of contexts."
-        with_context = [b.name for b in self.blocks if b.context is not None]
-        contexts: _Shapes = {
-            f"{name}.context.{n}": (self.dim, self.dim)
-            for name in with_context
-            for n in ("incoming", "outgoing")
-        }
-        return {n: p.shape for n, p in self.parameters().items()}, contexts
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        "Copies of the parameters, and of the contexts if there are any."
-        own = {n: p.copy() for n, p in self._parameters.items()}
-        return own | {f"{b.name}.{n}": a for b in self.blocks for n, a in b.state_dict().items()}
-
-    def load_state_dict(
-        self,
-        state: Mapping[str, Any],  # as from `state_dict`, or an opened .npz
-    ) -> None:
-        "Restore parameters and contexts; a ValueError names what does not fit, nothing is loaded."
-        _check_state(state, *self.state_shapes())
-        state = _converted(state, state, self.dtype)
-        for n, a in state.items():
-            if n.endswith(".context.strength") and not np.isfinite(a[0]):
-                raise ValueError(f"state: {n} is {a[0]}, needed a finite number")
-        for b in self.blocks:
-            b.load_state_dict(_under(f"{b.name}.", state))
-        for n, p in self._parameters.items():
-            p[...] = state[n]
-        self._saved = None
 
     def forward(
         self,
@@ -476,7 +422,7 @@ class LanguageModel(_Parametric):
     def _begin(self, learn: bool) -> None:
         "Let go of what was; hand contexts on."
         self._saved = self._decoding = None
-        _chain(self.blocks, self.update_rate if learn else 0.0)
+        self._hand_on(learn)
 
     # Token by token.
 

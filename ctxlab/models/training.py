@@ -21,8 +21,8 @@ import numpy as np
 
 from ..context import _frobenius
 from ..files import _link_or_copy, _whole_files
-from .block import _check_state, _Shapes
-from .language import LanguageModel, _under
+from .block import _check_state, _Shapes, _under
+from .language import LanguageModel
 from .layers import gradient_norm
 from .optimiser import AdamW
 from ..reference import _check_number, _check_whole
