@@ -643,3 +643,102 @@ def test_no_array_of_the_size_of_the_weights_is_ever_made():
 
     with unbuffered():
         assert traced_peak(both, warmup=0) < 3 * _PANEL_BYTES < S * S * 4 / 40
+
+
+# --- masks of pairs, and scales
+
+
+MASKS = {
+    "flags of all": lambda rng, B, H, T, S: rng.random((T, S)) < 0.6,
+    "flags of heads": lambda rng, B, H, T, S: rng.random((H, T, S)) < 0.6,
+    "flags of sequences": lambda rng, B, H, T, S: rng.random((B, 1, 1, S)) < 0.6,
+    "numbers": lambda rng, B, H, T, S: rng.standard_normal((B, H, T, S)),
+    "numbers and nothing": lambda rng, B, H, T, S: np.where(rng.random((T, S)) < 0.6, 0, -np.inf),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    seeds,
+    st.integers(1, 12),
+    st.integers(0, 40),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, 0.0, -0.7, 2.0]),
+)
+def test_masks_of_pairs_are_those_of_the_reference(kind, dtype, seed, T, more, causal, pads, scale):
+    rng, B, H, S, E = np.random.default_rng(seed), 2, 3, T + more, 4
+    q, G, out, dq = (rng.standard_normal((B, H, T, E)).astype(dtype) for _ in range(4))
+    k, v, dk, dv = (rng.standard_normal((B, H, S, E)).astype(dtype) for _ in range(4))
+    mask = MASKS[kind](rng, B, H, T, S)
+    mask = mask if mask.dtype == bool else mask.astype(dtype)
+    keep = padding(rng, B, S, "holes") if pads else None
+    case = dict(causal=causal, keep=keep, mask=mask, scale=scale)
+    ws, lse = Workspace(debug=True), np.empty((B, H, T), dtype)
+    want = attention(q, k, v, **case)
+    attention_into(q, k, v, out, lse, ws, **case)
+    assert_equiv(out, want, depth=E + S, scale=4.0)
+    weights = np.empty((B, H, T, S), dtype)
+    attention_into(q, k, v, out, lse, ws, weights=weights, **case)
+    assert_equiv(out, want, depth=E + S, scale=4.0)
+    hidden = ~np.broadcast_to(mask, weights.shape) if mask.dtype == bool else mask == -np.inf
+    assert not weights[np.broadcast_to(hidden, weights.shape)].any()
+    for kept in (None, weights):
+        attention_backward_into(q, k, v, out, lse, G, dq, dk, dv, ws, weights=kept, **case)
+        for got, exact in zip((dq, dk, dv), attention_vjp(q, k, v, G, **case), strict=True):
+            assert_equiv(got, exact, depth=E + S, scale=np.abs(exact).max() + 4)
+
+
+def test_gradients_under_a_mask_are_the_differences():
+    rng = np.random.default_rng(0)
+    q, k, v, G = rng.standard_normal((4, 1, 2, 4, 3))
+    case = dict(mask=rng.standard_normal((2, 4, 4)), scale=0.8)
+    for i, got in enumerate(attention_vjp(q, k, v, G, **case)):
+        arrays = [q, k, v]
+
+        def loss(a, i=i, arrays=arrays):
+            return np.sum(G * attention(*arrays[:i], a, *arrays[i + 1 :], **case))
+
+        assert_equiv(got, numeric_gradient(loss, arrays[i]), c=1e7, scale=1.0)
+
+
+def test_a_mask_has_its_bytes_in_the_requirement():
+    rng, (B, H, S, E) = np.random.default_rng(0), (1, 2, LONG, 8)
+    q, k, v, out = rng.standard_normal((4, B, H, S, E)).astype(np.float32)
+    for mask in (rng.random((S, S)) < 0.5, rng.standard_normal((S, S)).astype(np.float32)):
+        ws = Workspace(growth="exact")
+        attention_into(q, k, v, out, np.empty((B, H, S), np.float32), ws, mask=mask)
+        need = _attention_requirement(np.float32, mask=mask.dtype == bool)
+        assert ws.peak_bytes == need.nbytes(r=_block_rows(S), S=S)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(mask=np.ones((4, 5), bool)), r"^mask: shape \(4, 5\) cannot be repeated to .*4, 4\)"),
+        (dict(mask=np.ones((2, 1, 1, 4, 4), bool)), r"^mask: shape"),
+        (dict(mask=np.ones((4, 4))), r"^mask: a NumPy array is needed, of bool"),
+        (dict(mask=np.ones((4, 4), np.uint8)), r"^mask: a NumPy array"),
+        (dict(mask=[[True] * 4] * 4), r"^mask: a NumPy array"),
+        (dict(scale=np.nan), r"^scale: nan"),
+        (dict(scale=np.inf), r"^scale: inf"),
+        (dict(scale="half"), r"^scale: "),
+    ],
+)
+def test_bad_masks_and_scales_write_nothing(options, message):
+    q, k, v, out = np.ones((4, 1, 2, 4, 3), np.float32)
+    out[...] = 7
+    lse = np.full((1, 2, 4), 7, np.float32)
+    for call in (
+        lambda: attention(q, k, v, **options),
+        lambda: attention_into(q, k, v, out, lse, Workspace(), **options),
+        lambda: attention_vjp(q, k, v, q, **options),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    assert (out == 7).all()
+    assert (lse == 7).all()
+    mask = out[0, 0, :, :1]  # of the memory that is written to
+    with pytest.raises(ValueError, match=r"^out: overlaps mask"):
+        attention_into(q, k, v, out, lse, Workspace(), mask=mask)

@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 
 from ..gemm import _PANEL_BYTES, _largest_panel, blas_layout, gemm, panels
 from .layers import _check_operands
-from ..reference import _check_array
+from ..reference import _check_array, _check_number
 from ..workspace import Buffer, Requirement, Workspace, all_of
 
 # %% ../../nbs/models/02_attention.ipynb #37182616
@@ -27,6 +27,28 @@ def _check_keep(keep: Any, shape: tuple[int, ...]) -> None:
         raise TypeError("keep: a NumPy array of bool is needed, True for real tokens")
     if keep.shape != shape:
         raise ValueError(f"keep: shape {keep.shape}, needed (B, S) = {shape}")
+
+
+def _check_mask(mask: Any, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+    "An error that names the mask unless it can be read as (B, H, T, S) of bool or of numbers."
+    if mask is None:
+        return
+    if not isinstance(mask, np.ndarray) or mask.dtype not in (np.bool_, dtype):
+        raise TypeError(
+            f"mask: a NumPy array is needed, of bool (True: seen) or of {np.dtype(dtype)}, "
+            "which is added to the scores"
+        )
+    try:
+        np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(
+            f"mask: shape {mask.shape} cannot be repeated to (B, H, T, S) = {shape}"
+        ) from None
+
+
+def _check_scale(scale: float | None, E: int, dtype: DTypeLike) -> float:
+    "The factor of the scores."
+    return 1 / math.sqrt(E) if scale is None else _check_number("scale", scale, dtype)
 
 
 def _check_causal(T: int, S: int, causal: bool) -> None:
@@ -62,10 +84,18 @@ def _zero_padding(
 
 
 def _weights(
-    q: np.ndarray, k: np.ndarray, causal: bool, keep: np.ndarray | None
+    q: np.ndarray,
+    k: np.ndarray,
+    causal: bool,
+    keep: np.ndarray | None,
+    mask: np.ndarray | None = None,
+    scale: float | None = None,
 ) -> np.ndarray:  # (B, H, T, S)
-    "`softmax(q k^T / sqrt(E))` of what is visible."
-    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1], dtype=q.dtype)
+    "`softmax(scale q k^T + mask)` of what is visible."
+    scores = q @ k.swapaxes(-1, -2) * q.dtype.type(_check_scale(scale, q.shape[-1], q.dtype))
+    _check_mask(mask, scores.shape, q.dtype)
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf) if mask.dtype == np.bool_ else scores + mask
     scores = np.where(_visible(k.shape[2], causal, keep, q.shape[2]), scores, -np.inf)
     lowest = np.finfo(q.dtype).min  # finite also where nothing is visible
     weights = np.exp(scores - np.maximum(scores.max(axis=-1, keepdims=True), lowest))
@@ -79,10 +109,12 @@ def attention(
     *,
     causal: bool = False,  # no token sees a later one
     keep: np.ndarray | None = None,  # (B, S) bool, False: padding
+    mask: np.ndarray | None = None,  # repeats to (B, H, T, S): bool, True: seen; or added to scores
+    scale: float | None = None,  # factor of the scores; default: 1 / sqrt(E)
 ) -> np.ndarray:  # (B, H, T, E)
-    "`softmax(q k^T / sqrt(E)) v`; the clear and allocating form."
+    "`softmax(scale q k^T + mask) v`; the clear and allocating form."
     q, k, v = _zero_padding(keep, q, k, v)
-    return _weights(q, k, causal, keep) @ v
+    return _weights(q, k, causal, keep, mask, scale) @ v
 
 # %% ../../nbs/models/02_attention.ipynb #1c2cf0bf
 def _blocks(T: int, S: int, itemsize: int) -> list[slice]:  # the last first
@@ -109,11 +141,22 @@ def _scores_into(
     rows: slice,
     later: np.ndarray,
     hidden: np.ndarray | None,
+    mask: np.ndarray | None,
+    unseen: np.ndarray | None,
+    scale: float,
 ) -> None:
-    "Scaled, masked scores of one head; `later` is what causality hides, `hidden` is padding."
+    """Scaled, masked scores of one head.
+
+    `later` is what causality hides, `hidden` is padding, `mask` (T, S) is bool or is added;
+    `unseen` is scratch for its opposite."""
     (n, columns), first = block.shape, rows.start + len(k) - len(q)  # key of the first query
     np.matmul(q[rows], k[:columns].T, out=block)
-    block *= block.dtype.type(1 / math.sqrt(q.shape[1]))
+    block *= block.dtype.type(scale)
+    if mask is not None and unseen is None:
+        block += mask[rows, :columns]
+    elif mask is not None and unseen is not None:
+        flags = np.logical_not(mask[rows, :columns], out=_part(unseen, rows, columns))
+        np.copyto(block, -np.inf, where=flags)
     if len(later):
         np.copyto(block[:, first:], -np.inf, where=later[:n, : columns - first])
     if hidden is not None:
@@ -136,8 +179,23 @@ def _masks(
     return later, np.logical_not(keep, out=ws.take("attention.hidden", keep.shape, np.bool_))
 
 
+def _mask_of(
+    mask: np.ndarray | None, shape: tuple[int, ...], step: int, ws: Workspace
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    "The mask as (B, H, T, S), a view, and scratch for the opposite of a block of it if it is bool."
+    if mask is None:
+        return None, None
+    flags = mask.dtype == np.bool_
+    unseen = ws.take("attention.unseen", (step * shape[3],), np.bool_) if flags else None
+    return np.broadcast_to(mask, shape), unseen
+
+
 def _attention_requirement(
-    dtype: DTypeLike = np.float32, backward: bool = False, causal: bool = False, keep: bool = False
+    dtype: DTypeLike = np.float32,
+    backward: bool = False,
+    causal: bool = False,
+    keep: bool = False,
+    mask: bool = False,  # of bool
 ) -> Requirement:
     "Scratch of one call, in r (rows of a block, see `_block_rows`), S, and for `keep` B and E."
     blocks = ["attention.block", "attention.gradient"] if backward else ["attention.block"]
@@ -148,6 +206,8 @@ def _attention_requirement(
     if keep:
         parts.append(Buffer("attention.hidden", ("B", "S"), np.bool_))
         parts.append(Buffer("attention.real", (4, "S", "E"), dtype))
+    if mask:
+        parts.append(Buffer("attention.unseen", ("r", "S"), np.bool_))
     return all_of(*parts)
 
 # %% ../../nbs/models/02_attention.ipynb #a77f0ffc
@@ -186,6 +246,7 @@ def _check_attention(
     writes: dict[str, Any],  # the same, and gradients of k and v, which have their shape
     causal: bool,
     keep: Any,
+    mask: Any,
 ) -> None:
     "An error that names the first argument that does not fit."
     B, H, T, E = _check_array("q", q, ndim=(4,)).shape
@@ -200,7 +261,8 @@ def _check_attention(
         for arrays in (dict(q=q, k=k, v=v) | more, writes)
     )
     _check_keep(keep, (B, S))
-    _check_operands(q.dtype, reads, written, beside={"keep": keep})
+    _check_mask(mask, (B, H, T, S), q.dtype)
+    _check_operands(q.dtype, reads, written, beside={"keep": keep, "mask": mask})
     for name, (a, _) in (reads | written).items():
         if a is not None and a.ndim == 4 and a.size and not blas_layout(a[0, 0]):
             raise ValueError(f"{name}: strides {a.strides}, needed the last axis contiguous")
@@ -228,14 +290,18 @@ def _attention_into(
     weights: np.ndarray | None = None,
     causal: bool = False,
     keep: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    scale: float | None = None,
 ) -> np.ndarray:
     "`attention_into` without checks."
+    factor = _check_scale(scale, q.shape[3], q.dtype)
     (B, H, T, E), S = q.shape, k.shape[2]
     blocks, step = _blocks(T, S, q.itemsize), _block_rows(S, q.dtype, T)
     if weights is not None and causal:
         weights.fill(0)
     with ws.scope():
         later, hidden = _masks(ws, step, causal, keep)
+        masks, unseen = _mask_of(mask, (B, H, T, S), step, ws)
         scratch = ws.take("attention.block", (step * S,), q.dtype)
         row = ws.take("attention.row", (step,), q.dtype)
         real = None if keep is None else ws.take("attention.real", (4, S, E), q.dtype)
@@ -249,7 +315,8 @@ def _attention_into(
                 else:
                     P = weights[b, h, rows, :columns]
                 top, total, result = lse[b, h, rows], row[: len(P)], out[b, h, rows]
-                _scores_into(Q, K, P, rows, later, padding)
+                seen = None if masks is None else masks[b, h]
+                _scores_into(Q, K, P, rows, later, padding, seen, unseen, factor)
                 _exponentials(P, top, total)
                 if weights is not None:
                     P /= total[:, None]
@@ -282,10 +349,13 @@ def attention_into(
     weights: np.ndarray | None = None,  # (B, H, T, S), receives the weights; None: not kept
     causal: bool = False,  # no token sees a later one
     keep: np.ndarray | None = None,  # (B, S) bool, False: padding
+    mask: np.ndarray | None = None,  # repeats to (B, H, T, S): bool, True: seen; or added to scores
+    scale: float | None = None,  # factor of the scores; default: 1 / sqrt(E)
 ) -> np.ndarray:  # out
     "`attention`, a block of rows at a time."
-    _check_attention(q, k, v, {}, dict(out=out, lse=lse, weights=weights), causal, keep)
-    return _attention_into(q, k, v, out, lse, ws, weights=weights, causal=causal, keep=keep)
+    _check_attention(q, k, v, {}, dict(out=out, lse=lse, weights=weights), causal, keep, mask)
+    case: Any = dict(weights=weights, causal=causal, keep=keep, mask=mask, scale=scale)
+    return _attention_into(q, k, v, out, lse, ws, **case)
 
 # %% ../../nbs/models/02_attention.ipynb #22b8823d
 def _attention_of_one_into(
@@ -339,13 +409,15 @@ def attention_vjp(
     *,
     causal: bool = False,
     keep: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    scale: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # of the shapes of q, k, v
     "Gradients of `attention` for q, k and v; clear and allocating."
     q, k, v, grad_out = _zero_padding(keep, q, k, v, grad_out)
-    weights = _weights(q, k, causal, keep)
+    weights = _weights(q, k, causal, keep, mask, scale)
     delta = np.sum(grad_out * (weights @ v), axis=-1, keepdims=True)
     grad_scores = weights * (grad_out @ v.swapaxes(-1, -2) - delta)
-    grad_scores /= np.sqrt(q.shape[-1], dtype=q.dtype)
+    grad_scores *= q.dtype.type(_check_scale(scale, q.shape[-1], q.dtype))
     return grad_scores @ k, grad_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ grad_out
 
 # %% ../../nbs/models/02_attention.ipynb #0c89b6e7
@@ -364,16 +436,19 @@ def _attention_backward_into(
     weights: np.ndarray | None = None,
     causal: bool = False,
     keep: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    scale: float | None = None,
 ) -> None:
     "`attention_backward_into` without checks."
     (B, H, T, E), S = q.shape, k.shape[2]
-    scale = q.dtype.type(1 / math.sqrt(E))
+    factor = _check_scale(scale, E, q.dtype)
     blocks, step = _blocks(T, S, q.itemsize), _block_rows(S, q.dtype, T)
     if not blocks:
         grad_k.fill(0)
         grad_v.fill(0)
     with ws.scope():
         later, hidden = _masks(ws, step, causal, keep)
+        masks, unseen = _mask_of(mask, (B, H, T, S), step, ws)
         scratch = ws.take("attention.block", (step * S,), q.dtype)
         gradient = ws.take("attention.gradient", (step * S,), q.dtype)
         row = ws.take("attention.row", (step,), q.dtype)
@@ -391,14 +466,15 @@ def _attention_backward_into(
                     P = weights[b, h, rows, :columns]
                 else:
                     P = _part(scratch, rows, columns)
-                    _scores_into(Q, K, P, rows, later, padding)
+                    seen = None if masks is None else masks[b, h]
+                    _scores_into(Q, K, P, rows, later, padding, seen, unseen, factor)
                     P -= lse[b, h, rows, None]
                     np.exp(P, out=P)
                 gemm(P.T, G, grad_v[b, h, :columns], beta=beta)
                 dZ = np.matmul(G, V[:columns].T, out=_part(gradient, rows, columns))
                 dZ -= delta[:, None]
                 dZ *= P
-                dZ *= scale
+                dZ *= q.dtype.type(factor)
                 np.matmul(dZ, K[:columns], out=grad_q[b, h, rows])
                 gemm(dZ.T, Q[rows], grad_k[b, h, :columns], beta=beta)
 
@@ -418,9 +494,12 @@ def attention_backward_into(
     weights: np.ndarray | None = None,  # (B, H, T, S) if they were kept
     causal: bool = False,  # as in the forward pass
     keep: np.ndarray | None = None,  # as in the forward pass
+    mask: np.ndarray | None = None,  # as in the forward pass; it takes no gradient
+    scale: float | None = None,  # as in the forward pass
 ) -> None:
     "Gradients of `attention_into`, a block of rows at a time."
     more = dict(o=o, lse=lse, grad_out=grad_out, weights=weights)
-    _check_attention(q, k, v, more, dict(grad_q=grad_q, grad_k=grad_k, grad_v=grad_v), causal, keep)
-    case: Any = dict(weights=weights, causal=causal, keep=keep)
+    writes = dict(grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
+    _check_attention(q, k, v, more, writes, causal, keep, mask)
+    case: Any = dict(weights=weights, causal=causal, keep=keep, mask=mask, scale=scale)
     _attention_backward_into(q, k, v, o, lse, grad_out, grad_q, grad_k, grad_v, ws, **case)
