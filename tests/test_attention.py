@@ -703,12 +703,13 @@ def test_gradients_under_a_mask_are_the_differences():
         assert_equiv(got, numeric_gradient(loss, arrays[i]), c=1e7, scale=1.0)
 
 
-def test_a_mask_has_its_bytes_in_the_requirement():
+def test_a_mask_of_several_blocks_has_its_bytes_in_the_requirement():
     rng, (B, H, S, E) = np.random.default_rng(0), (1, 2, LONG, 8)
     q, k, v, out = rng.standard_normal((4, B, H, S, E)).astype(np.float32)
     for mask in (rng.random((S, S)) < 0.5, rng.standard_normal((S, S)).astype(np.float32)):
         ws = Workspace(growth="exact")
         attention_into(q, k, v, out, np.empty((B, H, S), np.float32), ws, mask=mask)
+        assert_equiv(out, attention(q, k, v, mask=mask), depth=S, scale=4.0)
         need = _attention_requirement(np.float32, mask=mask.dtype == bool)
         assert ws.peak_bytes == need.nbytes(r=_block_rows(S), S=S)
 
