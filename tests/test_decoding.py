@@ -542,3 +542,27 @@ def test_a_state_of_another_kind_of_block_is_refused():
     assert all(np.array_equal(a, before[n]) for n, a in lm.state_dict().items())
     with pytest.raises(ValueError, match=r"^kind: 'Diffusion', needed one of"):
         model("Diffusion")
+
+
+@by_kind
+@pytest.mark.parametrize("of_model", [False, True])
+def test_what_broke_off_does_not_go_on(kind, of_model, monkeypatch):
+    def broken(self, x, y):
+        raise MemoryError("no room to learn")
+
+    if of_model:
+        whole, token = model(kind, strength=0.5), ids(2, 1)[:, 0]
+        block = whole.blocks[1]
+    else:
+        whole = block = make(kind, mixes=True)
+        token = tokens(2, 1)[:, 0]
+    whole.start(2, 5)
+    whole.step(token)
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "_learn", broken.__get__(block))
+        with pytest.raises(MemoryError):
+            whole.step(token)
+    with pytest.raises(RuntimeError, match=r"^step: comes after start\(.*; nothing goes on"):
+        whole.step(token)
+    whole.start(2, 5)
+    whole.step(token)

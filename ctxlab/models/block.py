@@ -636,7 +636,9 @@ class Block(_Parametric, metaclass=ABCMeta):
         "The next tokens (B, S, D) of a decoding."
         decoding, options = self._decoding, {} if keep is None else {"keep": keep}
         if decoding is None:
-            raise RuntimeError(f"{call}: comes after start(batch, max_len), which was not called")
+            raise RuntimeError(
+                f"{call}: comes after start(batch, max_len); nothing goes on from here"
+            )
         decoding.check(call, self.workspace, "x", x.shape)
         self._check_options(x.shape, **options)
         if out is None:
@@ -644,8 +646,10 @@ class Block(_Parametric, metaclass=ABCMeta):
         elif call == "prompt":
             self._check_out(out, {"x": x})
         if x.size:
+            self._decoding = None  # an error on the way may leave half of a token behind
             self._pass_on(x, out, decoding, options)
             decoding.length += x.shape[1]
+            self._decoding = decoding
         return out
 
     def _take_decoded(self, x: np.ndarray) -> np.ndarray:

@@ -160,10 +160,11 @@ def _run_next(model: "LanguageModel", call: str, ids: np.ndarray) -> np.ndarray:
     "Logits of what follows some tokens more (B, S)."
     decoding, ws = model._decoding, model.workspace
     if decoding is None:
-        raise RuntimeError(f"{call}: comes after start(batch), which was not called")
+        raise RuntimeError(f"{call}: comes after start(batch); nothing goes on from here")
     decoding.check(call, ws, "ids", ids.shape)
     (B, S), D = ids.shape, model.dim
     logits = decoding.memory["logits"]
+    model._decoding = None  # an error on the way may leave half of a token behind
     with unbuffered(), ws.scope():
         x = model._take("embedded", B, S, D)
         _embed(model, ids, x, decoding.length)
@@ -171,6 +172,7 @@ def _run_next(model: "LanguageModel", call: str, ids: np.ndarray) -> np.ndarray:
             x = block.prompt(x)
         _head(model, x[:, -1], model._take("last", B, D), logits)
     decoding.length += S
+    model._decoding = decoding
     return logits
 
 # %% ../../nbs/models/07_language.ipynb #14eb1ac9
