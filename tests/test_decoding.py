@@ -517,8 +517,55 @@ def test_a_model_in_use_elsewhere_says_so():
     stream = lm.generate(ids(2, 4), 5)
     next(stream)
     lm.forward(ids(2, 4), training=False)
-    with pytest.raises(RuntimeError, match=r"^step: comes after start"):
+    with pytest.raises(RuntimeError, match=r"^generate: the model has been used"):
         next(stream)
+
+
+def test_two_streams_of_one_model_do_not_mix():
+    lm = model("Transformer")
+    first, second = (lm.generate(ids(2, 4, seed), 5) for seed in (0, 1))
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match=r"^generate: the model has been used"):
+        next(first)
+    next(second)
+
+
+def test_a_token_that_its_reader_changes_is_not_what_is_gone_on_from():
+    def run(change):
+        lm, found = model("Transformer"), []
+        for token in lm.generate(ids(2, 4), 6, temperature=0):
+            found.append(token.copy())
+            token += change
+        return found
+
+    assert np.array_equal(run(0), run(1))
+
+
+@by_kind
+@pytest.mark.parametrize("change", ["strength", "incoming"])
+def test_a_context_that_changes_ends_the_decoding(kind, change):
+    block, x = make(kind, mixes=True), tokens(2, 1)[:, 0].copy()
+    block.start(2, 5)
+    block.step(x)
+    if change == "strength":
+        block.context.strength = 0.75
+    else:
+        block.context.set_incoming(2 * block.context.incoming)
+    with pytest.raises(RuntimeError, match=r"^step: strength or incoming .* call start\(\) again"):
+        block.step(x)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_what_may_be_written_over_is_no_input_of_training(kind):
+    ws, x = Workspace(), np.random.default_rng(0).standard_normal((1, 6, 64)).astype(np.float32)
+    first, second = (_KINDS[kind](64, workspace=ws) for _ in range(2))
+    options = {"t": np.array([300])} if kind == "Diffusion" else {}
+    y = first.forward(x, training=False, **options)
+    for bad in (y, y[:, 1:]):
+        with pytest.raises(ValueError, match=r"^x: is what forward\(training=False\) gave"):
+            second.forward(bad, **options)
+    second.forward(y.copy(), **options)
 
 
 def test_logits_that_are_not_finite_draw_nothing():

@@ -740,7 +740,7 @@ def test_a_task_of_memory_runs_and_resumes(tmp_path):
 # --- the optimiser
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape", "text"])
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "text", "nan", "half", "large"])
 def test_a_state_of_the_optimiser_that_does_not_fit_changes_nothing(change):
     run = advanced(2)
     state, before = run.optimiser.state_dict(), run.state_dict()
@@ -750,8 +750,11 @@ def test_a_state_of_the_optimiser_that_does_not_fit_changes_nothing(change):
         state["v.more"] = np.zeros(1)
     elif change == "shape":
         state["m.embedding"] = state["m.embedding"].T
+    elif change == "large":
+        state["m.embedding"] = state["m.embedding"] + 1e300
     else:
-        state["count"] = np.array("two")
+        state["count"] = np.array({"text": "two", "nan": np.nan, "half": 1.5}[change])
+    state["m.norm.bias"] = state["m.norm.bias"] + 1
     with pytest.raises(ValueError, match=r"^state: "):
         run.optimiser.load_state_dict(state)
     assert same(before, run.state_dict())
@@ -781,3 +784,16 @@ def test_targets_that_do_not_count():
             model.loss(ids, bad)
     with pytest.raises(ValueError, match=r"^targets: -2"):
         model.loss(ids, np.where(some, targets, -2), ignore_index=-1)
+
+
+def test_a_step_that_is_refused_is_no_step():
+    run = advanced(2)
+    before = run.state_dict()
+    for bad in (np.nan, -1.0, "fast"):
+        with pytest.raises((TypeError, ValueError), match=r"^lr: "):
+            run.optimiser.step(bad)
+    run.model.blocks[0].name = "renamed"
+    with pytest.raises(RuntimeError, match="step: a block has another name"):
+        run.optimiser.step(0.1)
+    run.model.blocks[0].name = "blocks.0"
+    assert same(before, run.state_dict())

@@ -317,7 +317,9 @@ class _Decoding:
         memory: dict[str, np.ndarray],  # of the kind of block
         batch: int,  # B, sequences
         max_len: int,  # L, tokens that there is room for
+        mixed_with: Any = None,  # which strength and context are mixed in
     ):
+        self.mixed_with = mixed_with
         self.workspace = workspace
         self.generation = workspace.generation
         self.memory = memory
@@ -499,7 +501,9 @@ class Block(_Parametric, metaclass=ABCMeta):
     def forward(
         self,
         x: np.ndarray,  # (B, S, D); stays as it is until backward, as must arrays of options
-        out: np.ndarray | None = None,  # same shape; default: a buffer, valid in this generation
+        out: np.ndarray
+        | None = None,  # same shape; default: a buffer, valid in this generation, and
+        # without training until the next such pass on this workspace that does not read it
         *,
         training: bool = True,  # False: keeps nothing for backward, in buffers that blocks share
         **options: Any,
@@ -522,6 +526,7 @@ class Block(_Parametric, metaclass=ABCMeta):
     def _train(self, inputs: _Arrays, out: np.ndarray, options: dict[str, Any]) -> _Pass:
         "A forward pass that backward may follow."
         x = self._without_padding(inputs["x"], self.name, **options)
+        self._check_lasting(x)
         with unbuffered():
             h = self._mix(x, self.name, **options)
             arrays = self._take_kept(x.shape, self.name)
@@ -586,7 +591,9 @@ class Block(_Parametric, metaclass=ABCMeta):
         batch: int,  # B, sequences
         max_len: int,  # L, tokens of each that there is room for
     ) -> None:
-        "Begin to decode; what is remembered stays in this generation of the workspace."
+        """Begin to decode; what is remembered stays in this generation of the workspace.
+
+        Parameters must stay as they are while it goes on."""
         batch = _check_whole("batch", batch)
         max_len = _check_whole("max_len", max_len, 1, self.max_len)
         memory = self._memory()
@@ -598,7 +605,8 @@ class Block(_Parametric, metaclass=ABCMeta):
         }
         for a in arrays.values():
             a.fill(0)
-        self._decoding = _Decoding(self.workspace, arrays, batch, max_len)
+        mixed_with = self._mixed_with()
+        self._decoding = _Decoding(self.workspace, arrays, batch, max_len, mixed_with)
 
     def prompt(
         self,
@@ -640,6 +648,11 @@ class Block(_Parametric, metaclass=ABCMeta):
                 f"{call}: comes after start(batch, max_len); nothing goes on from here"
             )
         decoding.check(call, self.workspace, "x", x.shape)
+        if decoding.mixed_with != self._mixed_with():
+            raise RuntimeError(
+                f"{call}: strength or incoming of the context have changed since start(); "
+                "call start() again"
+            )
         self._check_options(x.shape, **options)
         if out is None:
             out = self._take_decoded(x)
@@ -727,6 +740,16 @@ class Block(_Parametric, metaclass=ABCMeta):
         raise ValueError(
             f"{found}: is this block's own buffer of this generation; pass another, or `out`"
         )
+
+    def _check_lasting(self, x: np.ndarray) -> None:
+        "A ValueError where another pass may write over `x` before backward reads it."
+        for name in _OUTPUTS:
+            buffer = self.workspace._buffers.get(name)
+            if buffer is not None and np.may_share_memory(buffer.flat, x):
+                raise ValueError(
+                    "x: is what forward(training=False) gave, which the next such pass writes over "
+                    "before backward() has read it; pass a copy"
+                )
 
     def _check_out(self, out: Any, inputs: _Arrays) -> np.ndarray:
         out = check_out(out, inputs["x"].shape, self.dtype, inputs)

@@ -469,10 +469,12 @@ class LanguageModel(_Model):
         n: int,  # tokens to generate
         *,
         temperature: float = 1.0,  # of the distribution that is drawn from; 0: the likeliest token
-        top_k: int | None = None,  # draw from the k likeliest only
+        top_k: int | None = None,  # draw from the k likeliest only, and what is as likely
         rng: np.random.Generator | None = None,  # that draws; default: a new one
     ) -> Iterator[np.ndarray]:  # (B,) each
-        "One token of each sequence after another, as they come; the contexts learn nothing."
+        """One token of each sequence after another, as they come; the contexts learn nothing.
+
+        One stream at a time: after any other use of the model, the next token is a RuntimeError."""
         ids = self._check("ids", ids)
         _check_whole("n", n, 1, self.max_len + 1 - ids.shape[1])
         _check_number("temperature", temperature, least=0)
@@ -490,10 +492,14 @@ class LanguageModel(_Model):
         rng: np.random.Generator,
     ) -> Iterator[np.ndarray]:
         self.start(len(ids), ids.shape[1] + n - 1)
-        logits = self.prompt(ids)
+        mine, logits = self._decoding, self.prompt(ids)
         for left in range(n - 1, -1, -1):
             token = _draw_token(logits, temperature, top_k, rng)
-            yield token
+            yield token.copy()  # whoever gets it may change it
+            if left and self._decoding is not mine:
+                raise RuntimeError(
+                    "generate: the model has been used for something else since the last token"
+                )
             if left:
                 logits = self.step(token)
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..gemm import unbuffered
-from .block import _check_state, _flat, _Parametric
+from .block import _check_state, _converted, _flat, _Parametric
 from .layers import adam_into
+from ..reference import _check_number
 from ..workspace import Workspace, _given_or_new
 
 # %% ../../nbs/models/03a_optimiser.ipynb #b1f87b6c
@@ -46,10 +47,15 @@ class AdamW:
         scale: float = 1.0,  # factor of all gradients, for clipping
     ) -> None:
         "One step."
+        parameters, gradients = self.model.parameters(), self.model.gradients()
+        m, v = self.moments.values()
+        if parameters.keys() != m.keys():
+            raise RuntimeError("step: a block has another name now; make a new optimiser")
+        _check_number("lr", lr, least=0)
+        _check_number("scale", scale, least=0)
         self.count += 1
-        gradients, (m, v) = self.model.gradients(), self.moments.values()
         with unbuffered():
-            for name, p in self.model.parameters().items():
+            for name, p in parameters.items():
                 adam_into(
                     p,
                     gradients[name],
@@ -76,7 +82,12 @@ class AdamW:
         "Go on from there; a ValueError names what does not fit, and nothing is loaded."
         here = self.state_dict()
         _check_state(state, {name: a.shape for name, a in here.items()})
+        count = float(np.asarray(state["count"]))
+        if not (count >= 0 and count.is_integer()):
+            raise ValueError(f"state: count is {count:g}, needed a number of steps")
+        dtype = next(iter(self.moments["m"].values())).dtype
+        state = _converted(state, [name for name in here if name != "count"], dtype)
         for part, named in self.moments.items():
             for name, moment in named.items():
                 moment[...] = state[f"{part}.{name}"]
-        self.count = int(state["count"])
+        self.count = int(count)
