@@ -751,7 +751,7 @@ def test_a_state_of_the_optimiser_that_does_not_fit_changes_nothing(change):
     elif change == "shape":
         state["m.embedding"] = state["m.embedding"].T
     elif change == "large":
-        state["m.embedding"] = state["m.embedding"] + 1e300
+        state["m.embedding"] = state["m.embedding"].astype(np.float64) + 1e300
     else:
         state["count"] = np.array({"text": "two", "nan": np.nan, "half": 1.5}[change])
     state["m.norm.bias"] = state["m.norm.bias"] + 1

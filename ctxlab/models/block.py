@@ -512,6 +512,8 @@ class Block(_Parametric, metaclass=ABCMeta):
         x = self._check_input(x)
         self._check_options(x.shape, **options)
         inputs = {"x": x} | {n: a for n, a in options.items() if isinstance(a, np.ndarray)}
+        if training:
+            self._check_lasting(x)
         if out is not None:
             self._check_out(out, inputs)
         self._begin()
@@ -526,7 +528,6 @@ class Block(_Parametric, metaclass=ABCMeta):
     def _train(self, inputs: _Arrays, out: np.ndarray, options: dict[str, Any]) -> _Pass:
         "A forward pass that backward may follow."
         x = self._without_padding(inputs["x"], self.name, **options)
-        self._check_lasting(x)
         with unbuffered():
             h = self._mix(x, self.name, **options)
             arrays = self._take_kept(x.shape, self.name)
