@@ -728,7 +728,7 @@ class SSMBlock(Block):
         dtype: DTypeLike = np.float32,  # or float64
         context: SharedAttentionContext | None = None,  # mixed in, learns from input and output
         workspace: Workspace | None = None,  # shared with other blocks; default: its own
-        max_len: int | None = None,  # longest sequence that is allowed in `forward`
+        max_len: int | None = None,  # longest sequence that is allowed
         eps: float = 1e-5,  # of the norms
     ):
         dim = _check_whole("dim", dim)
