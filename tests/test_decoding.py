@@ -351,6 +351,18 @@ def test_a_block_that_sees_later_tokens_cannot_decode():
         make("Transformer", causal=False).start(1, 5)
 
 
+def test_an_ssm_knows_of_no_padding():
+    block, x = make("SSM"), tokens(2, 3)
+    block.start(2, 9)
+    for call in (
+        lambda: block.forward(x, keep=np.ones((2, 3), bool)),
+        lambda: block.prompt(x, keep=np.ones((2, 3), bool)),
+        lambda: block.step(x[:, 0].copy(), keep=np.ones(2, bool)),
+    ):
+        with pytest.raises(TypeError, match=r"^keep: an SSM block knows of no padding"):
+            call()
+
+
 def test_a_mask_of_padding_has_one_bool_a_token():
     block, x = make("Transformer"), tokens(2, 3)
     block.start(2, 9)

@@ -760,8 +760,14 @@ class SSMBlock(Block):
             _check_state(state, (len(x), self.dim), self.dtype, {"x": x, "out": out})
         return super().forward(x, out, state=state, **options)
 
-    def _check_options(self, shape: tuple[int, ...], state: np.ndarray | None = None) -> None:
-        pass  # `forward` has looked at the state
+    def _check_options(
+        self,
+        shape: tuple[int, ...],
+        state: np.ndarray | None = None,  # `forward` has looked at it
+        keep: np.ndarray | None = None,
+    ) -> None:
+        if keep is not None:
+            raise TypeError("keep: an SSM block knows of no padding")
 
     def _memory(self) -> list[Buffer]:
         return [_buffer("state", self.name, "B", "D", dtype=self.dtype)]
