@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..context import SharedAttentionContext
-from ..gemm import check_out, gemm, panels, unbuffered
+from ..gemm import check_out, gemm, panels
 from ctxlab.models.block import (
     Block,
     _Arrays,
