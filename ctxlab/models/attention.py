@@ -369,24 +369,19 @@ def _attention_of_one_into(
 ) -> np.ndarray:  # out
     "`attention` of the last token of each sequence."
     (B, H, _, E), S = q.shape, k.shape[2]
-    info = np.finfo(q.dtype)
     q *= q.dtype.type(1 / math.sqrt(E))
     flat = ws.take("attention.scores", (B * H * room,), q.dtype)
-    top, total = ws.take("attention.extremes", (2, B, H, 1, 1), q.dtype)
-    P = flat[: B * H * S].reshape(B, H, 1, S)
+    top, total = ws.take("attention.extremes", (2, B * H), q.dtype)
+    rows = flat[: B * H * S].reshape(B * H, S)
+    P = rows.reshape(B, H, 1, S)
     np.matmul(q, k.swapaxes(2, 3), out=P)
     if keep is not None:
         hidden = ws.take("attention.unseen", (B * room,), np.bool_)[: B * S].reshape(B, S)
         np.logical_not(keep, out=hidden)
         np.copyto(P, -np.inf, where=hidden[:, None, None])
-    np.maximum.reduce(P, axis=3, keepdims=True, out=top)
-    np.maximum(top, info.min, out=top)  # finite also where nothing is visible
-    P -= top
-    np.exp(P, out=P)
-    np.add.reduce(P, axis=3, keepdims=True, out=total)
-    np.maximum(total, info.tiny, out=total)
+    _exponentials(rows, top, total)
     np.matmul(P, v, out=out)
-    out /= total
+    out /= total.reshape(B, H, 1, 1)
     return out
 
 

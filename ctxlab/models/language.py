@@ -9,6 +9,7 @@ __all__ = ['LanguageModel']
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,24 +78,40 @@ class _ModelPass:
     targets: np.ndarray | None = None  # (B, S), None: no loss was asked for
 
 # %% ../../nbs/models/07_language.ipynb #dbe50f2f
+def _embed(model: "LanguageModel", ids: np.ndarray, out: np.ndarray, first: int) -> np.ndarray:
+    "Rows of both tables for tokens (B, S), from a position on, into (B, S, D); returns the tokens."
+    p, tokens = model._parameters, model._take("ids", *ids.shape, dtype=np.intp)
+    tokens[...] = ids
+    embedding_into(p["embedding"], tokens.reshape(-1), out.reshape(-1, model.dim))
+    out += p["positions"][first : first + ids.shape[1]]
+    return tokens
+
+
+def _head(
+    model: "LanguageModel", rows: np.ndarray, normed: np.ndarray, out: np.ndarray
+) -> np.ndarray:  # (2, N), what backward needs of the norm
+    "Logits (N, V) of rows (N, D); `normed` may be the same rows."
+    p, stats = model._parameters, model._take("stats", 2, len(rows))
+    norm_into(rows, p["norm.weight"], p["norm.bias"], normed, stats)
+    np.matmul(normed, p["embedding"].T, out=out)
+    return stats
+
+
 def _run_forward(model: "LanguageModel", ids: np.ndarray) -> _ModelPass:
     "Every layer in turn."
-    p, ws, take = model._parameters, model.workspace, model._take
-    (B, S), N, D = ids.shape, ids.size, model.dim
+    ws, take, (B, S), D = model.workspace, model._take, ids.shape, model.dim
     ws.next_generation()
-    tokens = take("ids", B, S, dtype=np.intp)
-    tokens[...] = ids
-    x = embedding_into(p["embedding"], tokens.reshape(-1), take("embedded", N, D))
-    x = x.reshape(B, S, D)
-    x += p["positions"][:S]
+    x = take("embedded", B, S, D)
+    tokens = _embed(model, ids, x, 0)
     outputs = {"embedding": x}
     for block in model.blocks:
         x = block.forward(x)
         outputs[block.name] = x
-    normed, stats = take("normed", N, D), take("stats", 2, N)
-    norm_into(x.reshape(N, D), p["norm.weight"], p["norm.bias"], normed, stats)
-    outputs["norm"] = normed
-    outputs["logits"] = np.matmul(normed, p["embedding"].T, out=take("logits", N, model.vocab))
+    outputs["norm"], outputs["logits"] = (
+        take("normed", B * S, D),
+        take("logits", B * S, model.vocab),
+    )
+    stats = _head(model, x.reshape(-1, D), outputs["norm"], outputs["logits"])
     return _ModelPass(tokens, outputs, stats, ws.generation)
 
 # %% ../../nbs/models/07_language.ipynb #03d36f2c
@@ -127,22 +144,6 @@ def _run_backward(model: "LanguageModel", kept: _ModelPass) -> None:
     g["positions"][S:].fill(0)
 
 # %% ../../nbs/models/07_language.ipynb #b4c5b89b
-def _embed(model: "LanguageModel", ids: np.ndarray, out: np.ndarray, first: int) -> None:
-    "Rows of both tables, for tokens (B, S) from a position on, into (B, S, D)."
-    p = model._parameters
-    tokens = model._take("ids", *ids.shape, dtype=np.intp)
-    tokens[...] = ids
-    embedding_into(p["embedding"], tokens.reshape(-1), out.reshape(-1, model.dim))
-    out += p["positions"][first : first + ids.shape[1]]
-
-
-def _head(model: "LanguageModel", rows: np.ndarray, normed: np.ndarray, out: np.ndarray) -> None:
-    "Logits (N, V) of rows (N, D); `normed` may be the same rows."
-    p, stats = model._parameters, model._take("stats", 2, len(rows))
-    norm_into(rows, p["norm.weight"], p["norm.bias"], normed, stats)
-    np.matmul(normed, p["embedding"].T, out=out)
-
-
 def _run_inference(model: "LanguageModel", ids: np.ndarray) -> np.ndarray:  # (B, S, V)
     "Every layer in turn, in memory that the next one uses again."
     (B, S), ws = ids.shape, model.workspace
@@ -176,10 +177,15 @@ def _run_next(model: "LanguageModel", call: str, ids: np.ndarray) -> np.ndarray:
     return logits
 
 # %% ../../nbs/models/07_language.ipynb #14eb1ac9
-def _model_requirement(model: "LanguageModel") -> Requirement:
-    def b(name: str, *shape: _Dim, dtype: DTypeLike = model.dtype) -> Buffer:
-        return Buffer(f"model.{name}", shape, dtype)
+def _of_model(
+    model: "LanguageModel", name: str, *shape: _Dim, dtype: DTypeLike | None = None
+) -> Buffer:
+    "A buffer as `_take` asks for it."
+    return Buffer(f"model.{name}", shape, model.dtype if dtype is None else dtype)
 
+
+def _model_requirement(model: "LanguageModel") -> Requirement:
+    b = partial(_of_model, model)
     first = model.blocks[0]
     kept = [b("ids", "B", "S", dtype=np.intp), b("embedded", "N", "D")]
     for i, block in enumerate(model.blocks):
@@ -208,35 +214,34 @@ def _model_requirement(model: "LanguageModel") -> Requirement:
 def _inference_requirement(model: "LanguageModel") -> Requirement:
     "What a forward pass takes that keeps nothing."
 
-    def b(name: str, *shape: _Dim, dtype: DTypeLike = model.dtype) -> Buffer:
-        return Buffer(name, shape, dtype)
-
+    b = partial(_of_model, model)
     passing = [block._passing(block._inference_scratch()) for block in model.blocks]
     return all_of(
-        b("model.ids", "B", "S", dtype=np.intp),
-        *(b(name, "B", "S", "D") for name in _OUTPUTS),
-        any_of(*passing, all_of(b("model.stats", 2, "N"), b("model.logits", "N", "V"))),
+        b("ids", "B", "S", dtype=np.intp),
+        *(Buffer(name, ("B", "S", "D"), model.dtype) for name in _OUTPUTS),
+        any_of(*passing, all_of(b("stats", 2, "N"), b("logits", "N", "V"))),
     )
 
 
 def _next_requirement(model: "LanguageModel", tokens: int) -> Requirement:
     "What a prompt or a step of a decoding takes and gives back."
 
-    def b(name: str, *shape: _Dim, dtype: DTypeLike = model.dtype) -> Buffer:
-        return Buffer(name, shape, dtype)
-
+    b = partial(_of_model, model)
     room = _room(tokens)
-    outputs = [b(f"decoding.{room}.y{i}", "B", room, "D") for i in range(len(model.blocks))][:2]
+    outputs = [
+        Buffer(f"decoding.{room}.y{i}", ("B", room, "D"), model.dtype)
+        for i in range(min(len(model.blocks), 2))
+    ]
     scratch = [
         block._step_scratch() if tokens == 1 else block._inference_scratch()
         for block in model.blocks
     ]
     passing = [block._passing(part) for block, part in zip(model.blocks, scratch, strict=True)]
     return all_of(
-        b("model.ids", "B", "S", dtype=np.intp),
-        b("model.embedded", "B", "S", "D"),
+        b("ids", "B", "S", dtype=np.intp),
+        b("embedded", "B", "S", "D"),
         *outputs,
-        any_of(*passing, all_of(b("model.last", "B", "D"), b("model.stats", 2, "B"))),
+        any_of(*passing, all_of(b("last", "B", "D"), b("stats", 2, "B"))),
     )
 
 # %% ../../nbs/models/07_language.ipynb #0e51aa05
