@@ -197,6 +197,16 @@ def test_what_is_collected_as_garbage_is_not_kept():
         gc.enable()
 
 
+def test_small_objects_that_stay_are_no_array():
+    def make():
+        chain = ()
+        for _ in range(1000):  # 48 KB, as a thread of the test runner may leave behind meanwhile
+            chain = (chain,)
+        return lambda: chain
+
+    assert account(make).kept == 0
+
+
 # Verdicts on a gain
 
 GAINS = [  # at least, (median, low, high), verdict: at the bound and one step beyond

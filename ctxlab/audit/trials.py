@@ -42,6 +42,7 @@ from ..workers import WorkerError, _line, _usable_cores
 
 # %% ../../nbs/audit/03a_trials.ipynb #acdd169e
 _SMALL = 4096  # bytes; less than that is Python's own objects, not an array
+_BLOCK = 1024  # bytes; from there on a block is no small object
 
 
 class Account(NamedTuple):
@@ -52,6 +53,11 @@ class Account(NamedTuple):
     peak: int  # most at once, with what is kept
 
 # %% ../../nbs/audit/03a_trials.ipynb #bec5537a
+def _bytes_in_blocks() -> int:
+    "Bytes in the traced blocks of 1 KiB or more: small objects of whatever else runs are none."
+    return sum(t.size for t in tracemalloc.take_snapshot().traces if t.size >= _BLOCK)
+
+
 def _kept_bytes(make: Callable[[], Callable[[], Any]]) -> tuple[int, Callable[[], Any]]:
     "Bytes that a call leaves behind for good, and the call."
     began = not tracemalloc.is_tracing()
@@ -59,12 +65,12 @@ def _kept_bytes(make: Callable[[], Callable[[], Any]]) -> tuple[int, Callable[[]
         tracemalloc.start()
     try:
         gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
+        before = _bytes_in_blocks()
         call = make()
         call()
         call()
         gc.collect()
-        return tracemalloc.get_traced_memory()[0] - before, call
+        return _bytes_in_blocks() - before, call
     finally:
         if began:
             tracemalloc.stop()
@@ -73,7 +79,7 @@ def _kept_bytes(make: Callable[[], Callable[[], Any]]) -> tuple[int, Callable[[]
 def account(
     make: Callable[[], Callable[[], Any]],  # makes the call, on data that exists already
 ) -> Account:
-    "Measure what a call takes; below 4 096 bytes are Python's own objects, and count as 0."
+    "Measure what a call takes; Python's small objects, and less than 4 096 bytes, count as 0."
     kept, call = _kept_bytes(make)
     found = allocations(call, warmup=0)
     kept, nbytes, peak = (n if n >= _SMALL else 0 for n in (kept, found.nbytes, found.peak))
