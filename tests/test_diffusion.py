@@ -4,6 +4,7 @@ input.
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxlab.context import SharedAttentionContext
-from ctxlab.gemm import unbuffered
 from ctxlab.measure import traced_peak
 from ctxlab.models import diffusion as d
 from ctxlab.models.block import _FreshWorkspace
 from ctxlab.models.layers import _APPROXIMATE
+from ctxlab.models.optimiser import AdamW
 from ctxlab.testing import assert_equiv, numeric_gradient
 from ctxlab.workspace import Workspace
 
@@ -517,17 +518,20 @@ def test_a_new_denoiser_is_the_best_guess_for_white_data(dtype, n_blocks):
 @pytest.mark.parametrize("floor", [1.0, 0.05])
 def test_gradients_of_the_whole_model(floor):
     x0, noise, t = noisy(np.float64, B=2, S=3, features=2)
-    model = d.Denoiser(2, 2, 1, 2, dtype=np.float64, rng=np.random.default_rng(0))
+    model = d.Denoiser(2, 2, 1, 2, floor=floor, dtype=np.float64, rng=np.random.default_rng(0))
     rng = np.random.default_rng(1)
     for p in model.parameters().values():
         p += 0.2 * rng.standard_normal(p.shape)
-    trainer = d._Trainer(model, floor=floor)
-    assert trainer.learn(x0, noise, t) == trainer.error(x0, noise, t)[0]
+    loss = model.loss(x0, noise, t)
+    model.backward()
     found, x = (
         {n: g.copy() for n, g in model.gradients().items()},
         d.add_noise(x0, noise, t, COSINE),
     )
     weights = 1 / np.maximum(COSINE[t], floor)
+    squares = (model.forward(x, t) - noise) ** 2
+    assert_equiv(model.error(x0, noise, t), np.mean(squares), c=100)
+    assert_equiv(loss, np.mean(weights[:, None, None] * squares), c=100)
     for name, p in model.parameters().items():
         at = p.copy()
 
@@ -544,8 +548,14 @@ def test_training_falls_and_repeats_to_the_bit():
     x0, noise, t = noisy()
 
     def train():
-        trainer = d._Trainer(d.Denoiser(5, 8, 2, 12, rng=np.random.default_rng(0)), 3e-3)
-        return [trainer.step(x0, noise, t) for _ in range(30)]
+        model = d.Denoiser(5, 8, 2, 12, rng=np.random.default_rng(0))
+        optimiser, errors = AdamW(model, workspace=model.workspace), []
+        for _ in range(30):
+            model.loss(x0, noise, t)
+            model.backward()
+            optimiser.step(3e-3)
+            errors.append(model.error(x0, noise, t))
+        return errors
 
     errors = train()
     assert errors == train()
@@ -554,13 +564,47 @@ def test_training_falls_and_repeats_to_the_bit():
 
 def test_a_denoiser_allocates_once():
     x0, noise, t = noisy(B=3, S=64)
-    trainer = d._Trainer(d.Denoiser(5, 8, 2, 12))
-    trainer.step(x0, noise, t)
-    counts = [ws.allocation_count for ws in (trainer.workspace, trainer.model.workspace)]
-    with unbuffered():
-        for _ in range(3):
-            trainer.step(x0[:, :40].copy(), noise[:, :40].copy(), t)
-    assert counts == [ws.allocation_count for ws in (trainer.workspace, trainer.model.workspace)]
+    model = d.Denoiser(5, 8, 2, 12)
+    model.loss(x0, noise, t)
+    model.backward()
+    model.error(x0, noise, t)
+    count = model.workspace.allocation_count
+    for _ in range(3):
+        model.loss(x0[:, :40].copy(), noise[:, :40].copy(), t)
+        model.backward()
+        model.error(x0[:, :40].copy(), noise[:, :40].copy(), t)
+    assert model.workspace.allocation_count == count
+
+
+def test_a_denoiser_hands_on_what_was_learned_before_and_learns_when_told():
+    x0, noise, t = noisy()
+    model = d.Denoiser(5, 8, 2, 12, strength=0.5, rng=np.random.default_rng(0))
+    first, second = (block.context for block in model.blocks)
+    model.loss(x0, noise, t)
+    assert second.incoming is None
+    learned = first.outgoing.copy()
+    assert np.any(learned)
+    for call in (model.error, partial(model.loss, learn=False)):
+        call(x0, noise, t)
+        assert np.array_equal(second.incoming, learned)
+        assert np.array_equal(first.outgoing, learned)
+    model.loss(x0, noise, t)
+    assert np.array_equal(second.incoming, learned)
+    assert not np.array_equal(first.outgoing, learned)
+
+
+def test_levels_that_change_after_the_loss_change_no_gradient():
+    x0, noise, t = noisy()
+    model = d.Denoiser(5, 8, 2, 12, rng=np.random.default_rng(0))
+    found = []
+    for later in (t.copy(), np.zeros_like(t)):
+        levels = t.copy()
+        model.loss(x0, noise, levels)
+        levels[:] = later
+        model.backward()
+        found.append({name: g.copy() for name, g in model.gradients().items()})
+    assert all(np.array_equal(g, found[1][name]) for name, g in found[0].items())
+    assert np.any(found[0]["out.weight"])
 
 
 def test_a_denoiser_names_what_is_wrong():
@@ -584,10 +628,19 @@ def test_a_denoiser_names_what_is_wrong():
         model.backward(noise)
     with pytest.raises(TypeError, match=r"^workspace: dict is no "):
         d.Denoiser(5, 8, 2, 12, workspace={})
-    with pytest.raises(ValueError, match=r"^floor: "):
-        d._Trainer(model, floor=0)
-    with pytest.raises(ValueError, match=r"^noise: "):
-        d._Trainer(model).step(x0, noise[:2].copy(), t)
+    for floor in (0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"^floor: "):
+            d.Denoiser(5, 8, 2, 12, floor=floor)
+    for call in (model.loss, model.error):
+        with pytest.raises(ValueError, match=r"^noise: "):
+            call(x0, noise[:2].copy(), t)
+        with pytest.raises(ValueError, match=r"^x0: "):
+            call(long, long, t)
+    model.forward(x0, t)
+    with pytest.raises(
+        RuntimeError, match=r"^backward: follows forward\(\), so grad_out is needed"
+    ):
+        model.backward()
 
 
 # What is refused, and tails

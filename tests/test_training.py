@@ -20,11 +20,11 @@ from threadpoolctl import threadpool_limits
 from ctxlab.measure import page_faults, traced_peak
 from ctxlab.models import optimiser, training
 from ctxlab.models.block import _FreshWorkspace
+from ctxlab.models.diffusion import Denoiser
 from ctxlab.models.language import LanguageModel, _language_model
 from ctxlab.models.training import (
     Settings,
     _draw,
-    _judge,
     _learning_rate,
     _previous,
     _proceed,
@@ -32,6 +32,7 @@ from ctxlab.models.training import (
     _Recall,
     _Run,
     _Text,
+    _Tokens,
     corpus,
     load_checkpoint,
     save_checkpoint,
@@ -204,8 +205,8 @@ def test_nothing_of_the_future_or_of_another_sequence_is_seen(rate):
 def test_validation_teaches_nothing():
     run = advanced(3)
     before = run.state_dict()
-    first = _judge(run.model, TEXT.judged_by(SHORT))
-    assert _judge(run.model, TEXT.judged_by(SHORT)) == first
+    first = TEXT.judge(run.model, SHORT)
+    assert TEXT.judge(run.model, SHORT) == first
     run.model.outputs(TEXT.valid[None, :8])
     after = run.state_dict()
     # What comes in is what had been learned: it is handed on before a pass, whoever asks for it.
@@ -730,11 +731,130 @@ def test_a_task_of_memory_runs_and_resumes(tmp_path):
     for other in (_Recall(4, 0.3), _Recall(3, 0.2), TEXT):
         with pytest.raises(ValueError, match="task is "):
             load_checkpoint(path, _Run(make(**small), other, SHORT))
-    judged = [np.stack(b) for b in task.judged_by(SHORT)]
+    judged = []
+
+    class Model:
+        def loss(self, *batch, learn):
+            judged.append(np.stack(batch))
+            assert not learn
+            return float(len(judged))
+
+    assert task.judge(Model(), SHORT) == np.mean(range(1, len(judged) + 1))
     assert len(judged) == SHORT.windows // SHORT.batch
     assert not any(
         np.array_equal(batch, task.batch(step, SHORT)) for batch in judged for step in range(1, 7)
     )
+
+
+# --- a denoiser in the same loop
+
+
+def denoiser(seed=0, **options):
+    options = dict(n_blocks=3, strength=0.5, max_len=8) | options
+    return Denoiser(5, 8, 2, 12, rng=np.random.default_rng(seed), **options)
+
+
+TOKENS = _Tokens(*np.split(np.random.default_rng(1).standard_normal((50, 5), np.float32), [30]))
+
+
+def test_a_denoiser_trains_and_resumes_to_the_bit(tmp_path):
+    path = tmp_path / "run.ckpt"
+    whole = train(denoiser(), TOKENS, SHORT, quiet=True)
+    train(denoiser(), TOKENS, SHORT, until=3, checkpoint=path, quiet=True)
+    resumed = train(denoiser(5), TOKENS, SHORT, resume=path, quiet=True)
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert len(whole.judged) == 3
+    assert len({error for _, error in whole.judged}) == 3
+
+
+def test_a_denoiser_in_the_loop_learns():
+    tokens = _Tokens(np.ones((40, 5), np.float32), np.ones((20, 5), np.float32))
+    changed = dict(steps=60, judge_every=60, lr=1e-2, windows=40)
+    run = _Run(denoiser(), tokens, Settings(**asdict(SHORT) | changed))
+    before = tokens.judge(run.model, run.settings)
+    assert _proceed(run, quiet=True).judged[-1][1] < 0.7 * before
+
+
+def test_a_judgement_of_a_denoiser_is_its_error_on_what_is_kept_away():
+    model, seen = denoiser(), []
+    x0, noise, t = TOKENS.questions(TOKENS.valid, SHORT)
+    model.error = lambda *batch: seen.append(batch) or 0.5
+    assert TOKENS.judge(model, SHORT) == 0.5
+    assert same(dict(enumerate(seen[0])), {0: x0, 1: noise, 2: t})
+    rows = {row.tobytes() for row in TOKENS.valid}
+    assert all(row.tobytes() in rows for row in x0.reshape(-1, 5))
+    assert sorted(t) == list(t)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: _Run(denoiser(n_blocks=2), TOKENS, SHORT),
+        lambda: _Run(denoiser(strength=None), TOKENS, SHORT),
+        lambda: _Run(denoiser(floor=0.1), TOKENS, SHORT),
+        lambda: _Run(denoiser(), _Tokens(TOKENS.train, TOKENS.train), SHORT),
+        lambda: _Run(denoiser(), TOKENS._replace(n_steps=999), SHORT),
+        new,
+    ],
+)
+def test_a_checkpoint_of_a_denoiser_fits_no_other_run(tmp_path, other):
+    path = tmp_path / "run.ckpt"
+    train(denoiser(), TOKENS, SHORT, until=2, checkpoint=path, quiet=True)
+    run = other()
+    before = run.state_dict()
+    with pytest.raises(ValueError, match=r"^state: is of (another run|no run, or of another kind)"):
+        load_checkpoint(path, run)
+    assert same(run.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "says"),
+    [
+        (_Tokens(TOKENS.train[:5], TOKENS.valid), ValueError, "tokens: 5 in train, needed at"),
+        (_Tokens(TOKENS.train, TOKENS.valid[:5]), ValueError, "tokens: 5 in valid, needed at"),
+        (_Tokens(TOKENS.train[0], TOKENS.valid), TypeError, "tokens: train is no table"),
+        (_Tokens(TOKENS.train, TOKENS.valid.astype(int)), TypeError, "tokens: valid is no table"),
+        (_Tokens(TOKENS.train, [[1.0]]), TypeError, "tokens: valid is no table"),
+    ],
+)
+def test_tokens_that_do_not_do(tokens, error, says):
+    with pytest.raises(error, match="^" + says):
+        _Run(denoiser(), tokens, SHORT)
+
+
+def test_a_denoiser_that_is_not_finite_names_its_layer():
+    model = denoiser()
+    model.parameters()["blocks.1.linear1.weight"][0, 0] = np.nan
+    model.parameters()["blocks.1.modulation.bias"][:] = 1  # all gates are open
+    with pytest.raises(FloatingPointError, match=r"is blocks\.1$"):
+        train(model, TOKENS, SHORT, quiet=True)
+
+
+# --- what watches a run
+
+
+def test_a_callback_sees_each_step_after_it_was_saved(tmp_path):
+    seen, path = [], tmp_path / "run"
+
+    def callback(run):
+        seen.append(run.step)
+        assert load_checkpoint(path, new(seed=9)).step == run.step
+
+    train(make(), TEXT, SHORT, checkpoint=path, save_every=1, callback=callback, quiet=True)
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_error_of_a_callback_passes_and_what_was_saved_stays(tmp_path):
+    path = tmp_path / "run"
+
+    def stop(run):
+        if run.step == 4:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match=r"^enough$"):
+        train(make(), TEXT, SHORT, checkpoint=path, save_every=1, callback=stop, quiet=True)
+    resumed = train(make(4), TEXT, SHORT, resume=path, quiet=True)
+    assert same(resumed.state_dict(), advanced(6).state_dict())
 
 
 # --- the optimiser

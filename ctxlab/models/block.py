@@ -878,12 +878,26 @@ class _Model(_Parametric):
     "Blocks in a row, and what surrounds them."
 
     blocks: Sequence[Block]
+    config: dict[str, Any]  # numbers that a checkpoint must agree with
     dim: int  # D
+    max_len: int  # longest sequence
     dtype: np.dtype
     update_rate: float  # of the contexts
 
     def _parts(self) -> dict[str, _Parametric]:
         return {block.name: block for block in self.blocks}
+
+    def loss(self, *batch: Any, **options: Any) -> float:
+        "One pass forward, for `backward()`."
+        raise NotImplementedError
+
+    def backward(self, grad_out: np.ndarray | None = None) -> None:
+        "Gradients of the last loss, into `gradients()`."
+        raise NotImplementedError
+
+    def last_outputs(self) -> dict[str, np.ndarray]:  # the last one has become its gradient
+        "What the layers gave in the last loss, until its backward pass."
+        return {} if self._saved is None else self._saved.outputs
 
     def _hand_on(self, learn: bool) -> None:
         "Give contexts what the one before them has learned; before anything of a batch is seen."

@@ -38,7 +38,6 @@ from ctxlab.models.layers import (
     layer_norm,
     linear,
 )
-from .optimiser import AdamW
 from ctxlab.models.transformer import (
     _attend,
     _attend_backward,
@@ -52,7 +51,13 @@ from ctxlab.models.transformer import (
     _SublayersKept,
     _transformer_shapes,
 )
-from ..reference import _check_array, _check_indices, _check_whole, apply_context
+from ctxlab.reference import (
+    _check_array,
+    _check_indices,
+    _check_shape,
+    _check_whole,
+    apply_context,
+)
 from ..workspace import Buffer, Requirement, Workspace, _Dim, _given_or_new, all_of, any_of
 
 # %% ../../nbs/models/05_diffusion.ipynb #058412a3
@@ -602,9 +607,12 @@ class _DenoiserPass:
     "What the denoiser's backward needs of a forward pass."
 
     rows: np.ndarray  # (N, features), the input
-    h: np.ndarray  # (N, D), output of the last block
-    signal: list[float]  # of each sequence, size of the signal in it
+    t: np.ndarray  # (B,), its noise levels
+    outputs: dict[str, np.ndarray]  # layer -> its output
     generation: int  # of the workspace
+    off: np.ndarray | None = (
+        None  # (B, S, features), predicted - noise; None: no loss was asked for
+    )
 
 # %% ../../nbs/models/05_diffusion.ipynb #e1a44c95
 class Denoiser(_Model):
@@ -624,10 +632,13 @@ class Denoiser(_Model):
         max_len: int = 1024,  # longest sequence, for the table of positions
         strength: float | None = None,  # where that of the contexts starts; None: without contexts
         update_rate: float = 0.01,  # of the contexts
+        floor: float = 0.05,  # a, of the loss; 1: all levels weigh the same
         rng: np.random.Generator | None = None,  # of the initial weights
         dtype: DTypeLike = np.float32,  # or float64
         workspace: Workspace | None = None,  # default: its own
     ):
+        if not 0 < floor <= 1:
+            raise ValueError(f"floor: {floor}, needed a share of the signal in (0, 1]")
         rng = np.random.default_rng() if rng is None else rng
         self.workspace = _given_or_new(workspace)
         self.update_rate = update_rate
@@ -645,7 +656,9 @@ class Denoiser(_Model):
         self.dim = dim
         self.dtype = np.dtype(dtype)
         self.n_steps = n_steps
+        self.max_len = max_len
         self.alpha_bar = cosine_schedule(n_steps)
+        self.weights = 1 / np.maximum(self.alpha_bar, floor)  # (T,), of the levels in the loss
         shapes = {
             "in.weight": (dim, features),
             "in.bias": (dim,),
@@ -655,6 +668,19 @@ class Denoiser(_Model):
         self._allocate(shapes, dtype, rng)
         self._parameters["out.weight"].fill(0)
         self._positions = _embeddings(max_len, dim, self.dtype)
+        self.config: dict[str, Any] = dict(  # numbers that a checkpoint must agree with
+            features=features,
+            dim=dim,
+            n_heads=n_heads,
+            ffn_dim=ffn_dim,
+            n_blocks=n_blocks,
+            n_steps=n_steps,
+            max_len=max_len,
+            floor=float(floor),
+            itemsize=self.dtype.itemsize,
+            with_contexts=int(strength is not None),
+            update_rate=float(update_rate),
+        )
 
     def forward(
         self,
@@ -665,106 +691,113 @@ class Denoiser(_Model):
         learn: bool = False,  # whether the contexts learn from this batch
     ) -> np.ndarray:  # (B, S, features), valid until the next forward pass
         "The noise in `x`."
-        x = _check_array("x", x, (3,), self.dtype)
-        most = len(self._positions)
-        if x.shape[2] != self.features or not 0 < x.shape[1] <= most or not len(x):
-            raise ValueError(
-                f"x: shape {x.shape}, needed (B, S, {self.features}) with S up to {most}, not empty"
-            )
-        _check_contiguous("x", x)
-        t = _check_levels(t, len(x), self.n_steps)
-        p, ws, rows = self._parameters, self.workspace, x.reshape(-1, self.features)
-        ws.next_generation()
-        self._saved = None
-        self._hand_on(learn)
-        h = ws.take("denoiser.in", (*x.shape[:2], self.dim), self.dtype)
+        x, t = self._check("x", x, t)
+        self._begin(learn)
         with unbuffered():
-            _linear_into(rows, p["in.weight"], p["in.bias"], h.reshape(len(rows), self.dim))
-            for sequence in h:
-                sequence += self._positions[: x.shape[1]]
-            for block in self.blocks:
-                h = block.forward(h, t, training=training)
-            h = h.reshape(len(rows), self.dim)
-            v = ws.take("denoiser.v", rows.shape, self.dtype)
-            _linear_into(h, p["out.weight"], p["out.bias"], v)
-            signal = [math.sqrt(self.alpha_bar[level]) for level in t]
-            if training:
-                self._saved = _DenoiserPass(rows, h, signal, ws.generation)
-            out = ws.take("denoiser.out", x.shape, self.dtype)
-            return _add_noise_into(v.reshape(x.shape), x, t, self.alpha_bar, out, ws)
-
-    def backward(self, grad_out: np.ndarray) -> None:  # (B, S, features)
-        "Gradients of all parameters, for `gradients()`. That of the input is not asked for."
-        last = self._last_pass()
-        _check_array("grad_out", grad_out, (3,), self.dtype)
-        if grad_out.size != last.rows.size or len(grad_out) != len(last.signal):
-            raise ValueError(f"grad_out: shape {grad_out.shape} is not that of x")
-        self._saved = None
-        p, g, ws = self._parameters, self._gradients, self.workspace
-        with unbuffered():
-            dv = ws.take("denoiser.dv", grad_out.shape, self.dtype)
-            for G, dV, a in zip(grad_out, dv, last.signal, strict=True):
-                np.multiply(G, a, out=dV)
-            dh = ws.take("denoiser.dh", last.h.shape, self.dtype)
-            _layer_backward(p, g, "out.", last.h, dv.reshape(last.rows.shape), dh)
-            dh = dh.reshape(*grad_out.shape[:2], self.dim)
-            for block in reversed(self.blocks):
-                dh = block.backward(dh)
-            _layer_backward(p, g, "in.", last.rows, dh.reshape(last.h.shape), None)
-
-# %% ../../nbs/models/05_diffusion.ipynb #c7f40d56
-class _Trainer:
-    "Adam on the weighted mean squared error of the predicted noise."
-
-    def __init__(
-        self,
-        model: Denoiser,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),  # of Adam
-        floor: float = 0.05,  # a; 1: no weights
-    ):
-        if not 0 < floor <= 1:
-            raise ValueError(f"floor: {floor}, needed a share of the signal in (0, 1]")
-        self.model = model
-        self.lr = lr
-        self.workspace = Workspace(growth="exact")
-        self.weights = [1 / max(a, floor) for a in model.alpha_bar]  # of the levels
-        self.optimiser = AdamW(model, betas=betas, workspace=self.workspace)
+            kept = self._predict(x, t, training)
+        if training:
+            self._saved = kept
+        return kept.outputs["out"]
 
     def error(
         self,
-        x0: np.ndarray,  # (B, S, features)
-        noise: np.ndarray,  # (B, S, features)
-        t: np.ndarray,  # (B,)
+        x0: np.ndarray,  # (B, S, features), data
+        noise: np.ndarray,  # (B, S, features), standard normal, that is added to it
+        t: np.ndarray,  # (B,) noise levels
+    ) -> float:
+        "Mean squared error of the prediction, all levels weighing the same; nothing is learned."
+        off = self._off(x0, noise, t, training=False, learn=False)[1].reshape(-1)
+        return float(np.dot(off, off)) / off.size
+
+    def loss(
+        self,
+        x0: np.ndarray,  # (B, S, features), data
+        noise: np.ndarray,  # (B, S, features), standard normal, that is added to it
+        t: np.ndarray,  # (B,) noise levels
         *,
-        learn: bool = False,  # whether the contexts learn, and backward may follow
-    ) -> tuple[float, np.ndarray]:  # error, and predicted - noise
-        "Mean squared error of the prediction, without weights."
+        learn: bool = True,  # whether the contexts learn from this batch
+    ) -> float:  # mean over the sequences
+        "The error with its weights, for `backward()`."
+        self._saved, off = self._off(x0, noise, t, True, learn)
+        squares = [np.dot(row, row) for row in off.reshape(len(off), -1)]
+        return float(np.dot(squares, self.weights[t])) / off.size
+
+    def backward(
+        self,
+        grad_out: np.ndarray | None = None,  # (B, S, features) dL/dout; None: of the last loss
+    ) -> None:
+        "Gradients of all parameters, for `gradients()`. That of the input is not asked for."
+        last = self._last_pass()
+        out, scales = last.outputs["out"], np.sqrt(self.alpha_bar[last.t])
+        if grad_out is not None:
+            _check_shape("grad_out", grad_out, out.shape, self.dtype)
+        elif last.off is None:
+            raise RuntimeError("backward: follows forward(), so grad_out is needed; or call loss()")
+        else:
+            grad_out, scales = last.off, scales * self.weights[last.t] * 2 / out.size
+        self._saved = None
+        p, g, ws = self._parameters, self._gradients, self.workspace
+        h = last.outputs[self.blocks[-1].name if self.blocks else "in"]
+        rows = h.reshape(-1, self.dim)
+        with unbuffered():
+            dv = ws.take("denoiser.dv", out.shape, self.dtype)
+            for G, dV, scale in zip(grad_out, dv, scales.tolist(), strict=True):
+                np.multiply(G, scale, out=dV)
+            dh = ws.take("denoiser.dh", rows.shape, self.dtype)
+            _layer_backward(p, g, "out.", rows, dv.reshape(last.rows.shape), dh)
+            dh = dh.reshape(h.shape)
+            for block in reversed(self.blocks):
+                dh = block.backward(dh)
+            _layer_backward(p, g, "in.", last.rows, dh.reshape(rows.shape), None)
+
+    # What surrounds them.
+
+    def _check(self, name: str, x: Any, t: Any) -> tuple[np.ndarray, np.ndarray]:
+        x = _check_array(name, x, (3,), self.dtype)
+        if x.shape[2] != self.features or not 0 < x.shape[1] <= self.max_len or not len(x):
+            raise ValueError(
+                f"{name}: shape {x.shape}, "
+                f"needed (B, S, {self.features}) with S up to {self.max_len}, not empty"
+            )
+        _check_contiguous(name, x)
+        return x, _check_levels(t, len(x), self.n_steps)
+
+    def _begin(self, learn: bool) -> None:
+        "Let go of what was; hand contexts on; begin a generation."
+        self._saved = None
+        self._hand_on(learn)
         self.workspace.next_generation()
-        noisy = self.workspace.take("trainer.noisy", x0.shape, x0.dtype)
-        _add_noise_into(x0, noise, t, self.model.alpha_bar, noisy, self.workspace)
-        off = self.model.forward(noisy, t, training=learn, learn=learn)
-        off -= noise
-        flat = off.reshape(-1)
-        return float(np.dot(flat, flat)) / off.size, off
 
-    def learn(
-        self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray
-    ) -> float:  # error, without the weights
-        "Gradients of the loss, in `model.gradients()`."
-        error, off = self.error(x0, noise, t, learn=True)
-        for sequence, level in zip(off, t, strict=True):
-            sequence *= 2 / off.size * self.weights[level]
-        self.model.backward(off)
-        return error
+    def _predict(self, x: np.ndarray, t: np.ndarray, training: bool) -> _DenoiserPass:
+        "Every layer in turn."
+        p, ws, rows = self._parameters, self.workspace, x.reshape(-1, self.features)
+        h = ws.take("denoiser.in", (*x.shape[:2], self.dim), self.dtype)
+        _linear_into(rows, p["in.weight"], p["in.bias"], h.reshape(len(rows), self.dim))
+        for sequence in h:
+            sequence += self._positions[: x.shape[1]]
+        outputs = {"in": h}
+        for block in self.blocks:
+            h = outputs[block.name] = block.forward(h, t, training=training)
+        v = ws.take("denoiser.v", x.shape, self.dtype)
+        _linear_into(h.reshape(-1, self.dim), p["out.weight"], p["out.bias"], v.reshape(rows.shape))
+        out = ws.take("denoiser.out", x.shape, self.dtype)
+        outputs["out"] = _add_noise_into(v, x, t, self.alpha_bar, out, ws)
+        return _DenoiserPass(rows, t.copy(), outputs, ws.generation)
 
-    def step(
-        self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray
-    ) -> float:  # error before the step
-        "One step of Adam."
-        error = self.learn(x0, noise, t)
-        self.optimiser.step(self.lr)
-        return error
+    def _off(
+        self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray, training: bool, learn: bool
+    ) -> tuple[_DenoiserPass, np.ndarray]:
+        "A pass over data with noise in it, and by how much the prediction is off."
+        x0, t = self._check("x0", x0, t)
+        _check_shape("noise", noise, x0.shape, self.dtype)
+        self._begin(learn)
+        with unbuffered():
+            noisy = self.workspace.take("denoiser.noisy", x0.shape, self.dtype)
+            _add_noise_into(x0, noise, t, self.alpha_bar, noisy, self.workspace)
+            kept = self._predict(noisy, t, training)
+            out = kept.outputs["out"]
+            kept.off = np.subtract(out, noise, out=out)
+        return kept, kept.off
 
 # %% ../../nbs/models/05_diffusion.ipynb #ecdd55f0
 def _ddim_step(

@@ -378,10 +378,6 @@ class LanguageModel(_Model):
         "The output of every layer, valid until the next pass; nothing is learned."
         return self._forward(self._check("ids", ids), learn=False).outputs
 
-    def last_outputs(self) -> dict[str, np.ndarray]:  # logits have become their gradient
-        "What the layers gave in the last loss, until its backward pass."
-        return {} if self._saved is None else self._saved.outputs
-
     def loss(
         self,
         ids: np.ndarray,  # (B, S) integers in [0, V)

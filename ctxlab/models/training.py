@@ -11,7 +11,7 @@ import io
 import lzma
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,14 +21,13 @@ import numpy as np
 
 from ..context import _frobenius
 from ..files import _link_or_copy, _whole_files
-from .block import _check_state, _Shapes, _under
-from .language import LanguageModel
+from .block import _check_state, _Model, _Shapes, _under
 from .layers import gradient_norm
 from .optimiser import AdamW
 from ..reference import _check_number, _check_whole
 
 # %% ../../nbs/models/09_training.ipynb #1a9627e4
-_Batch = tuple[np.ndarray, np.ndarray]  # ids and targets, (B, S) each
+_Batch = tuple[np.ndarray, ...]  # what a model's `loss` takes; ids and targets (B, S) for text
 
 
 class _Text(NamedTuple):
@@ -46,9 +45,9 @@ class _Text(NamedTuple):
         window = _draw(self.train, step, s.batch, s.seq_len, s.seed)
         return window[:, :-1], window[:, 1:]
 
-    def judged_by(self, s: "Settings") -> Iterator[_Batch]:
-        "Evenly spaced windows of what is held out, always the same ones."
-        return _evenly(self.valid, s.batch, s.seq_len, s.windows)
+    def judge(self, model: Any, s: "Settings") -> float:  # nats a token
+        "Mean loss of evenly spaced windows of what is held out, always the same ones."
+        return _mean_loss(model, _evenly(self.valid, s.batch, s.seq_len, s.windows))
 
     def fingerprint(self) -> int:
         "A number that differs when the text does."
@@ -128,9 +127,9 @@ def _evenly(
         yield window[:, :-1], window[:, 1:]
 
 
-def _judge(model: LanguageModel, batches: Iterable[_Batch]) -> float:  # nats a token
-    "Mean loss of batches of one size; nothing is learned."
-    losses = [model.loss(ids, targets, learn=False) for ids, targets in batches]
+def _mean_loss(model: Any, batches: Iterable[_Batch]) -> float:
+    "Of batches of one size; nothing is learned."
+    losses = [model.loss(*batch, learn=False) for batch in batches]
     return math.fsum(losses) / len(losses)
 
 # %% ../../nbs/models/09_training.ipynb #b0a44ab7
@@ -169,7 +168,9 @@ def _check_facts(state: Mapping[str, Any], facts: Mapping[str, float]) -> None:
         n for n in facts if np.shape(state.get(f"facts.{n}", "none")) or f"facts.{n}" not in state
     ]
     if missing:
-        raise ValueError(f"state: is of no run; there is no {', '.join(missing)}")
+        raise ValueError(
+            f"state: is of no run, or of another kind of model; there is no {', '.join(missing)}"
+        )
     there = {n: np.asarray(state[f"facts.{n}"]).item() for n in facts}
     wrong = [
         f"{n} is {there[n]} there, {here} here" for n, here in facts.items() if there[n] != here
@@ -187,8 +188,8 @@ class _Task(Protocol):
     def batch(self, step: int, s: Settings) -> _Batch:
         "What is learned from in one step, a function of its number and the seed."
 
-    def judged_by(self, s: Settings) -> Iterator[_Batch]:
-        "Batches that nothing is learned from."
+    def judge(self, model: Any, s: Settings) -> float:
+        "How well a model does on what nothing is learned from; less is better."
 
     def fingerprint(self) -> int:
         "A number that differs when the task does."
@@ -197,7 +198,7 @@ class _Task(Protocol):
 class _Run:
     "A training run: a model, a task, settings, and how far it has come."
 
-    def __init__(self, model: LanguageModel, task: "_Task", settings: Settings = Settings()):
+    def __init__(self, model: _Model, task: "_Task", settings: Settings = Settings()):
         if settings.seq_len > model.max_len:
             raise ValueError(
                 f"seq_len: {settings.seq_len}, max_len of the model is {model.max_len}"
@@ -226,13 +227,13 @@ class _Run:
         self.losses.append(loss)
         self.norms.append(norm)
         if step % s.judge_every == 0 or step == s.steps:
-            self.judged.append((step, _judge(self.model, self.task.judged_by(s))))
+            self.judged.append((step, self.task.judge(self.model, s)))
         return loss
 
-    def learn(self, step: int, ids: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+    def learn(self, step: int, *batch: np.ndarray) -> tuple[float, float]:
         "Loss, and norm of its gradient; a FloatingPointError if one is not finite."
         with np.errstate(over="ignore", invalid="ignore"):
-            loss = self.model.loss(ids, targets)
+            loss = self.model.loss(*batch)
             layer = _first_nonfinite(self.model.last_outputs())
             if layer or not math.isfinite(loss):
                 raise FloatingPointError(
@@ -256,7 +257,7 @@ class _Run:
 
     def facts(self) -> dict[str, float]:
         "What must be the same when a run resumes."
-        own = {"format": 2, "task": self.task.fingerprint()}
+        own = {"format": 3, "task": self.task.fingerprint()}
         return own | asdict(self.settings) | self.model.config
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -347,6 +348,7 @@ def _proceed(
     until: int | None = None,  # step to stop after; default: the last
     checkpoint: str | Path | None = None,  # where to save
     save_every: int = 100,  # steps; and at the end
+    callback: Callable[[_Run], Any] | None = None,  # as for `train`
     quiet: bool = False,  # no progress bar; there is none without a terminal anyway
 ) -> _Run:  # the same run, further on
     "Train, save now and then; a FloatingPointError names the step and the layer."
@@ -367,22 +369,85 @@ def _proceed(
             bar.update()
             if checkpoint is not None and (run.step % save_every == 0 or run.step == last):
                 save_checkpoint(checkpoint, run)
+            if callback is not None:
+                callback(run)
     return run
 
 # %% ../../nbs/models/09_training.ipynb #b8ef53a5
 def train(
-    model: LanguageModel,
+    model: _Model,  # a `LanguageModel` or a `Denoiser`
     task: _Task,  # as from `corpus`
     settings: Settings = Settings(),
     *,
+    until: int | None = None,  # step to stop after; default: the last
     resume: str | Path | None = None,  # a checkpoint to go on from
-    **options: Any,
-) -> _Run:  # as for `proceed`
-    "Train a model from the beginning, or from a checkpoint."
+    checkpoint: str | Path | None = None,  # where to save
+    save_every: int = 100,  # steps; and at the end
+    callback: Callable[[_Run], Any] | None = None,  # gets the run after each step
+    quiet: bool = False,  # no progress bar; there is none without a terminal anyway
+) -> _Run:
+    """Train a model from the beginning, or from a checkpoint, to the bit.
+
+    The run has `losses` and `norms` of each step, and `judged`, pairs of a step and how well the
+    model did. A FloatingPointError names the step and the layer where a number is not finite; an
+    error of `callback` passes through, and what was saved stays."""
     run = _Run(model, task, settings)
     if resume is not None:
         load_checkpoint(resume, run)
-    return _proceed(run, **options)
+    return _proceed(
+        run,
+        until=until,
+        checkpoint=checkpoint,
+        save_every=save_every,
+        callback=callback,
+        quiet=quiet,
+    )
+
+# %% ../../nbs/models/09_training.ipynb #a7c31e06
+class _Tokens(NamedTuple):
+    "Activations in which a denoiser learns to tell the noise, and others to be judged by."
+
+    train: np.ndarray  # (n, features), of the dtype of the model
+    valid: np.ndarray  # (m, features)
+    n_steps: int = 1000  # T, noise levels of the model
+
+    def check(self, s: Settings) -> None:
+        "An error that names a part that is no table of numbers, or too short for a window."
+        for name, data in (("train", self.train), ("valid", self.valid)):
+            if not isinstance(data, np.ndarray) or data.ndim != 2 or data.dtype.kind != "f":
+                raise TypeError(f"tokens: {name} is no table of floats, a token in each row")
+            if len(data) < s.seq_len:
+                raise ValueError(
+                    f"tokens: {len(data)} in {name}, needed at least seq_len = {s.seq_len}"
+                )
+
+    def draw(
+        self, tokens: np.ndarray, n: int, seq_len: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        "Windows (n, S, features), and noise for them."
+        starts = rng.integers(0, len(tokens) - seq_len + 1, n)
+        x0 = np.stack([tokens[i : i + seq_len] for i in starts])
+        return x0, rng.standard_normal(x0.shape).astype(x0.dtype)
+
+    def batch(self, step: int, s: Settings) -> _Batch:
+        "Windows, noise and levels of one step, a function of its number."
+        rng = np.random.default_rng((s.seed, step))
+        x0, noise = self.draw(self.train, s.batch, s.seq_len, rng)
+        return x0, noise, rng.integers(0, self.n_steps, s.batch)
+
+    def questions(self, tokens: np.ndarray, s: Settings) -> _Batch:
+        "Windows, noise, and levels that are spread evenly; the same for every model."
+        x0, noise = self.draw(tokens, s.windows, s.seq_len, np.random.default_rng(99))
+        return x0, noise, (np.arange(s.windows) * self.n_steps + self.n_steps // 2) // s.windows
+
+    def judge(self, model: Any, s: Settings) -> float:
+        "Mean squared error on what is kept away, all levels weighing the same."
+        error: float = model.error(*self.questions(self.valid, s))
+        return error
+
+    def fingerprint(self) -> int:
+        "Of tokens and levels."
+        return _fingerprint(self.train, self.valid, np.array(self.n_steps))
 
 # %% ../../nbs/models/09_training.ipynb #563a5de0
 @dataclass(frozen=True)
@@ -409,10 +474,10 @@ class _Recall:
         "As drawn for this step."
         return self.draw(np.random.default_rng((s.seed, step)), s.batch, s.seq_len)
 
-    def judged_by(self, s: Settings) -> Iterator[_Batch]:
-        "Sequences of a seed that no step has."
-        rng = np.random.default_rng((s.seed, 0))
-        return (self.draw(rng, s.batch, s.seq_len) for _ in range(max(s.windows // s.batch, 1)))
+    def judge(self, model: Any, s: Settings) -> float:  # nats a token
+        "Mean loss of sequences of a seed that no step has."
+        rng, rounds = np.random.default_rng((s.seed, 0)), max(s.windows // s.batch, 1)
+        return _mean_loss(model, (self.draw(rng, s.batch, s.seq_len) for _ in range(rounds)))
 
     def fingerprint(self) -> int:
         "Of its numbers."
