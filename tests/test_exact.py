@@ -18,7 +18,7 @@ import ctxlab
 from ctxlab.cli import main
 from ctxlab.data import InputError, load_pairs
 from ctxlab.reference import similarity
-from ctxlab.streaming import exact, reading
+from ctxlab.streaming import exact, reading, summary
 from ctxlab.streaming.null import noise_floor
 from ctxlab.streaming.reading import load_stats
 
@@ -242,7 +242,7 @@ def test_an_earlier_result_is_replaced(home):
 
 
 def test_figures_by_hand():
-    f = exact._figures_of(np.array([[3.0, 0.0], [4.0, 1.0]]), 1.0)
+    f = summary._figures_of(np.array([[3.0, 0.0], [4.0, 1.0]]), 1.0)
     assert f == dict(on=5**0.5, off=8**0.5, beyond=0.5)
 
 
@@ -251,7 +251,7 @@ def test_figures_by_hand():
 )
 def test_a_dot_is_the_strongest_of_its_block(dim, dots):
     a = np.random.default_rng(dim).standard_normal((dim, dim)).astype(np.float32)
-    got, step = exact._thinned(a, dots), -(-dim // dots)
+    got, step = summary._thinned(a, dots), -(-dim // dots)
     assert len(got) <= dots
     for i, row in enumerate(got):
         for j, value in enumerate(row):
@@ -262,14 +262,14 @@ def test_a_dot_is_the_strongest_of_its_block(dim, dots):
 
 @pytest.mark.parametrize("context", [np.zeros((3, 3)), np.eye(1), np.eye(1200, dtype=np.float32)])
 def test_pictures_of_extremes(context):
-    assert exact._picture(context, 5, 0.5).startswith(b"\x89PNG")
+    assert summary._picture(context, 5, 0.5).startswith(b"\x89PNG")
 
 
 def test_a_picture_leaves_the_plotting_state_alone():
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    exact._picture(np.eye(4), 5, 0.5)
+    summary._picture(np.eye(4), 5, 0.5)
     assert dict(mpl.rcParams) == before
 
 
@@ -532,7 +532,7 @@ def test_a_failure_while_writing_keeps_everything(home, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exact, "_picture", full)
+    monkeypatch.setattr(summary, "_picture", full)
     with pytest.raises(
         (InputError, OSError), match=r"No space left on device; .* --resume goes on"
     ):

@@ -874,7 +874,7 @@ def _under(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
     return {n.removeprefix(prefix): a for n, a in named.items() if n.startswith(prefix)}
 
 
-class _Model(_Parametric):
+class _Model(_Parametric, metaclass=ABCMeta):
     "Blocks in a row, and what surrounds them."
 
     blocks: Sequence[Block]
@@ -887,13 +887,13 @@ class _Model(_Parametric):
     def _parts(self) -> dict[str, _Parametric]:
         return {block.name: block for block in self.blocks}
 
+    @abstractmethod
     def loss(self, *batch: Any, **options: Any) -> float:
         "One pass forward, for `backward()`."
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, grad_out: np.ndarray | None = None) -> None:
         "Gradients of the last loss, into `gradients()`."
-        raise NotImplementedError
 
     def last_outputs(self) -> dict[str, np.ndarray]:  # the last one has become its gradient
         "What the layers gave in the last loss, until its backward pass."

@@ -5,6 +5,7 @@ from ctxlab.streaming import exact as exact
 from ctxlab.streaming import moments as moments
 from ctxlab.streaming import null as null
 from ctxlab.streaming import reading as reading
+from ctxlab.streaming import summary as summary
 from ctxlab.streaming.distributed import local_workers as local_workers
 from ctxlab.streaming.distributed import stream_distributed as stream_distributed
 from ctxlab.streaming.moments import ContextStats as ContextStats

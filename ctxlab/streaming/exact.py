@@ -7,13 +7,12 @@ __all__ = []
 
 # %% ../../nbs/streaming/05_exact.ipynb #96d393ff
 import argparse
-import json
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -283,148 +282,6 @@ def _about(args: argparse.Namespace, listed: Sequence["Shard"], seconds: float) 
         files=files,
     )
 
-# %% ../../nbs/streaming/05_exact.ipynb #4a0126e7
-def _result_arrays(stats: "ContextStats", about: Mapping[str, Any]) -> dict[str, Any]:
-    "What goes into the file: arrays by name."
-    import numpy as np
-
-    from ctxlab.streaming.moments import _means_and_spreads
-    from ctxlab.streaming.null import noise_floor
-
-    numbers = dict(
-        count=stats.count,
-        dim=stats.dim,
-        nonfinite_x=stats.nonfinite_x,
-        nonfinite_y=stats.nonfinite_y,
-        noise_floor=noise_floor(stats.count),
-    )
-    constant = dict(constant_x=stats.constant_x, constant_y=stats.constant_y)
-    result: dict[str, Any] = dict(context=stats.similarity(), about=json.dumps(about))
-    result |= _means_and_spreads(stats) | constant | numbers
-    return {name: np.asarray(a) for name, a in result.items()}
-
-# %% ../../nbs/streaming/05_exact.ipynb #a19d0501
-def _figures_of(context, floor: float) -> dict[str, float]:
-    "Root mean squares on and off the diagonal, and the share of entries beyond two noise floors."
-    D = len(context)
-    squares = context.astype("float64") ** 2
-    on = float(squares.trace())
-    off = max(float(squares.sum()) - on, 0.0)
-    return dict(
-        on=(on / D) ** 0.5,
-        off=(off / (D * D - D)) ** 0.5 if D > 1 else float("nan"),
-        beyond=float((squares > 4 * floor * floor).mean()),
-    )
-
-
-def _without_variance(stats: "ContextStats") -> str:
-    "How many features are constant, and the first of them."
-    told = []
-    for name, constant in (("x", stats.constant_x), ("y", stats.constant_y)):
-        which = constant.nonzero()[0]
-        first = f" (the first is feature {which[0]})" if len(which) else ""
-        told.append(f"{len(which):,} in {name}{first}")
-    return ", ".join(told)
-
-# %% ../../nbs/streaming/05_exact.ipynb #e64b4c0d
-def _summary(
-    stats: "ContextStats",
-    context,  # (D, D) its similarity
-    shards: int,
-    seconds: float,
-    layer: int = 0,  # of `hidden`; 0: there is none
-) -> str:
-    "The table that the command prints."
-    from ctxlab.streaming.null import noise_floor
-
-    floor = noise_floor(stats.count)
-    f = _figures_of(context, floor)
-
-    def times(value: float) -> str:
-        return f"{value:.4f}, {value / floor:.1f} times the noise floor"
-
-    rows = {
-        "rows": f"{stats.count:,} in {shards} shard{'' if shards == 1 else 's'}",
-        "features": f"{stats.dim}, {stats.dtype}",
-        "layer": f"{layer}, from hidden[{layer - 1}] to hidden[{layer}]",
-        "noise floor": f"{floor:.4f}",
-        "rms off the diagonal": (
-            times(f["off"]) if len(context) > 1 else "there is one feature only"
-        ),
-        "rms on the diagonal": times(f["on"]),
-        "beyond 2 noise floors": (
-            f"{f['beyond']:.1%} of all entries (of independent rows 4.6% by chance)"
-        ),
-        "without variance": _without_variance(stats),
-        "not finite, taken as 0": f"{stats.nonfinite_x:,} in x, {stats.nonfinite_y:,} in y",
-        "time": f"{seconds:.1f} s",
-    }
-    if not layer:
-        del rows["layer"]
-    return "\n".join(f"{name:24}{value}" for name, value in rows.items())
-
-# %% ../../nbs/streaming/05_exact.ipynb #371fc7c3
-_DOTS = 512  # in a picture, along a side
-
-
-def _thinned(context, dots: int = _DOTS):  # (D, D) -> (at most dots, at most dots)
-    "Of each block the entry that is farthest from 0."
-    import numpy as np
-
-    step = -(-len(context) // dots)
-    if step == 1:
-        return context
-    starts = np.arange(0, len(context), step)
-    out = np.empty((len(starts), len(starts)), context.dtype)
-    for row, start in zip(out, starts, strict=True):
-        part = context[start : start + step]
-        high = np.maximum.reduceat(part.max(axis=0), starts)
-        low = np.minimum.reduceat(part.min(axis=0), starts)
-        row[...] = np.where(high >= -low, high, low)
-    return out
-
-# %% ../../nbs/streaming/05_exact.ipynb #1840ed14
-def _picture(context, count: int, floor: float) -> bytes:  # PNG
-    "The matrix as a heat map; colours are symmetric about 0, and the strongest 0.5 % may saturate."
-    from io import BytesIO
-
-    import matplotlib.style
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    D = len(context)
-    shown = _thinned(context)
-    top = float(np.abs(shown).max())
-    limit = min(max(float(np.quantile(np.abs(shown), 0.995)), 3 * floor), 1.0)
-    step = -(-D // len(shown))
-    dots = f" (each dot: strongest of {step} x {step})" if step > 1 else ""
-    with matplotlib.style.context("ctxlab.notebook"):
-        figure = Figure(figsize=(7, 6))
-        ax = figure.subplots()
-        image = ax.imshow(
-            shown,
-            cmap="RdBu_r",
-            vmin=-limit,
-            vmax=limit,
-            extent=(0, D, D, 0),
-            interpolation="nearest",
-        )
-        ax.set(
-            title=f"Exact context of {count:,} rows",
-            xlabel=f"feature of y{dots}",
-            ylabel="feature of x",
-        )
-        ax.grid(False)
-        bar = figure.colorbar(
-            image, ax=ax, extend="both" if top > limit else "neither", shrink=0.85
-        )
-        bar.set_label(f"similarity, tanh of correlation (noise floor {floor:.2g})")
-        buffer = BytesIO()
-        figure.savefig(
-            buffer, format="png", dpi=144, bbox_inches="tight", metadata={"Software": None}
-        )
-    return buffer.getvalue()
-
 # %% ../../nbs/streaming/05_exact.ipynb #f4bc97e2
 def _stats(args: argparse.Namespace, listed: list["Shard"], checkpoint: Path) -> "ContextStats":
     "The statistics, here or on workers; each error is an InputError of one line."
@@ -467,6 +324,8 @@ def _hinting(checkpoint: Path) -> Iterator[None]:
 # %% ../../nbs/streaming/05_exact.ipynb #6796bf0e
 def _run(args: argparse.Namespace) -> int:  # exit code
     "The command `context`."
+    from ctxlab.streaming.summary import _picture, _result_arrays, _summary
+
     from ctxlab.files import _whole_files
     from ctxlab.streaming.reading import _write_npz
 
