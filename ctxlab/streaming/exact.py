@@ -324,10 +324,9 @@ def _hinting(checkpoint: Path) -> Iterator[None]:
 # %% ../../nbs/streaming/05_exact.ipynb #6796bf0e
 def _run(args: argparse.Namespace) -> int:  # exit code
     "The command `context`."
-    from ctxlab.streaming.summary import _picture, _result_arrays, _summary
-
     from ctxlab.files import _whole_files
     from ctxlab.streaming.reading import _write_npz
+    from ctxlab.streaming.summary import _picture, _result_arrays, _summary
 
     start = time.perf_counter()
     out, image, checkpoint = _places(args)
