@@ -165,9 +165,8 @@ def _add_bench(commands: Any) -> None:
     p = commands.add_parser(
         "bench",
         help="time the hot paths rung by rung, in units of one bare matrix product",
-        description="Check every rung against the reference, then time all of them in turn. Where "
-        "PyTorch is "
-        "installed, it is timed as well, with one thread each.",
+        description="Check every rung against the reference, then time all of them in turn. Then "
+        "PyTorch, JAX, numexpr and numba, where they are installed: one thread, and all cores.",
     )
     p.add_argument(
         "--rows",
@@ -180,7 +179,13 @@ def _add_bench(commands: Any) -> None:
         "--dim", type=exact._whole, default=768, metavar="D", help="width (default: 768)"
     )
     p.add_argument(
-        "--seconds", type=_seconds, default=15.0, help="time for each table (default: 15)"
+        "--seconds",
+        type=_seconds,
+        default=15.0,
+        help="time for the ladder, and for each path beside other libraries (default: 15)",
+    )
+    p.add_argument(
+        "--no-peers", action="store_true", help="leave out the other libraries that are installed"
     )
     p.add_argument(
         "--calibrate",
@@ -542,7 +547,7 @@ def _bench(args: argparse.Namespace) -> int:  # exit code
     "The benchmark tables."
     if args.calibrate:
         return _error_rates(args)
-    from ctxlab.audit.ladder import _against_torch, _benchmark_table, _climb, _inputs
+    from ctxlab.audit.ladder import _benchmark_table, _climb, _inputs
     from ctxlab.measure import machine, machine_line
 
     data = _inputs(args.rows, args.dim, args.seed)
@@ -555,13 +560,42 @@ def _bench(args: argparse.Namespace) -> int:  # exit code
             _benchmark_table(_climb(data, budget=args.seconds, seed=args.seed)),
             flush=True,
         )
-        peer = _against_torch(data, budget=args.seconds, seed=args.seed)
-    print(
-        "\nPyTorch is not installed, so there is nothing to compare with."
-        if peer is None
-        else f"\nbeside PyTorch, one thread each\n\n{_benchmark_table(peer)}"
-    )
+    if not args.no_peers:
+        _beside_peers(args)
     return 0
+
+
+def _beside_peers(args: argparse.Namespace) -> None:
+    "The paths beside other libraries, each in processes of its own."
+    from tqdm import tqdm
+
+    from ctxlab.audit.ladder import _PATHS
+    from ctxlab.audit.peers import _beside, _peers, _peers_table
+    from ctxlab.workers import _usable_cores
+
+    found = _peers()
+    for peer in found:
+        print(f"\n{peer.name} {peer.version or 'cannot be used: ' + peer.problem}", end="")
+    usable = [peer.name for peer in found if peer.version]
+    if not usable:
+        print("\nNo other library to compare with is here; pip install 'ctxlab[peers]'")
+        return
+    counts = [args.threads] if args.threads else sorted({1, len(_usable_cores())})
+    runs = [(path, threads) for threads in counts for path in _PATHS]
+    rows = [
+        _beside(
+            path,
+            usable,
+            args.rows,
+            args.dim,
+            threads=threads,
+            seconds=args.seconds,
+            seed=args.seed,
+        )
+        for path, threads in tqdm(runs, desc="peers", leave=False, disable=None)
+    ]
+    print("\n\nour time in units of theirs, each in processes of its own\n")
+    print(_peers_table(rows))
 
 # %% ../nbs/10_cli.ipynb #95b2c694
 def _compare(args: argparse.Namespace) -> int:  # exit code

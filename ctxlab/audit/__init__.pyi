@@ -5,6 +5,7 @@ from ctxlab.audit import claims as claims
 from ctxlab.audit import growth as growth
 from ctxlab.audit import ladder as ladder
 from ctxlab.audit import original as original
+from ctxlab.audit import peers as peers
 from ctxlab.audit import report as report
 from ctxlab.audit import rust as rust
 from ctxlab.audit import trials as trials

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from .original import _backward, _forward, _update, _update_step
 from ..context import SharedAttentionContext
@@ -21,7 +20,6 @@ from ctxlab.reference import (
     apply_context,
     apply_context_vjp,
     ema,
-    sample_rows,
     similarity,
     similarity_step,
 )
@@ -206,81 +204,16 @@ def _work(path: str, S: int, D: int) -> tuple[float, float]:  # operations, byte
         "step update": (5 * D**2, 4 * (2 * D + 2 * D**2)),
     }[path]
 
-# %% ../../nbs/audit/02_ladder.ipynb #71509492
-def _torch_calls(
-    data: _Inputs,
-) -> dict[str, Callable[[], Any]]:  # path -> call; empty where PyTorch is missing
-    "The four paths in eager PyTorch."
-    try:
-        import torch
-    except ImportError:
-        return {}
-    X, Y, G, C = map(torch.from_numpy, data[:4])
-    D, rows = len(C), torch.from_numpy(sample_rows(len(X)))
-    scale, out, T, learned = (
-        data.s / D,
-        torch.empty_like(X),
-        torch.empty_like(X),
-        [torch.zeros_like(C) for _ in range(2)],
-    )
-
-    def unit(a: Any, dim: int) -> Any:  # centred, and divided by the norm
-        a = a - a.mean(dim, keepdim=True)
-        norm = torch.linalg.vector_norm(a, dim=dim, keepdim=True)
-        return a.div_(torch.where(norm > 0, norm, 1))
-
-    def apply() -> np.ndarray:
-        return torch.addmm(X, X, C, alpha=scale, out=out).numpy()
-
-    def backward() -> tuple[np.ndarray, float]:
-        torch.mm(G, C.T, out=T)
-        grad_s = torch.dot(T.view(-1), X.view(-1)).item() / D
-        return torch.add(G, T, alpha=scale, out=T).numpy(), grad_s
-
-    def update() -> np.ndarray:
-        return (
-            learned[0].lerp_(torch.mm(unit(X[rows], 0).T, unit(Y[rows], 0)).tanh_(), _RATE).numpy()
-        )
-
-    def step() -> np.ndarray:
-        return learned[1].lerp_(torch.outer(unit(X[0], 0), unit(Y[0], 0)).tanh_(), _RATE).numpy()
-
-    return {
-        path: torch.inference_mode()(call)
-        for path, call in zip(_PATHS, (apply, backward, update, step), strict=True)
-    }
-
-# %% ../../nbs/audit/02_ladder.ipynb #8b2ef47e
-def _against_torch(
-    data: _Inputs, *, budget: float = 10.0, seed: int = 0
-) -> _Ratios | None:  # None where PyTorch is missing
-    """The last rung beside PyTorch, one thread each. Limits BLAS and PyTorch to one thread for the
-    rest of the process.
-    """
-    peer, own = _torch_calls(data), _context_calls(data)
-    if not peer:
-        return None
-    import torch
-
-    torch.set_num_threads(1)
-    threadpool_limits(1, user_api="blas")
-    return _climb(
-        data,
-        {path: {"less work": own[path], "PyTorch": peer[path]} for path in _PATHS},
-        budget=budget,
-        seed=seed,
-    )
-
 # %% ../../nbs/audit/02_ladder.ipynb #c29e0ee0
 def _benchmark_table(ratios: _Ratios) -> str:
-    "The ratios as a table for a terminal: medians, and for the last rung and PyTorch the interval."
-    columns = [r for r in (*_RUNGS, "PyTorch") if ("apply", r) in ratios]
+    "The ratios as a table for a terminal: medians, and for the last rung the interval."
+    columns = [r for r in _RUNGS if ("apply", r) in ratios]
 
     def cell(path: str, rung: str) -> str:
         r = ratios[path, rung]
         return (
             f"{r.median:.2f} [{r.low:.2f}, {r.high:.2f}]"
-            if rung in ("less work", "PyTorch")
+            if rung == "less work"
             else f"{r.median:.2f}"
         )
 
