@@ -328,16 +328,34 @@ def gemm(
 
     The plain product (alpha 1, beta 0) is `np.matmul`, and heeds `np.errstate` as that does. With
     other factors there is neither a warning nor a FloatingPointError, whatever it says."""
-    a, b = _check_factors(a, b)
-    c = check_out(out, (a.shape[0], b.shape[1]), a.dtype, {"a": a, "b": b})
-    if not blas_layout(c):
-        raise _needs_copy("out", c)
+    if _are_usual(a, b, out):
+        c = out
+    else:
+        a, b = _check_factors(a, b)
+        c = check_out(out, (a.shape[0], b.shape[1]), a.dtype, {"a": a, "b": b})
+        if not blas_layout(c):
+            raise _needs_copy("out", c)
     alpha, beta = _number("alpha", alpha, c.dtype), _number("beta", beta, c.dtype)
     if alpha == 1 and beta == 0:
         np.matmul(a, b, out=c)
     elif c.size:
         _gemm(a, b, c, alpha, beta)
     return out
+
+
+def _are_usual(a: object, b: object, out: object) -> bool:
+    "Whether the checks of `gemm` pass, told cheaply for the usual arrays; False for all others."
+    if not type(a) is type(b) is type(out) is np.ndarray:
+        return False
+    dtype, lies, put = out.dtype, b.flags, a.flags
+    if a.dtype is not dtype or b.dtype is not dtype or dtype not in _REALS:
+        return False
+    if not (out.flags.carray and put.c_contiguous and put.aligned and lies.aligned):
+        return False
+    if not (lies.c_contiguous or lies.f_contiguous) or a.ndim != 2 or b.ndim != 2:
+        return False
+    fits = a.shape[1] == b.shape[0] and out.shape == (a.shape[0], b.shape[1])
+    return fits and not (np.may_share_memory(a, out) or np.may_share_memory(b, out))
 
 
 def _gemm(a: np.ndarray, b: np.ndarray, c: np.ndarray, alpha: float, beta: float) -> None:

@@ -312,6 +312,14 @@ def test_interleaved_panels_of_one_buffer_are_no_overlap(beta):
     assert np.array_equal(buffer[:, :12], kept)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.float16, np.longdouble, np.complex128, bool, ">f4"])
+def test_another_dtype_is_refused_where_all_three_have_it(dtype):
+    out = np.zeros((2, 2), dtype)
+    with pytest.raises(TypeError, match=r"^a: .* is not supported here; use float32 or float64"):
+        gemm(np.ones((2, 2), dtype), np.ones((2, 2), dtype), out)
+    assert not out.any()
+
+
 def test_a_matrix_times_itself_is_allowed():
     assert_product(A, A, np.empty_like(A), 1, 0)
     assert_product(A, A.T, np.empty_like(A), 1, 0)

@@ -62,7 +62,14 @@ def test_each_requirement_names_its_lowest_version(kind):
         assert re.fullmatch(r"[\w.-]+(\[[\w,]+\])?>=\d+(\.\d+)+", entry), entry
 
 
-OPTIONAL = {"torch", "jax", "numexpr", "numba", "shtab", "memray"}  # of the extras: imported where they are used
+OPTIONAL = {
+    "torch",
+    "jax",
+    "numexpr",
+    "numba",
+    "shtab",
+    "memray",
+}  # of the extras: imported where they are used
 
 
 def imported(tree):
