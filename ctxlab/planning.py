@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .reference import _check_number
 from .workspace import Workspace, _ask, _check_request, _Lease, _Lifetime, _Plan, _rounded
 
 # %% ../nbs/06a_planning.ipynb #06a00008
@@ -137,6 +138,32 @@ def _search(items: list[_Item], meets: list[list[int]], known: _Packing, bound: 
     extend({}, 0)
     return best
 
+# %% ../nbs/06a_planning.ipynb #06a0e102
+def _solved(items: list[_Item], meets: list[list[int]], seconds: float) -> _Packing:
+    "The packing that omnimalloc finds in about so many seconds."
+    try:
+        from omnimalloc import Allocation, allocate
+        from omnimalloc.allocators import SupermallocAllocator
+    except ImportError:
+        raise ImportError(
+            "seconds: needs omnimalloc; run pip install 'ctxlab[planning]', or leave it at 0"
+        ) from None
+    asked = [Allocation(id=i, size=n, start=a, end=b + 1) for i, n, a, b in items if n]
+    found = {a.id: a.offset for a in allocate(asked, SupermallocAllocator(timeout=seconds))}
+    starts = {item.number: found.get(item.number) or 0 for item in items}
+    spans = {i: (starts[i], starts[i] + size) for i, size, *_ in items}
+    for i, start in starts.items():
+        if start < 0 or start != _rounded(start) or not _apart(i, meets, spans):
+            raise RuntimeError("seconds: omnimalloc gave a packing in which buffers do not fit")
+    return max((end for _, end in spans.values()), default=0), spans
+
+
+def _apart(i: int, meets: list[list[int]], spans: Mapping[int, tuple[int, int]]) -> bool:
+    "Whether an item lies apart from all that are alive with it."
+    start, end = spans[i]
+    others = (spans[j] for j in meets[i] if j != i)
+    return all(end <= low or start >= high for low, high in others)
+
 # %% ../nbs/06a_planning.ipynb #ca6a5b90
 def _check_lifetime(name: str, request: Any) -> _Lifetime:
     try:
@@ -161,8 +188,14 @@ def _check_lifetime(name: str, request: Any) -> _Lifetime:
 def plan(
     requests: Mapping[str, tuple[Any, ...]],  # name -> (shape, dtype, first, last)
     order: str | None = None,  # 'size', 'breadth' or 'length'; None: the best of all
+    *,
+    seconds: float = 0.0,  # to look for a better one than these; needs the extra `planning`
 ) -> _Plan:
-    "Pack buffers into one arena by their lifetimes (Pisarchyk and Lee 2020, arXiv:2001.03288)."
+    """Pack buffers into one arena by their lifetimes (Pisarchyk and Lee 2020, arXiv:2001.03288).
+
+    `gap` of the result says how far it is above the bound that no packing can beat. With
+    `seconds`, and unless that bound is reached, the solver of omnimalloc searches on."""
+    seconds = _check_number("seconds", seconds, least=0)
     if order is not None and (not isinstance(order, str) or order not in _ORDERS):
         raise ValueError(f"order: {order!r}, needed one of {', '.join(map(repr, _ORDERS))}")
     checked = {name: _check_lifetime(name, r) for name, r in requests.items()}
@@ -176,6 +209,8 @@ def plan(
     best = min(packings, key=operator.itemgetter(0))
     if order is None and len(items) <= _EXACT:  # few enough for the optimum
         best = _search(items, meets, best, bound)
+    if seconds and best[0] > bound:
+        best = min(best, _solved(items, meets, seconds), key=operator.itemgetter(0))
     nbytes, spans = best
     offsets = {name: spans[i][0] for i, name in enumerate(checked)}
     return _Plan(checked, offsets, nbytes, bound)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -181,6 +182,68 @@ def test_plans_of_little():
 def test_bad_requests_are_named_by_the_planner(request_, error, match):
     with pytest.raises(error, match=match):
         plan({"fine": ((3,), f4, 0, 1), "x": request_})
+
+
+def hard(seed, n=30):
+    "Requests that no order packs to the bound, mostly."
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, 40, n)
+    last = first + rng.integers(1, 15, n)
+    sizes = rng.integers(1, 30, n) * 64
+    rows = zip(sizes.tolist(), first.tolist(), last.tolist(), strict=True)
+    return {f"r{i}": ((size,), u1, a, b) for i, (size, a, b) in enumerate(rows)}
+
+
+HARD = next(requests for requests in map(hard, range(50)) if plan(requests).gap)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_solver_is_at_least_as_good_as_the_orders(seed):
+    pytest.importorskip("omnimalloc")
+    requests = hard(seed)
+    quick, slow = plan(requests), plan(requests, seconds=0.5)
+    assert quick.bound <= slow.nbytes <= quick.nbytes
+    assert slow.gap <= quick.gap
+    assert_valid(slow, requests)
+
+
+def test_a_solver_finds_what_the_orders_do_not():
+    pytest.importorskip("omnimalloc")
+    gains = [plan(hard(s)).nbytes - plan(hard(s), seconds=0.5).nbytes for s in range(6)]
+    assert max(gains) > 0
+
+
+def test_buffers_of_no_size_need_no_solver():
+    pytest.importorskip("omnimalloc")
+    requests = hard(1) | {"nothing": ((0, 3), f4, 0, 50)}
+    assert_valid(plan(requests, seconds=0.1), requests)
+
+
+@pytest.mark.parametrize("shift", [lambda a: 0, lambda a: a.offset + 1, lambda a: a.offset - 2**30])
+def test_a_packing_in_which_buffers_do_not_fit_is_refused(monkeypatch, shift):
+    omnimalloc = pytest.importorskip("omnimalloc")
+    honest = omnimalloc.allocate
+
+    def lying(asked, solver):
+        return [a.with_offset(max(shift(a), 0)) for a in honest(asked, "greedy")]
+
+    monkeypatch.setattr(omnimalloc, "allocate", lying)
+    with pytest.raises(RuntimeError, match=r"^seconds: omnimalloc gave a packing in which"):
+        plan(HARD, seconds=0.1)
+
+
+def test_a_solver_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "omnimalloc", None)
+    with pytest.raises(ImportError, match=r"^seconds: needs omnimalloc; run pip install"):
+        plan(HARD, seconds=1)
+    chain = {"a": ((64,), u1, 0, 1), "b": ((64,), u1, 1, 2)}
+    assert plan(chain, seconds=1).gap == 0  # the bound is reached, so nobody is asked
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), "long", None])
+def test_bad_seconds_are_refused(seconds):
+    with pytest.raises((TypeError, ValueError), match=r"^seconds: "):
+        plan(HARD, seconds=seconds)
 
 
 def test_bad_orders_and_names_are_refused():
