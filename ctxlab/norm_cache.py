@@ -6,12 +6,12 @@
 __all__ = ['Recompute', 'PlainFlag', 'EarlyFlag', 'LockedFlag', 'VersionCounter', 'PerThread', 'DerivedValue']
 
 # %% ../nbs/09_norm_cache.ipynb #a8ad5f16
-import inspect
 import math
 import sys
 import sysconfig
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -297,26 +297,35 @@ class DerivedValue(_Cached[_T]):
                 f"{self._attribute}: {type(instance).__name__} has no __dict__ to keep the value in"
             )
         name = f"_derived_{self._attribute}"
-        found: DerivedValue[_T] = kept.get(name) or kept.setdefault(
-            name, _Attribute(self, instance)
-        )
-        return found
+        found = kept.get(name)
+        if found is None or found.owner() is not instance:
+            with _MAKING:  # of several first readers one makes it
+                found = kept.get(name)
+                if found is None or found.owner() is not instance:
+                    found = kept[name] = _Attribute(self, instance)
+        value: DerivedValue[_T] = found.value
+        return value
 
 # %% ../nbs/09_norm_cache.ipynb #32992a00
-class _Attribute(DerivedValue[_T]):
-    "The value of one instance, for a `DerivedValue` of its class."
+_MAKING = threading.Lock()
 
-    def __init__(self, declared: DerivedValue[_T], instance: Any):
-        compute: Callable[..., _T] = declared._compute._compute
-        super().__init__(partial(compute, instance), once=declared._once)
-        self._place = instance, declared._attribute
+
+class _Attribute:
+    """What an instance keeps for an attribute. It does not keep the instance alive.
+
+    A shallow copy of the instance finds what the original keeps, and a deep copy or a pickle finds
+    one that is nobody's. Both make their own when the attribute is read.
+    """
+
+    def __init__(self, declared: DerivedValue[Any] | None = None, instance: Any = None):
+        self.owner: Callable[[], Any] = _nothing
+        if declared is not None:
+            compute: Callable[..., Any] = declared._compute._compute
+            self.owner = owner = weakref.ref(instance)
+            self.value = DerivedValue(lambda: compute(owner()), once=declared._once)
 
     def __reduce__(self) -> Any:
-        return _attribute, self._place
-
-
-def _attribute(instance: Any, name: str) -> Any:  # for `copy` and `pickle`
-    return _Attribute(inspect.getattr_static(type(instance), name), instance)
+        return _Attribute, ()
 
 # %% ../nbs/09_norm_cache.ipynb #59089d75
 _VARIANTS: dict[str, Callable[[Callable[[], Any]], _Cached[Any]]] = {

@@ -1,6 +1,7 @@
 """Caches of one value: what they promise, in every order, and what breaks two of them."""
 
 import copy
+import gc
 import math
 import pickle
 import sys
@@ -631,6 +632,60 @@ def test_the_value_of_a_copied_object_is_that_of_the_copy(duplicate):
     other.twice.invalidate()
     assert (other.norm, other.twice.get()) == (4.0, 8.0)
     assert (layer.norm, layer.twice.get()) == (3.0, -6.0)
+
+
+def test_an_attribute_of_a_shallow_copy_is_its_own():
+    layer = Layer(-3.0)
+    assert layer.norm == 3.0
+    other = copy.copy(layer)
+    other.weight = 4.0
+    del other.norm
+    assert (other.norm, layer.norm) == (4.0, 3.0)
+    layer.weight = 5.0
+    del layer.norm
+    assert (other.norm, layer.norm) == (4.0, 5.0)
+
+
+def test_what_outlives_the_original_of_a_copy_can_be_copied():
+    layer = Layer(-3.0)
+    assert layer.norm == 3.0
+    other = copy.copy(layer)
+    del layer
+    for each in copies(other):
+        assert each.norm == 3.0
+
+
+def test_an_attribute_does_not_keep_its_object_alive():
+    class Owner:
+        @DerivedValue
+        def norm(self):
+            return 3.0
+
+    owner = Owner()
+    assert owner.norm == 3.0
+    alive = weakref.ref(owner)
+    gc.disable()
+    try:
+        del owner  # the last one who knew it
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_first_readers_of_an_attribute_compute_once():
+    compute, start = Gate(3.0), threading.Barrier(4)
+
+    class Slow:
+        @DerivedValue
+        def norm(self):
+            return compute()
+
+    one = Slow()
+    readers = [Thread(lambda: [start.wait(60), one.norm][1]) for _ in range(4)]
+    assert compute.inside.wait(60)
+    compute.go_on.set()
+    assert [reader.end() for reader in readers] == [3.0] * 4
+    assert compute.calls == 1
 
 
 def test_a_method_becomes_an_attribute_that_is_computed_once():
