@@ -37,6 +37,7 @@ def _break_even(
 # %% ../nbs/09_norm_cache.ipynb #f1d3a442
 _T = TypeVar("_T", covariant=True)
 _NOT_YET: Any = None  # in the place of a value that nobody has asked for
+_NOBODY: Any = None  # in the place of a turn: the value is there
 
 
 class _Cached(Protocol[_T]):
@@ -252,27 +253,29 @@ class DerivedValue(_Cached[_T]):
     ):
         self._compute: _Guarded[_T] = _Guarded(compute)
         self._once, self._attribute = once, ""
-        self._turn: Callable[[], Any] = threading.Lock if once else _nothing
+        self._turn: Callable[[], Any] = threading.Lock if once else bool  # False: of anyone
         self.invalidate()
 
     def get(self) -> _T:
         "The value, computed if something has changed; arrays in it are read-only views."
-        cell, turn = self._current
-        if not cell:
-            self._fill(cell, turn)
-        return cell[0]
+        cell = self._cell
+        if cell[0] is not None:
+            self._fill(cell)
+        return cell[1]
 
     def invalidate(self) -> None:
         "Say that something has changed. A `get` that begins afterwards sees the change."
-        self._current: tuple[list[_T], Any] = [], self._turn()
+        self._cell: list[_T] = [self._turn()]  # whose turn it is; then None, and the value
 
-    def _fill(self, cell: list[_T], turn: Any) -> None:
-        if turn is None or _computing():  # who computes waits for nobody
+    def _fill(self, cell: list[_T]) -> None:
+        turn: Any = cell[0]
+        if not turn or _computing():  # who computes waits for nobody
             turn = nullcontext()
         with turn:
-            if not cell:
+            if len(cell) == 1:
                 cell.append(_read_only(self._compute()))
-                del cell[1:]  # of readers that were later: one value is kept
+                del cell[2:]  # of readers that were later: one value is kept
+                cell[0] = _NOBODY
 
     def __getstate__(self) -> dict[str, Any]:
         return {"compute": self._compute._compute, "once": self._once, "name": self._attribute}
