@@ -490,19 +490,13 @@ def _stress(
 
 # %% ../nbs/09_norm_cache.ipynb #aeb98ec4
 def _interpreter_line() -> str:
-    "Whether this Python has a global interpreter lock, and what that means for races, in one line."
+    "Whether this Python has a global interpreter lock, and what that means, in one line."
     version = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     if getattr(sys, "_is_gil_enabled", lambda: True)():
         free = sysconfig.get_config_var("Py_GIL_DISABLED")
         build = " (switched on in a free-threaded build)" if free else ""
-        return (
-            f"{version} with a global lock{build}: threads switch between instructions, "
-            "and races are rarer than they could be"
-        )
-    return (
-        f"{version} without a global lock: threads run at the same time, "
-        "and races show at their full rate"
-    )
+        return f"{version} with a global lock{build}: one thread at a time runs Python"
+    return f"{version} without a global lock: threads run at the same time"
 
 # %% ../nbs/09_norm_cache.ipynb #df6b95c1
 class _Trial(NamedTuple):
@@ -520,7 +514,7 @@ class _Trial(NamedTuple):
         stale = [name for name in _SAFE if self.results[name].stale]
         assert not stale, f"stale reads of {', '.join(stale)}"
         if not self.proves:
-            return "the broken variants show no stale read either: this run proves nothing"
+            return "not every broken variant shows a stale read: this run proves nothing"
         return "the broken variants show stale reads, the safe ones none"
 
 

@@ -528,6 +528,56 @@ def test_a_reader_after_a_change_does_not_wait_for_the_computation_before_it():
     assert (slow.end(), cache.get()) == ("old", "new")
 
 
+# A compute function of which nobody knows whether it ends
+
+
+@pytest.mark.parametrize("variant", [DerivedValue, *WAITLESS.values()])
+def test_who_blocks_for_ever_holds_up_nobody_after_the_next_change(variant):
+    compute, cache, blocked = half_way(variant, "old")
+    compute.state = "new"
+    Thread(cache.invalidate).end()  # does not wait
+    assert Thread(cache.get).end() == "new"
+    assert blocked.is_alive()
+    compute.go_on.set()  # only so that no thread is left
+    blocked.end()
+
+
+def test_readers_wait_for_who_blocks_unless_nobody_is_to_wait():
+    compute, cache, blocked = half_way(DerivedValue, "value")
+    waiting = Thread(cache.get)
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    compute.go_on.set()
+    assert (blocked.end(), waiting.end(), compute.calls) == ("value", "value", 1)
+    compute, cache, blocked = half_way(Waitless, "value")
+    assert Thread(cache.get).end() == "value"
+    assert blocked.is_alive()
+    compute.go_on.set()
+    assert (blocked.end(), compute.calls) == ("value", 2)
+
+
+def test_two_that_compute_do_not_wait_so_one_buffer_may_be_written_by_both():
+    """Why what is computed into prepared memory is no `DerivedValue`, here or in a context."""
+    buffer, halves, other = np.zeros(2), threading.Event(), threading.Event()
+
+    def fold():
+        buffer[:] = 0
+        if not halves.is_set():
+            halves.set()
+            assert other.wait(60)
+        buffer[:] += 1
+        return buffer
+
+    folded = DerivedValue(fold)
+    first = Thread(folded.get)
+    assert halves.wait(60)
+    outer = DerivedValue(lambda: folded.get().sum())
+    assert outer.get() == 2
+    other.set()
+    assert first.end() is folded.get()
+    assert folded.get().tolist() == [2, 2]  # one too many
+
+
 def test_values_that_need_each_other_in_two_threads_do_not_wait_for_each_other():
     both = threading.Barrier(2)
     circle = [True]
