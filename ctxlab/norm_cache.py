@@ -6,12 +6,12 @@
 __all__ = ['Recompute', 'PlainFlag', 'EarlyFlag', 'LockedFlag', 'VersionCounter', 'PerThread', 'DerivedValue']
 
 # %% ../nbs/09_norm_cache.ipynb #a8ad5f16
-import inspect
 import math
 import sys
 import sysconfig
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -37,6 +37,7 @@ def _break_even(
 # %% ../nbs/09_norm_cache.ipynb #f1d3a442
 _T = TypeVar("_T", covariant=True)
 _NOT_YET: Any = None  # in the place of a value that nobody has asked for
+_NOBODY: Any = None  # in the place of a turn: the value is there
 
 
 class _Cached(Protocol[_T]):
@@ -252,27 +253,29 @@ class DerivedValue(_Cached[_T]):
     ):
         self._compute: _Guarded[_T] = _Guarded(compute)
         self._once, self._attribute = once, ""
-        self._turn: Callable[[], Any] = threading.Lock if once else _nothing
+        self._turn: Callable[[], Any] = threading.Lock if once else bool  # False: of anyone
         self.invalidate()
 
     def get(self) -> _T:
         "The value, computed if something has changed; arrays in it are read-only views."
-        cell, turn = self._current
-        if not cell:
-            self._fill(cell, turn)
-        return cell[0]
+        cell = self._cell
+        if cell[0] is not None:
+            self._fill(cell)
+        return cell[1]
 
     def invalidate(self) -> None:
         "Say that something has changed. A `get` that begins afterwards sees the change."
-        self._current: tuple[list[_T], Any] = [], self._turn()
+        self._cell: list[_T] = [self._turn()]  # whose turn it is; then None, and the value
 
-    def _fill(self, cell: list[_T], turn: Any) -> None:
-        if turn is None or _computing():  # who computes waits for nobody
+    def _fill(self, cell: list[_T]) -> None:
+        turn: Any = cell[0]
+        if not turn or _computing():  # who computes waits for nobody
             turn = nullcontext()
         with turn:
-            if not cell:
+            if len(cell) == 1:
                 cell.append(_read_only(self._compute()))
-                del cell[1:]  # of readers that were later: one value is kept
+                del cell[2:]  # of readers that were later: one value is kept
+                cell[0] = _NOBODY
 
     def __getstate__(self) -> dict[str, Any]:
         return {"compute": self._compute._compute, "once": self._once, "name": self._attribute}
@@ -297,26 +300,35 @@ class DerivedValue(_Cached[_T]):
                 f"{self._attribute}: {type(instance).__name__} has no __dict__ to keep the value in"
             )
         name = f"_derived_{self._attribute}"
-        found: DerivedValue[_T] = kept.get(name) or kept.setdefault(
-            name, _Attribute(self, instance)
-        )
-        return found
+        found = kept.get(name)
+        if found is None or found.owner() is not instance:
+            with _MAKING:  # of several first readers one makes it
+                found = kept.get(name)
+                if found is None or found.owner() is not instance:
+                    found = kept[name] = _Attribute(self, instance)
+        value: DerivedValue[_T] = found.value
+        return value
 
 # %% ../nbs/09_norm_cache.ipynb #32992a00
-class _Attribute(DerivedValue[_T]):
-    "The value of one instance, for a `DerivedValue` of its class."
+_MAKING = threading.Lock()
 
-    def __init__(self, declared: DerivedValue[_T], instance: Any):
-        compute: Callable[..., _T] = declared._compute._compute
-        super().__init__(partial(compute, instance), once=declared._once)
-        self._place = instance, declared._attribute
+
+class _Attribute:
+    """What an instance keeps for an attribute. It does not keep the instance alive.
+
+    A shallow copy of the instance finds what the original keeps, and a deep copy or a pickle finds
+    one that is nobody's. Both make their own when the attribute is read.
+    """
+
+    def __init__(self, declared: DerivedValue[Any] | None = None, instance: Any = None):
+        self.owner: Callable[[], Any] = _nothing
+        if declared is not None:
+            compute: Callable[..., Any] = declared._compute._compute
+            self.owner = owner = weakref.ref(instance)
+            self.value = DerivedValue(lambda: compute(owner()), once=declared._once)
 
     def __reduce__(self) -> Any:
-        return _attribute, self._place
-
-
-def _attribute(instance: Any, name: str) -> Any:  # for `copy` and `pickle`
-    return _Attribute(inspect.getattr_static(type(instance), name), instance)
+        return _Attribute, ()
 
 # %% ../nbs/09_norm_cache.ipynb #59089d75
 _VARIANTS: dict[str, Callable[[Callable[[], Any]], _Cached[Any]]] = {
@@ -478,19 +490,13 @@ def _stress(
 
 # %% ../nbs/09_norm_cache.ipynb #aeb98ec4
 def _interpreter_line() -> str:
-    "Whether this Python has a global interpreter lock, and what that means for races, in one line."
+    "Whether this Python has a global interpreter lock, and what that means, in one line."
     version = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     if getattr(sys, "_is_gil_enabled", lambda: True)():
         free = sysconfig.get_config_var("Py_GIL_DISABLED")
         build = " (switched on in a free-threaded build)" if free else ""
-        return (
-            f"{version} with a global lock{build}: threads switch between instructions, "
-            "and races are rarer than they could be"
-        )
-    return (
-        f"{version} without a global lock: threads run at the same time, "
-        "and races show at their full rate"
-    )
+        return f"{version} with a global lock{build}: one thread at a time runs Python"
+    return f"{version} without a global lock: threads run at the same time"
 
 # %% ../nbs/09_norm_cache.ipynb #df6b95c1
 class _Trial(NamedTuple):
@@ -508,7 +514,7 @@ class _Trial(NamedTuple):
         stale = [name for name in _SAFE if self.results[name].stale]
         assert not stale, f"stale reads of {', '.join(stale)}"
         if not self.proves:
-            return "the broken variants show no stale read either: this run proves nothing"
+            return "not every broken variant shows a stale read: this run proves nothing"
         return "the broken variants show stale reads, the safe ones none"
 
 

@@ -17,6 +17,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -137,9 +138,14 @@ class _NoNativePeak:
         pass
 
 
+@cache
 def _has_native_peak() -> bool:
-    "Is this a C library that keeps the record?"
-    return platform.libc_ver()[0] == "glibc" and hasattr(ctypes.CDLL(None), "mallinfo2")
+    "Is this a C library that keeps the record, and no other allocator before it?"
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    used, own = ctypes.CDLL(None), ctypes.CDLL("libc.so.6")
+    places = {ctypes.cast(library.malloc, ctypes.c_void_p).value for library in (used, own)}
+    return len(places) == 1 and hasattr(own, "mallinfo2")
 
 
 def _native_peak() -> "_NativePeak | _NoNativePeak":

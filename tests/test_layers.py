@@ -1042,7 +1042,7 @@ def test_the_steady_state_allocates_no_array(dtype):
     }
     with unbuffered():
         peaks = {name: traced_peak(call, warmup=2) for name, call in calls.items()}
-    assert {name: peak for name, peak in peaks.items() if peak >= 6_000} == {}
+    assert {name: peak for name, peak in peaks.items() if peak >= 8_000} == {}
     count = ws.allocation_count
     for name in ("gelu", "norm backward", "adam", "cross entropy"):
         calls[name]()

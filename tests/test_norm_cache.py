@@ -1,6 +1,7 @@
 """Caches of one value: what they promise, in every order, and what breaks two of them."""
 
 import copy
+import gc
 import math
 import pickle
 import sys
@@ -8,6 +9,7 @@ import sysconfig
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from itertools import product
@@ -526,6 +528,56 @@ def test_a_reader_after_a_change_does_not_wait_for_the_computation_before_it():
     assert (slow.end(), cache.get()) == ("old", "new")
 
 
+# A compute function of which nobody knows whether it ends
+
+
+@pytest.mark.parametrize("variant", [DerivedValue, *WAITLESS.values()])
+def test_who_blocks_for_ever_holds_up_nobody_after_the_next_change(variant):
+    compute, cache, blocked = half_way(variant, "old")
+    compute.state = "new"
+    Thread(cache.invalidate).end()  # does not wait
+    assert Thread(cache.get).end() == "new"
+    assert blocked.is_alive()
+    compute.go_on.set()  # only so that no thread is left
+    blocked.end()
+
+
+def test_readers_wait_for_who_blocks_unless_nobody_is_to_wait():
+    compute, cache, blocked = half_way(DerivedValue, "value")
+    waiting = Thread(cache.get)
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    compute.go_on.set()
+    assert (blocked.end(), waiting.end(), compute.calls) == ("value", "value", 1)
+    compute, cache, blocked = half_way(Waitless, "value")
+    assert Thread(cache.get).end() == "value"
+    assert blocked.is_alive()
+    compute.go_on.set()
+    assert (blocked.end(), compute.calls) == ("value", 2)
+
+
+def test_two_that_compute_do_not_wait_so_one_buffer_may_be_written_by_both():
+    """Why what is computed into prepared memory is no `DerivedValue`, here or in a context."""
+    buffer, halves, other = np.zeros(2), threading.Event(), threading.Event()
+
+    def fold():
+        buffer[:] = 0
+        if not halves.is_set():
+            halves.set()
+            assert other.wait(60)
+        buffer[:] += 1
+        return buffer
+
+    folded = DerivedValue(fold)
+    first = Thread(folded.get)
+    assert halves.wait(60)
+    outer = DerivedValue(lambda: folded.get().sum())
+    assert outer.get() == 2
+    other.set()
+    assert first.end() is folded.get()
+    assert folded.get().tolist() == [2, 2]  # one too many
+
+
 def test_values_that_need_each_other_in_two_threads_do_not_wait_for_each_other():
     both = threading.Barrier(2)
     circle = [True]
@@ -617,7 +669,7 @@ def test_a_copy_computes_anew_by_the_same_function():
     cache.get()
     for other in copies(cache):
         assert other.get() == 5.0
-        assert other._current is not cache._current
+        assert other._cell is not cache._cell
         assert other._once is False
 
 
@@ -631,6 +683,60 @@ def test_the_value_of_a_copied_object_is_that_of_the_copy(duplicate):
     other.twice.invalidate()
     assert (other.norm, other.twice.get()) == (4.0, 8.0)
     assert (layer.norm, layer.twice.get()) == (3.0, -6.0)
+
+
+def test_an_attribute_of_a_shallow_copy_is_its_own():
+    layer = Layer(-3.0)
+    assert layer.norm == 3.0
+    other = copy.copy(layer)
+    other.weight = 4.0
+    del other.norm
+    assert (other.norm, layer.norm) == (4.0, 3.0)
+    layer.weight = 5.0
+    del layer.norm
+    assert (other.norm, layer.norm) == (4.0, 5.0)
+
+
+def test_what_outlives_the_original_of_a_copy_can_be_copied():
+    layer = Layer(-3.0)
+    assert layer.norm == 3.0
+    other = copy.copy(layer)
+    del layer
+    for each in copies(other):
+        assert each.norm == 3.0
+
+
+def test_an_attribute_does_not_keep_its_object_alive():
+    class Owner:
+        @DerivedValue
+        def norm(self):
+            return 3.0
+
+    owner = Owner()
+    assert owner.norm == 3.0
+    alive = weakref.ref(owner)
+    gc.disable()
+    try:
+        del owner  # the last one who knew it
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_first_readers_of_an_attribute_compute_once():
+    compute, start = Gate(3.0), threading.Barrier(4)
+
+    class Slow:
+        @DerivedValue
+        def norm(self):
+            return compute()
+
+    one = Slow()
+    readers = [Thread(lambda: [start.wait(60), one.norm][1]) for _ in range(4)]
+    assert compute.inside.wait(60)
+    compute.go_on.set()
+    assert [reader.end() for reader in readers] == [3.0] * 4
+    assert compute.calls == 1
 
 
 def test_a_method_becomes_an_attribute_that_is_computed_once():
@@ -777,9 +883,9 @@ def test_a_late_version_of_a_thread_is_found():
 
 
 def test_the_steps_of_a_snapshot_are_those_of_its_lines():
-    """A read: announced, _current, length, turn, length, writes, append, del, turn, [0]."""
+    """A read: announced, _cell, [0], [0], turn, length, writes, append, del, [0], turn, [1]."""
     steps = [str(step)[2:] for step in replay(_asking(DerivedValue, ["R", "W"]), ()).steps]
-    assert len(steps) == 10 + 3
+    assert len(steps) == 12 + 3
 
 
 @pytest.mark.parametrize("words", [["RX", "W"], ["r", "W"], [1, "W"]])
@@ -801,9 +907,10 @@ def test_word_pairs_are_all_that_can_show_something(depth):
 class Twice(DerivedValue):
     """Forgets to look again once it is its turn."""
 
-    def _fill(self, cell, turn):
-        with turn:
+    def _fill(self, cell):
+        with cell[0] or nullcontext():
             cell.append(self._compute())
+            cell[0] = None
 
 
 class Once:

@@ -251,7 +251,7 @@ def test_a_step_allocates_nothing_and_needs_what_was_foretold(strength):
     for _ in range(3):
         step()
     count = model.workspace.allocation_count
-    assert traced_peak(step) < 20_000 < 4 * 64 * 32 * 4  # the smallest activation
+    assert traced_peak(step) < 25_000 < 4 * 64 * 32 * 4  # the smallest activation
     assert page_faults(step, warmup=2) < 50
     assert model.workspace.allocation_count == count
     assert model.workspace.peak_bytes == model.workspace_bytes(4, 64)

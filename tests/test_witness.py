@@ -1,8 +1,10 @@
 """The witnesses of allocation: what they must see, what they must not, and who is in the way."""
 
 import ctypes
+import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -20,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from ctxlab import measure, witness
 from ctxlab.measure import page_faults, resident_bytes, traced_peak
 from ctxlab.witness import _NOWHERE, Allocations, _by_lines, _has_memray, _site, allocations
+from ctxlab.workers import _allocator_variables, _find_allocator
 
 HERE = Path(__file__).resolve()
 needs_memray = pytest.mark.skipif(not _has_memray(), reason="memray is not installed")
@@ -642,3 +645,22 @@ def test_a_line_in_a_loop_counts_each_time(no_memray):
 
     found = allocations(fn)
     assert (found.count, len(found.sites)) == (5, 1)
+
+
+@pytest.mark.parametrize("allocator", ["jemalloc", "mimalloc"])
+def test_another_allocator_has_no_record_and_is_not_asked_for_one(allocator):
+    """Its blocks are not those of the C library, in which the witness looks."""
+    if _find_allocator(allocator) is None:
+        pytest.skip(f"{allocator} is not installed")
+    program = (
+        "from ctxlab.witness import _has_native_peak, traced_peak\n"
+        "print(_has_native_peak(), traced_peak(lambda: bytes(100_000)) > 100_000)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | _allocator_variables(allocator),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "False True\n", done.stderr

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import cloudpickle
+import numpy as np
 import pytest
 
 from ctxlab import workers
@@ -67,7 +68,8 @@ def test_its_life(start):
 
 def test_faults_are_those_of_the_calls(start):
     def factory(seed):
-        return lambda: bytearray(64 << 20)
+        # Not a bytearray: without a global lock Python's own allocator keeps its pages.
+        return lambda: np.ones(8 << 20)
 
     worker = start(factory)
     worker.answer()
