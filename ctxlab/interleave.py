@@ -11,6 +11,7 @@ import dataclasses
 import dis
 import enum
 import inspect
+import linecache
 import operator
 import os
 import sys
@@ -26,11 +27,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import pairwise
+from random import Random
 from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from .reference import _check_whole
 
 # %% ../nbs/08_interleave.ipynb #c3d067b2
 class _Step(NamedTuple):
@@ -40,9 +44,22 @@ class _Step(NamedTuple):
     place: str  # what was accessed, as 'Counter.n'
     what: str  # 'load', 'store', 'append', 'acquire' or 'release'
     value: str  # what was loaded or stored, in short
+    at: tuple[str, int] | None = None  # file and line of the code under test
 
     def __str__(self) -> str:
         return " ".join(filter(None, (_letter(self.thread), self.what, self.place, self.value)))
+
+    @property
+    def line(self) -> str:  # as 'counter.py:7'; a cell of a notebook is 'cell'
+        if self.at is None:
+            return ""
+        file, number = self.at
+        in_cell = file.startswith("<") or "ipykernel_" in file
+        return f"{'cell' if in_cell else os.path.basename(file)}:{number}"
+
+    @property
+    def source(self) -> str:  # the text of that line
+        return "" if self.at is None else linecache.getline(*self.at).strip()
 
 
 def _letter(thread: int) -> str:
@@ -79,6 +96,11 @@ def _closed() -> threading.Lock:
     gate.acquire()
     return gate
 
+# %% ../nbs/08_interleave.ipynb #c4e8c9e1
+_Pick = Callable[
+    [int | None, list[int], int], int
+]  # who moved, who can move, steps made: who moves
+
 # %% ../nbs/08_interleave.ipynb #47c65130
 class _Schedule:
     "A run of threads in a given order of their shared accesses."
@@ -90,10 +112,14 @@ class _Schedule:
         *,
         steps: int = 2000,  # most in one run
         seconds: float = 5.0,  # most for one run
+        preemptions: int | None = None,  # most in one run; None: any number
+        pick: _Pick | None = None,  # who moves after the prefix; None: who has moved before
     ):
         self.prefix, self.prune = tuple(prefix), graph is not None
         self.graph: dict[Any, Any] = {} if graph is None else graph
         self.most_steps, self.seconds = steps, seconds
+        self.most_preemptions, self._pick = preemptions, pick
+        self.preemptions = 0  # times that a thread had to wait which could have gone on
         self.path: list[int] = []  # the thread of each step
         self.steps: list[_Step] = []
         self.branches: list[tuple[int, ...]] = []  # prefixes still to be run
@@ -103,6 +129,7 @@ class _Schedule:
         self._who: dict[int, int] = {}  # identity of a thread -> its number
         self._idents: dict[int, int] = {}  # the same, and of those that have ended
         self._ready: dict[int, Callable[[], bool]] = {}  # threads at a step: can it be made now?
+        self._asked: dict[int, _Step] = {}  # what each thread waits to do, or did last
         self._shared: dict[Any, dict[str, Any]] = {}  # label -> {part: what lies there}
         self._labels: dict[int, tuple[Any, Any]] = {}  # identity -> the object, and its label
         self._before: tuple[Any, int] | None = None  # key and choice of the step before
@@ -154,6 +181,11 @@ class _Schedule:
                 places.append(f"thread {_letter(me)} is at {line}, in {frame.f_code.co_name}")
         return "; ".join(places) or "the machine may be too busy"
 
+    def _waiting(self) -> str:  # for a reader
+        "What the threads wait to do that have not ended."
+        steps = [self._asked[thread] for thread in sorted(self._ready)]
+        return "; ".join(f"{step} ({step.line})" for step in steps)
+
     def _interrupt(self) -> None:
         "End threads that compute without a step. Those that wait in the system cannot be reached."
         for ident in list(self._who):
@@ -182,6 +214,7 @@ class _Schedule:
         if me is None or self._over:
             return self._unwinding(me, act)
         first, self._ready[me] = me not in self._ready, ready
+        self._asked[me] = _Step(me, name, what, "", _under_test())
         if first:
             self._done.release()  # `run` waits for this
         if first or self._next(me) != me:
@@ -200,7 +233,8 @@ class _Schedule:
             label, part = place
             self._shared.setdefault(label, {})[part] = seen if lies is None else lies()
         shown = "" if what in ("acquire", "release") else _short(value)
-        self.steps.append(_Step(me, name, what, f"raises {seen[1]}" if error else shown))
+        shown = f"raises {seen[1]}" if error else shown
+        self.steps.append(self._asked[me]._replace(value=shown))
         if error is not None:
             raise error
         return value
@@ -258,13 +292,11 @@ class _Schedule:
     def _next(self, me: int | None) -> int | None:  # who moves
         "Choose the next thread, and wake it where it is not the one that asks."
         able = [t for t, ready in self._ready.items() if ready()]
-        key, at = _situation(self._history, self._shared), len(self.path)
+        at, key = len(self.path), self._key(me, able) if self.prune else None
         if able:
             self._link(key)
         known = at >= len(self.prefix) and self.prune and key in self.graph
-        chosen = me if me in able else min(able, default=None)
-        if at < len(self.prefix):
-            chosen = self.prefix[at]
+        chosen = self._choice(me, able, at)
         if known or chosen != me:  # another thread may see what this one has done
             problem = self._unseen()
             if problem is not None:
@@ -272,26 +304,48 @@ class _Schedule:
         if not able:
             if not self._ready:
                 self._complete()
-            self._finish(Deadlock("every thread waits") if self._ready else self.failure)
+            waits = Deadlock(f"every thread waits: {self._waiting()}")
+            self._finish(waits if self._ready else self.failure)
             return None
         if chosen is None or chosen not in able:
             text = f"path: thread {chosen} cannot make step {at}; able: {able}"
             return self._stop(_Impossible(text))
         if at == self.most_steps:
-            threads = ", ".join(map(_letter, sorted(self._ready)))
-            text = f"steps: {at} were not enough for one run; threads {threads} have not ended"
+            text = f"steps: {at} were not enough for one run; still to come: {self._waiting()}"
             return self._stop(Endless(text))
         if known:
             self._finish(None, key)
             return None
-        if at >= len(self.prefix):
+        if self.prune:
             self.graph.setdefault(key, {})
+            self._before = key, chosen
+        if at >= len(self.prefix) and self._pick is None and self._may_turn(me, able):
             self.branches += [(*self.path, t) for t in able if t != chosen]
-        self._before = key, chosen
+        self.preemptions += me in able and chosen != me
         self.path.append(chosen)
         if chosen != me:
             self._turn[chosen].release()
         return chosen
+
+    def _key(self, me: int | None, able: list[int]) -> Any:
+        "The situation, and with a bound on preemptions what is left of it."
+        situation = _situation(self._history, self._shared)
+        if self.most_preemptions is None:
+            return situation
+        return situation, me if me in able else None, self.preemptions
+
+    def _choice(self, me: int | None, able: list[int], at: int) -> int | None:
+        "Who makes the step of that number."
+        if at < len(self.prefix):
+            return self.prefix[at]
+        if self._pick is not None and able:
+            return self._pick(me, able, at)
+        return me if me in able else min(able, default=None)
+
+    def _may_turn(self, me: int | None, able: list[int]) -> bool:
+        "Whether another thread may move than the one that moved before."
+        most = self.most_preemptions
+        return me not in able or most is None or self.preemptions < most
 
     def _unseen(self) -> Exception | None:
         "What has changed without a step."
@@ -1145,6 +1199,21 @@ def _parts(value: Any) -> tuple[Any, ...]:
     owner = value.__self__  # of a function in C
     return () if owner is None or isinstance(owner, types.ModuleType) else (owner,)
 
+# %% ../nbs/08_interleave.ipynb #c6a63ce9
+@lru_cache(maxsize=4096)
+def _aside_file(file: str) -> bool:  # of this module, of Python, or of an installed package
+    return _library(file)
+
+
+def _under_test() -> tuple[str, int] | None:
+    "File and line of the innermost code that is under test."
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not _aside_file(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
 # %% ../nbs/08_interleave.ipynb #144d7756
 _STAND_INS = _Contents, _Lock, _View, _Names
 
@@ -1455,13 +1524,19 @@ class _Race(NamedTuple):
     def switches(self) -> int:
         return sum(a != b for a, b in pairwise(self.path))
 
+    def __str__(self) -> str:
+        "The steps with their lines, and what came of them."
+        wide = max((len(str(step)) for step in self.steps), default=0)
+        told = [f"{step!s:{wide}}  {step.line}  {step.source}".rstrip() for step in self.steps]
+        return "\n".join([*told, f"{type(self.error).__name__}: {self.error}"])
+
 
 @dataclass(frozen=True)
 class _Explored:
     "What came of running a scenario in every order."
 
-    interleavings: int  # orders of all shared accesses
-    situations: int  # different ones in which a thread was chosen
+    interleavings: int  # orders of all shared accesses; of random ones, those that were run
+    situations: int  # different ones in which a thread was chosen; 0 without memory
     runs: int  # that were made to see all of them
     races: list[_Race] = field(repr=False)  # one for each run that failed
 
@@ -1497,12 +1572,55 @@ def _one_core() -> Iterator[None]:
     finally:
         os.sched_setaffinity(0, cores)
 
+# %% ../nbs/08_interleave.ipynb #73e0305f
+class _Priorities:
+    "Random priorities of threads, which change after steps chosen at random."
+
+    def __init__(
+        self,
+        rng: Random,
+        length: int,  # steps of a run
+        changes: int,  # of priorities, d - 1
+    ):
+        chosen = rng.sample(range(1, length + 1), min(changes, length))
+        self._falls = {step: i for i, step in enumerate(chosen)}  # step -> priority after it
+        self._rng, self._changes = rng, changes
+        self._priority: dict[int, float] = {}
+
+    def __call__(self, me: int | None, able: list[int], at: int) -> int:
+        for thread in able:  # above all that have fallen
+            self._priority.setdefault(thread, self._changes + self._rng.random())
+        if me is not None and at in self._falls:
+            self._priority[me] = self._falls[at]
+        return max(able, key=self._priority.__getitem__)
+
+
+def _sampled(
+    scenario: _Scenario,
+    make: Callable[..., _Sharing],
+    runs: int,
+    rng: Random,
+    changes: int,  # of priorities in a run
+) -> _Explored:  # interleavings: different ones that were run
+    "Runs in random orders."
+    longest, races, paths = 0, [], set()  # the first run, without a change, tells a length
+    for _ in range(runs):
+        run = make(pick=_Priorities(rng, longest, changes))
+        run.run(scenario(run))
+        longest = max(longest, len(run.path))
+        paths.add(tuple(run.path))
+        races += _races_of(run)
+    return _Explored(len(paths), 0, runs, races)
+
 # %% ../nbs/08_interleave.ipynb #793acb85
 @_one_core()
 def explore(
     scenario: _Scenario,  # builds shared objects with `schedule.share`; gives the threads' bodies
     *,
     prune: bool = True,  # False: run every interleaving to its end, even if nothing new can come
+    preemptions: int | None = None,  # most in a run: a switch away from a thread that could go on
+    random: int | None = None,  # runs in random orders, instead of every order
+    seed: int = 0,  # of the random orders
     most: int = 100_000,  # runs; a RuntimeError says so if they are not enough
     steps: int = 2000,  # of one run; an `Endless` says so if they are not enough
     seconds: float = 5.0,  # for one run, likewise
@@ -1510,27 +1628,39 @@ def explore(
     """Run a scenario in every order of its shared accesses. The threads must end in each of them.
 
     What the threads share is seen or `Refused`. Python's own and installed modules are taken to
-    share nothing.
+    share nothing. All threads are taken to see the accesses in one order (sequential consistency).
+    With `random`, `preemptions` is the number of steps at which a run moves its turn (default 2).
     """
-    if not isinstance(most, int) or most < 1:
-        raise ValueError(f"most: {most!r}, needed a whole number of at least 1")
+    _check_whole("most", most)
+    for name, value, least in (("preemptions", preemptions, 0), ("random", random, 1)):
+        if value is not None:
+            _check_whole(name, value, least)
+    make = partial(_Sharing, outside=_outside_of(scenario), steps=steps, seconds=seconds)
+    if random is not None:
+        changes = 2 if preemptions is None else preemptions
+        return _sampled(scenario, make, random, Random(seed), changes)
     graph: dict[Any, Any] = {}
     races: list[_Race] = []
     todo: list[tuple[int, ...]] = [()]
     runs = 0
-    outside = _outside_of(scenario)
     while todo:
         if runs == most:
-            raise RuntimeError(f"most: {most} runs were not enough; take shorter threads")
+            raise RuntimeError(
+                f"most: {most} runs were not enough; take shorter threads, a bound on preemptions, "
+                "or random orders"
+            )
         known = graph if prune else None
-        run = _Sharing(todo.pop(), known, outside=outside, steps=steps, seconds=seconds)
+        run = make(todo.pop(), known, preemptions=preemptions)
         run.run(scenario(run))
         todo += run.branches
         runs += 1
-        if run.failure is not None:
-            races.append(_Race(tuple(run.path), run.steps, run.failure))
+        races += _races_of(run)
     root = next(iter(graph), None)
     return _Explored(_paths(graph, root) if prune else runs, len(graph), runs, races)
+
+
+def _races_of(run: _Schedule) -> list[_Race]:  # at most one
+    return [] if run.failure is None else [_Race(tuple(run.path), run.steps, run.failure)]
 
 
 def replay(scenario: _Scenario, path: Sequence[int]) -> _Sharing:  # its `failure` and `steps`
