@@ -6,6 +6,7 @@
 __all__ = ['Deadlock', 'Refused', 'Endless', 'explore', 'replay']
 
 # %% ../nbs/08_interleave.ipynb #17014e2d
+import copy
 import ctypes
 import dataclasses
 import dis
@@ -14,6 +15,7 @@ import inspect
 import linecache
 import operator
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -23,7 +25,7 @@ import typing
 from _thread import start_new_thread
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -136,6 +138,7 @@ class _Schedule:
         self._own: list[threading.local] = []  # what threads keep from one task to the next
         self._checks: list[Callable[[], Any]] = []  # made after a complete run
         self._started = self._over = False
+        self._checker: int | None = None  # identity of the thread that makes the checks
         self._late = 0  # steps of threads that unwind
         self._done = _closed()
 
@@ -211,6 +214,8 @@ class _Schedule:
     ) -> Any:  # the result
         "Wait for the turn, then act; outside of the threads, only act."
         me = self._who.get(get_ident())
+        if me is None and self._started and not self._over and self._checker != get_ident():
+            self._refuse(f"{name}: a thread that is no body of the scenario asks for it")
         if me is None or self._over:
             return self._unwinding(me, act)
         first, self._ready[me] = me not in self._ready, ready
@@ -353,11 +358,16 @@ class _Schedule:
 
     def _complete(self) -> None:
         "All threads have ended: check what they left."
+        self._checker = get_ident()
         try:
             for check in self._checks:
                 check()
         except BaseException as e:
             self.failure = self.failure or e
+
+    def _refuse(self, text: str) -> None:
+        self._problem = self._problem or Refused(text)
+        raise self._problem
 
     def _stop(self, problem: Exception) -> int | None:  # nobody moves
         "End a run that says nothing."
@@ -388,6 +398,8 @@ class _Schedule:
         except _Abandoned:
             pass
         except BaseException as e:
+            if isinstance(e, TypeError) and _for_c(str(e)):
+                e = Refused(f"{e}: a function in C cannot be given what stands in its place")
             if isinstance(e, Refused):
                 self._problem = self._problem or e
             if not self._over:  # what is raised while a run is given up happened in no order
@@ -405,6 +417,11 @@ class _Schedule:
         else:
             self._next(me)
         self._ended[me].release()
+
+
+def _for_c(text: str) -> bool:
+    "Whether an error asks for what it says it was given, as 'must be list, not list'."
+    return re.search(r"must be (\w+), not \1\b", text) is not None
 
 
 def _refuse_suspended(me: int, result: Any) -> None:
@@ -560,6 +577,12 @@ class _Container(_Contents):
     def __reversed__(self) -> Iterator[Any]:
         return self._each(reversed(self._raw))
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self.copy(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.copy().__reduce_ex__(protocol)
+
     def __radd__(self, other: Any) -> Any:
         return other + self.copy()
 
@@ -643,6 +666,7 @@ _CONTAINERS: dict[Any, type[_Container]] = {kind: _container(kind) for kind in _
 # %% ../nbs/08_interleave.ipynb #7c55a155
 _VIEWS = {"T", "real", "imag", "reshape", "transpose", "view", "ravel", "squeeze", "swapaxes"}
 _FILLS = {"fill", "sort", "put", "partition"}
+_WRITERS = {np.copyto, np.put, np.place, np.putmask, np.fill_diagonal, np.put_along_axis}
 _SHAPES = {"shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "flags"}
 
 
@@ -697,6 +721,15 @@ class _Array(NDArrayOperatorsMixin, _Contents):
     def __contains__(self, item: Any) -> bool:
         return item in self._copy()
 
+    def __copy__(self) -> np.ndarray:
+        return self._copy().copy()
+
+    def __deepcopy__(self, memo: Any) -> np.ndarray:
+        return self._copy().copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._copy().__reduce_ex__(protocol)
+
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         found = self._copy()
         return found if dtype is None else found.astype(dtype)
@@ -717,6 +750,9 @@ class _Array(NDArrayOperatorsMixin, _Contents):
         return result if not out else out[0] if len(out) == 1 else out
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func in _WRITERS and args and isinstance(args[0], _Array):
+            rest, named = _plain_arrays(args[1:]), _plain_arrays(kwargs)
+            return args[0]._fill(lambda: func(args[0]._raw, *rest, **named))
         out = kwargs.pop("out", None)
         result = func(*_plain_arrays(args), **_plain_arrays(kwargs))
         if out is None:
@@ -854,10 +890,12 @@ def _stepping(cls: type) -> type:
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         known = _OF.get(id(self))
-        if known is None or _by_descriptor(self, name, "__set__"):
+        if known is None or (name != "__dict__" and _by_descriptor(self, name, "__set__")):
             return object.__setattr__(self, name, value)
         schedule, label, _ = known
         full = f"{cls.__name__}.{name}"
+        if name == "__dict__":
+            schedule._refuse(f"{full}: is replaced; needed stores to the attributes")
         value = schedule.wrap(value, full)
         if schedule._moving() and (_constant(value) or _constant(_held(self, name)[0])):
             schedule._refuse(
@@ -867,6 +905,7 @@ def _stepping(cls: type) -> type:
 
         def store() -> Any:
             object.__setattr__(self, name, value)
+            schedule._kept[id(self)].parts[name] = value
             return value
 
         schedule.step((label, name), full, "store", store)
@@ -879,6 +918,7 @@ def _stepping(cls: type) -> type:
 
         def delete() -> str:
             object.__delattr__(self, name)
+            del schedule._kept[id(self)].parts[name]
             return "deleted"
 
         schedule.step((label, name), f"{cls.__name__}.{name}", "store", delete)
@@ -951,12 +991,13 @@ class _Code(NamedTuple):
     loads: frozenset[str]  # global names
     stores: frozenset[str]
     rebinds: frozenset[str]  # variables of an outer function
+    imports: frozenset[str]  # modules
     attributes: frozenset[str]
 
 
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...)),
-    *(type(NotImplemented), enum.Enum, np.generic, np.dtype, BaseException, types.ModuleType),
+    *(type(NotImplemented), np.generic, np.dtype),
     *(object, typing.TypeVar, types.GenericAlias, types.MemberDescriptorType),
     *(types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
     type(_Code.loads),  # a field of a named tuple
@@ -967,14 +1008,23 @@ _LIBRARY = tuple(
 )
 
 
-_VALUES = {"typing", "fractions", "decimal", "datetime", "re"}  # modules of values without parts
+_VALUES = {  # modules of values without parts
+    *("typing", "fractions", "decimal", "datetime", "re", "dataclasses")
+}
 
 
 def _plain(value: Any) -> bool:  # nothing in it can change
     kind = type(value)
-    if kind in _PLAIN_KINDS or isinstance(value, (enum.Enum, np.generic, np.dtype, BaseException)):
+    if kind in _PLAIN_KINDS or isinstance(value, (np.generic, np.dtype)):
         return True
-    return kind.__module__ in _VALUES
+    if isinstance(value, types.ModuleType):
+        return _library(_file_of(value))
+    return kind.__module__ in _VALUES or (isinstance(value, enum.Enum) and _library(kind))
+
+
+def _file_of(module: types.ModuleType) -> str:
+    origin = getattr(module.__spec__, "origin", None)  # 'built-in', 'frozen' or a file
+    return getattr(module, "__file__", None) or (f"<frozen {origin}>" if origin else "")
 
 
 def _library(cls_or_file: Any) -> bool:
@@ -984,16 +1034,20 @@ def _library(cls_or_file: Any) -> bool:
         module = sys.modules.get(cls_or_file.__module__)
         if module is None or cls_or_file.__module__ == "__main__":
             return False
-        file = getattr(module, "__file__", None) or "<frozen>"
+        file = _file_of(module)
     return file in _OURS or file.startswith(("<frozen", *_LIBRARY))
 
 
 @lru_cache(maxsize=4096)
 def _code(code: types.CodeType) -> _Code:
-    found: dict[str, set[str]] = {"LOAD": set(), "STORE": set(), "rebinds": set()}
+    found: dict[str, set[str]] = {
+        **{"LOAD": set(), "STORE": set(), "rebinds": set(), "imports": set()}
+    }
     for each in dis.get_instructions(code):
         what, _, kind = each.opname.partition("_")
-        if kind in ("GLOBAL", "NAME"):
+        if each.opname == "IMPORT_NAME":
+            found["imports"].add(each.argval)
+        elif kind in ("GLOBAL", "NAME"):
             found["LOAD" if what == "LOAD" else "STORE"].add(each.argval)
         elif kind == "DEREF" and what in ("STORE", "DELETE") and each.argval in code.co_freevars:
             found["rebinds"].add(each.argval)
@@ -1003,6 +1057,7 @@ def _code(code: types.CodeType) -> _Code:
             within = _code(inner)
             found["LOAD"] |= within.loads
             found["STORE"] |= within.stores
+            found["imports"] |= within.imports
             found["rebinds"] |= within.rebinds & set(code.co_freevars)
             attributes |= within.attributes
     return _Code(*map(frozenset, (*found.values(), attributes)))
@@ -1058,6 +1113,9 @@ class _Outside:
         elif kind in (types.MethodType, partial, types.BuiltinFunctionType, *_WRAPPERS):
             for part in _parts(value):
                 self.add(name, part)
+        elif isinstance(value, BaseException):
+            self.add(name, value.args)
+            self._values(name, value, partial(_attributes, value))
         elif _library(kind):
             raise Refused(
                 f"{name}: a {kind.__name__} that outlives a run, in which the explorer cannot "
@@ -1092,30 +1150,43 @@ class _Outside:
         self.globals_of(function)
         for variable, cell in _variables(function):
             self._values(variable, cell, partial(_contents_of, cell))
+        self._values(name, function, lambda: dict(vars(function)))
         for part in _parts(function):
             self.add(name, part)
 
     def globals_of(self, function: types.FunctionType) -> None:
         "The global names that a function uses."
         code, names = _code(function.__code__), function.__globals__
+        if "__getattribute__" in code.attributes:
+            raise Refused(
+                f"{function.__name__}: loads attributes past the class of an object; "
+                "needed `getattr`"
+            )
         if code.stores:
             raise Refused(
                 f"{min(code.stores)}: a global name that {function.__name__} stores to; "
                 "needed an attribute of a shared object"
             )
+        held = [_contents_of(cell).get("") for _, cell in _variables(function)]
+        held += [names[name] for name in code.loads if name in names]
+        held += [_imported(name, names) for name in code.imports]
+        for value in held:
+            if isinstance(value, types.ModuleType):
+                self._module(value, code.attributes)
         for name in code.loads:
             if name in names:
-                value = names[name]
-                if isinstance(value, types.ModuleType):
-                    self._module(value, code.attributes)
                 self._binding(name, names, name)
 
     def _module(self, module: types.ModuleType, attributes: Iterable[str]) -> None:
-        if _library(getattr(module, "__file__", None) or "<frozen>"):
-            return
+        "The names in a module that a function may use."
+        self._seen[id(module)] = module
+        python = _library(_file_of(module))
         for name in attributes:
-            if name in vars(module):
-                self._binding(f"{module.__name__}.{name}", vars(module), name)
+            full, value = f"{module.__name__}.{name}", vars(module).get(name)
+            if not python and name in vars(module):
+                self._binding(full, vars(module), name)
+            elif isinstance(value, (MutableMapping, list, set)):  # as os.environ
+                self._remember((id(module), name), full, partial(_same_contents, value))
 
     def _binding(self, full: str, names: dict[str, Any], name: str) -> None:
         key = id(names), name
@@ -1146,6 +1217,20 @@ def _same_objects(before: dict[Any, Any], look: Callable[[], dict[Any, Any]]) ->
     return now.keys() == before.keys() and all(now[key] is before[key] for key in before)
 
 
+def _same_contents(value: Any) -> Callable[[], bool]:
+    before = copy.copy(value) if isinstance(value, (list, set)) else dict(value)
+    return lambda: before == (value if isinstance(value, (list, set)) else dict(value))
+
+
+def _imported(name: str, names: dict[str, Any]) -> Any:  # names: the globals of the function
+    "The module that an import statement in a function means, if it has been loaded."
+    inside, parents = names.get("__package__") or "", [name]
+    while inside:
+        parents.append(f"{inside}.{name}" if name else inside)
+        inside = inside.rpartition(".")[0]
+    return next((sys.modules[each] for each in reversed(parents) if each in sys.modules), None)
+
+
 def _same_bytes(array: np.ndarray) -> Callable[[], bool]:
     before = array.tobytes()
     return lambda: array.tobytes() == before
@@ -1163,12 +1248,15 @@ def _contents_of(cell: types.CellType) -> dict[str, Any]:
 
 
 def _attributes(instance: Any) -> dict[str, Any]:
-    "The attributes of an instance, those in slots, too."
-    found = dict(getattr(instance, "__dict__", {}))
+    "The attributes of an instance, those in slots, too; without a step."
+    found = {}
+    with suppress(AttributeError):
+        found = dict(object.__getattribute__(instance, "__dict__"))
     for cls in type(instance).__mro__:
         for name, slot in vars(cls).items():
-            if isinstance(slot, types.MemberDescriptorType) and hasattr(instance, name):
-                found[name] = getattr(instance, name)
+            if isinstance(slot, types.MemberDescriptorType):
+                with suppress(AttributeError):
+                    found[name] = slot.__get__(instance)
     return found
 
 
@@ -1218,6 +1306,22 @@ def _under_test() -> tuple[str, int] | None:
 _STAND_INS = _Contents, _Lock, _View, _Names
 
 
+class _Kept(NamedTuple):
+    "What lies in an object, as far as it is known."
+
+    name: str
+    look: Callable[[], dict[str, Any]]  # what lies there now
+    parts: dict[str, Any]
+
+    def changed(self) -> str | None:  # a name
+        if _same_objects(self.parts, self.look):
+            return None
+        now = self.look()
+        names = [*now, *self.parts]
+        part = next(n for n in names if n not in now or now[n] is not self.parts.get(n, _END))
+        return f"{self.name}.{part}"
+
+
 class _Sharing(_Schedule):
     "A schedule that makes the objects whose accesses are its steps."
 
@@ -1229,6 +1333,7 @@ class _Sharing(_Schedule):
         self._rebound: dict[int, str] = {}  # identity of a variable's cell -> its name
         self._aside: dict[int, Any] = {}  # kept alive
         self._contents: list[_Contents] = []
+        self._kept: dict[int, _Kept] = {}  # identity of an object -> what lies in it
         self._made = 0
 
     def share(self, make: Callable[..., Any], *args: Any, name: str = "", **options: Any) -> Any:
@@ -1264,6 +1369,7 @@ class _Sharing(_Schedule):
     def _prepared(self, bodies: Iterable[Callable[[], Any]]) -> list[Callable[[], Any]]:
         ready = list(bodies)
         self._outside.renew()
+        self._kept = {ident: kept._replace(parts=kept.look()) for ident, kept in self._kept.items()}
         for token in self._outside.tokens.values():
             self._label(token)
         for i, body in enumerate(ready):
@@ -1284,11 +1390,11 @@ class _Sharing(_Schedule):
         "Whether a thread of a run asks that is not yet over."
         return not self._over and get_ident() in self._who
 
-    def _refuse(self, text: str) -> None:
-        self._problem = self._problem or Refused(text)
-        raise self._problem
-
     def _unseen(self) -> Exception | None:
+        for kept in self._kept.values():
+            name = kept.changed()
+            if name is not None:
+                return Refused(f"{name}: has changed without a step; needed a store by its name")
         name = self._outside.changed()
         if name is None:
             return None
@@ -1323,8 +1429,12 @@ class _Sharing(_Schedule):
             self._own.append(value)
         elif kind is types.FunctionType:
             self._function(value)
-        elif isinstance(value, type):
+        elif isinstance(value, (type, enum.Enum)):
             self._outside.add(name, value)
+            self._outside.add(kind.__name__, kind)
+        elif isinstance(value, BaseException):
+            value.args = self.wrap(value.args, name)
+            self._keep_parts(name, value, partial(_attributes, value))
         elif kind in (types.MethodType, partial, types.BuiltinFunctionType, types.MappingProxyType):
             return self._remade(value, name)
         elif kind in (tuple, frozenset) or (isinstance(value, tuple) and hasattr(value, "_make")):
@@ -1351,6 +1461,7 @@ class _Sharing(_Schedule):
                 object.__setattr__(value, name, new)
             if not frozen and self._started:  # else it is the same in every run
                 self._shared.setdefault(label, {})[name] = self._label(new)
+        self._keep_parts(kind.__name__, value, partial(_attributes, value))
         if not frozen:
             value.__class__ = _stepping(kind)
             self._outside.add(kind.__name__, type(value))
@@ -1389,6 +1500,9 @@ class _Sharing(_Schedule):
         self._adopted[id(value)] = value, new
         return new
 
+    def _keep_parts(self, name: str, value: Any, look: Callable[[], dict[str, Any]]) -> None:
+        self._kept[id(value)] = _Kept(name, look, look())
+
     def _keep(self, new: _Contents) -> None:
         self._contents.append(new)
         self._shared[new._label] = {"": new._state()}
@@ -1418,6 +1532,9 @@ class _Sharing(_Schedule):
                 new = self.wrap(held, name)
                 if new is not held:
                     cell.cell_contents = new
+        for name, held in vars(function).items():
+            vars(function)[name] = self.wrap(held, name)
+        self._keep_parts(function.__name__, function, lambda: dict(vars(function)))
         if function.__defaults__:
             function.__defaults__ = self.wrap(function.__defaults__, function.__name__)
         named = function.__kwdefaults__ or {}
@@ -1484,6 +1601,7 @@ def _cells(value: Any) -> set[int]:
 
 
 _RAW_ACCESS = {"__setattr__", "__getattribute__", "__delattr__"}
+_PAST_CLASS = {*_RAW_ACCESS, "__get__", "__set__", "__delete__"}
 
 
 def _frozen(cls: Any) -> bool:
@@ -1502,9 +1620,11 @@ def _watchable(cls: type) -> bool:
         for name, value in vars(base).items():
             if name in _RAW_ACCESS or isinstance(value, types.MethodDescriptorType):
                 return False
-            if isinstance(value, types.FunctionType):
-                if _code(value.__code__).attributes & _RAW_ACCESS:
-                    return False
+            parts = _parts(value) if isinstance(value, _WRAPPERS) else (value,)
+            for part in parts:
+                if isinstance(part, types.FunctionType):
+                    if _code(part.__code__).attributes & _PAST_CLASS:
+                        return False
     return True
 
 # %% ../nbs/08_interleave.ipynb #3cd6d0e9
