@@ -22,6 +22,7 @@ import threading
 import time
 import types
 import typing
+import weakref
 from _thread import start_new_thread
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
@@ -671,7 +672,10 @@ _SHAPES = {"shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "f
 
 
 class _Array(NDArrayOperatorsMixin, _Contents):
-    "A stand-in for an array. A view of it is one, too; whatever else reads it gets a copy."
+    """A stand-in for an array. A view of it is one, too; whatever else reads it gets a copy.
+
+    A copy that is still there when the array changes would show what the array no longer holds.
+    """
 
     __class__ = property(lambda self: np.ndarray)
 
@@ -689,6 +693,11 @@ class _Array(NDArrayOperatorsMixin, _Contents):
 
         return self._load(copy)
 
+    def _give(self, copy: "weakref.ref[np.ndarray]") -> None:
+        "Remember a copy that code has got in place of the array itself."
+        if copy() is not None:
+            self._schedule._given.setdefault(self._label, []).append(copy)
+
     def _viewed(self, raw: Any) -> Any:
         view = _Array(raw, self._whole)
         view._schedule, view._label, view._name = self._schedule, self._label, self._name
@@ -702,7 +711,16 @@ class _Array(NDArrayOperatorsMixin, _Contents):
         return self._load(act)
 
     def _fill(self, act: Callable[[], Any]) -> None:
-        self._store("store", act)
+        def checked() -> Any:
+            given = self._schedule._given.pop(self._label, [])
+            if any(copy() is not None for copy in given):
+                self._schedule._refuse(
+                    f"{self._name}: an array is changed while a view of it that no step can see "
+                    "is in use, as from `np.asarray`; needed a copy, or the array itself"
+                )
+            return act()
+
+        self._store("store", checked)
 
     def __getitem__(self, index: Any) -> Any:
         index = _plain_arrays(index)
@@ -731,8 +749,11 @@ class _Array(NDArrayOperatorsMixin, _Contents):
         return self._copy().__reduce_ex__(protocol)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        if copy or (dtype is not None and dtype != self._raw.dtype):
+            return self._copy().astype(dtype or self._raw.dtype)
         found = self._copy()
-        return found if dtype is None else found.astype(dtype)
+        self._give(weakref.ref(found))
+        return found
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         if method == "at":
@@ -754,7 +775,16 @@ class _Array(NDArrayOperatorsMixin, _Contents):
             rest, named = _plain_arrays(args[1:]), _plain_arrays(kwargs)
             return args[0]._fill(lambda: func(args[0]._raw, *rest, **named))
         out = kwargs.pop("out", None)
-        result = func(*_plain_arrays(args), **_plain_arrays(kwargs))
+        copies: list[tuple[_Array, weakref.ref[np.ndarray]]] = []
+
+        def copied(array: _Array) -> np.ndarray:
+            found = array._copy()
+            copies.append((array, weakref.ref(found)))
+            return found
+
+        result = func(*_plain_arrays(args, copied), **_plain_arrays(kwargs, copied))
+        for array, each in copies:  # those that the result is a view of are still there
+            array._give(each)
         if out is None:
             return result
         out[...] = result
@@ -795,14 +825,14 @@ class _Array(NDArrayOperatorsMixin, _Contents):
         return repr(self._copy())
 
 
-def _plain_arrays(value: Any) -> Any:
+def _plain_arrays(value: Any, copy: Callable[[_Array], np.ndarray] = _Array._copy) -> Any:
     "The same with copies in place of shared arrays."
     if isinstance(value, _Array):
-        return value._copy()
+        return copy(value)
     if type(value) in (tuple, list):
-        return type(value)(map(_plain_arrays, value))
+        return type(value)(_plain_arrays(part, copy) for part in value)
     if type(value) is dict:
-        return {key: _plain_arrays(part) for key, part in value.items()}
+        return {key: _plain_arrays(part, copy) for key, part in value.items()}
     return value
 
 
@@ -1333,6 +1363,7 @@ class _Sharing(_Schedule):
         self._rebound: dict[int, str] = {}  # identity of a variable's cell -> its name
         self._aside: dict[int, Any] = {}  # kept alive
         self._contents: list[_Contents] = []
+        self._given: dict[Any, list[weakref.ref[np.ndarray]]] = {}  # label -> copies of an array
         self._kept: dict[int, _Kept] = {}  # identity of an object -> what lies in it
         self._made = 0
 
