@@ -313,6 +313,12 @@ class _Schedule:
             waits = Deadlock(f"every thread waits: {self._waiting()}")
             self._finish(waits if self._ready else self.failure)
             return None
+        if at < len(self.prefix) and self.prune and key not in self.graph:
+            text = (
+                f"scenario: not the same in every run; differs at step {at}, {self._waiting()}; "
+                "needed no clock, no chance and no array that is not filled, as of `np.empty`"
+            )
+            return self._stop(Refused(text))
         if chosen is None or chosen not in able:
             text = f"path: thread {chosen} cannot make step {at}; able: {able}"
             return self._stop(_Impossible(text))
@@ -367,6 +373,8 @@ class _Schedule:
             self.failure = self.failure or e
 
     def _refuse(self, text: str) -> None:
+        if self._over:  # who unwinds makes no steps
+            raise _Abandoned
         self._problem = self._problem or Refused(text)
         raise self._problem
 
@@ -1100,6 +1108,7 @@ class _Outside:
         self._seen: dict[Any, Any] = {}  # kept alive, so that no other object gets the identity
         self._watch: dict[Any, Callable[[], Callable[[], bool]]] = {}  # remembers, and compares
         self._same: dict[Any, tuple[str, Callable[[], bool]]] = {}  # identity -> name, unchanged?
+        self._unknown: dict[int, str] = {}  # what cannot be looked into -> what to say of it
         self.aside: set[int] = set()
         self.tokens: dict[int, object] = {}  # objects that are nothing but themselves
         self.locals: list[threading.local] = []
@@ -1114,7 +1123,10 @@ class _Outside:
         return None
 
     def renew(self) -> None:
-        "Take what the scenario itself has changed as it is now."
+        "Refuse what is unknown; take what the scenario itself has changed as it is now."
+        for ident, text in self._unknown.items():
+            if ident not in self.aside:
+                raise Refused(text)
         for key, (name, same) in list(self._same.items()):
             if not same():
                 self._same[key] = name, self._watch[key]()
@@ -1147,7 +1159,7 @@ class _Outside:
             self.add(name, value.args)
             self._values(name, value, partial(_attributes, value))
         elif _library(kind):
-            raise Refused(
+            self._unknown[id(value)] = (
                 f"{name}: a {kind.__name__} that outlives a run, in which the explorer cannot "
                 "look; needed one that the scenario makes, or `aside`"
             )
@@ -1188,9 +1200,9 @@ class _Outside:
         "The global names that a function uses."
         code, names = _code(function.__code__), function.__globals__
         if "__getattribute__" in code.attributes:
-            raise Refused(
+            self._unknown[id(function)] = (
                 f"{function.__name__}: loads attributes past the class of an object; "
-                "needed `getattr`"
+                "needed `getattr`, or `aside`"
             )
         if code.stores:
             raise Refused(
@@ -1372,7 +1384,8 @@ class _Sharing(_Schedule):
         return self.wrap(make(*args, **options), name or getattr(make, "__name__", "shared"))
 
     def aside(self, *objects: Any) -> None:
-        "Say that these are notes of the scenario, which the code under test does not see."
+        """Say that threads may use these without a step: notes of the scenario, which the code
+        under test does not see, and what is known to be safe, as a cache of a pure function."""
         for each in objects:
             self._aside[id(each)] = each
             self._outside.aside.add(id(each))

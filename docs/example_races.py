@@ -25,7 +25,6 @@ from ctxlab.norm_cache import (
     VersionCounter,
 )
 
-
 LIMIT = 20  # seconds for all runs of a scenario
 
 

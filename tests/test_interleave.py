@@ -1683,7 +1683,7 @@ REFUSED = {
     "a dict of a class": ("^Count.*table: ", twice(lambda: adds_to_item(Count.table))),
     "a lock of a class": ("^Tally.lock: ", twice(lambda: adds_to(Tally, "n"))),
     "a global lock": ("^GLOBAL_LOCK: a lock", twice(takes_global_lock)),
-    "access past the class": ("^add: loads attributes past", adding_in(Raw)),
+    "access past the class": ("^Raw: ", adding_in(Raw)),
     "a second name": ("it: a list that the thread also calls 'mine'", adding_in(SecondName)),
     "a class made in C": ("^OfC: ", adding_in(OfC)),
     "a view of bytes": ("^view: a memoryview", captured_second_name),
