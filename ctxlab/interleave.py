@@ -216,7 +216,9 @@ class _Schedule:
         "Wait for the turn, then act; outside of the threads, only act."
         me = self._who.get(get_ident())
         if me is None and self._started and not self._over and self._checker != get_ident():
-            self._refuse(f"{name}: a thread that is no body of the scenario asks for it")
+            with suppress(Refused):
+                self._refuse(f"{name}: a thread that is no body of the scenario asks for it")
+            raise SystemExit  # ends that thread without a word
         if me is None or self._over:
             return self._unwinding(me, act)
         first, self._ready[me] = me not in self._ready, ready
@@ -1396,6 +1398,8 @@ class _Sharing(_Schedule):
             self._label(value)  # known before the threads start, it has a name of its own
         if self._over or _plain(value) or isinstance(value, (_Schedule, *_STAND_INS)):
             return value
+        if isinstance(value, types.ModuleType):
+            self._refuse(f"{name}: a module as a value; needed its name, or what is taken from it")
         ident = id(value)
         if ident in self._adopted:
             return self._adopted[ident][1]
@@ -1573,6 +1577,8 @@ class _Sharing(_Schedule):
             if name in rebinds:
                 self._rebound[id(cell)] = name
             for held in _contents_of(cell).values():
+                if isinstance(held, types.ModuleType):  # watched by the names in the code
+                    continue
                 new = self.wrap(held, name)
                 if new is not held:
                     cell.cell_contents = new
