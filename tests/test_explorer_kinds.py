@@ -281,6 +281,27 @@ def test_a_lost_update_is_found_or_refused(name):
     assert len(found.races) < found.runs  # one after the other is right
 
 
+def test_a_view_that_changes_in_the_hands_of_a_thread_is_refused():
+    """A thread that looks twice would see two values; the copy that it got has one."""
+
+    def scenario(schedule):
+        box = schedule.share(lambda: Box(np.zeros(2)))
+
+        def looks():
+            view = np.asarray(box.it)
+            before = view[0]
+            _ = box.it
+            assert view[0] == before
+
+        def writes():
+            box.it[0] = 1
+
+        return [looks, writes]
+
+    with pytest.raises(Refused, match="while a view of it that no step can see is in use"):
+        explore(scenario)
+
+
 def locked(add):
     def body(box, lock):
         with lock:
