@@ -99,13 +99,64 @@ def _closed() -> threading.Lock:
     gate.acquire()
     return gate
 
+# %% ../nbs/08_interleave.ipynb #68c43ef8
+class _Labels:
+    "What stands for values, so that situations of different runs can be compared."
+
+    def __init__(self) -> None:
+        self._labels: dict[int, tuple[Any, Any]] = {}  # identity -> the object, and its label
+        self._idents: dict[int, int] = {}  # identity of a thread, also an ended one -> its number
+        self._started = False
+
+    def _label(self, value: Any) -> Any:  # equal for what no thread can tell apart
+        kind = type(value)
+        if kind is int:
+            return ("thread", self._idents[value]) if value in self._idents else value
+        if value is None or kind is str:
+            return value
+        if kind in (bool, float, complex, bytes, range):
+            return kind.__name__, repr(value)  # True is not 1
+        if isinstance(value, tuple) or kind in (list, deque):
+            return (kind.__qualname__, *map(self._label, value))
+        if kind in (set, frozenset):
+            return (kind.__name__, *sorted(map(self._label, value), key=repr))
+        if kind in (dict, defaultdict, types.MappingProxyType):
+            return (kind.__name__, *((self._label(k), self._label(v)) for k, v in value.items()))
+        if isinstance(value, np.generic) or kind is np.ndarray:
+            return kind.__name__, value.dtype.str, value.shape, value.tobytes()
+        if isinstance(value, enum.Enum):
+            return kind.__qualname__, value.name
+        if isinstance(value, BaseException):
+            return kind.__qualname__, self._label(value.args)
+        if kind.__module__ in _VALUES:
+            return kind.__qualname__, repr(value)
+        if _frozen(kind):
+            return kind.__qualname__, self._label(_attributes(value))
+        shared = _OF.get(id(value))
+        if shared is not None:
+            return shared[1]
+        if isinstance(value, _Traced):
+            return value._label
+        if isinstance(value, _NAMED) and _by_name(value) is value:
+            return kind.__name__, value.__module__, value.__qualname__
+        if id(value) not in self._labels:
+            name = kind.__name__, len(self._labels)
+            label = _Made(("made", *name)) if self._started else ("given", *name)
+            self._labels[id(value)] = value, label
+            if isinstance(value, types.FunctionType) and self._started:
+                held = [
+                    part for _, cell in _variables(value) for part in _contents_of(cell).values()
+                ]
+                self._labels[id(value)] = value, (label, *map(self._label, held))
+        return self._labels[id(value)][1]
+
 # %% ../nbs/08_interleave.ipynb #c4e8c9e1
 _Pick = Callable[
     [int | None, list[int], int], int
 ]  # who moved, who can move, steps made: who moves
 
 # %% ../nbs/08_interleave.ipynb #47c65130
-class _Schedule:
+class _Schedule(_Labels):
     "A run of threads in a given order of their shared accesses."
 
     def __init__(
@@ -118,6 +169,7 @@ class _Schedule:
         preemptions: int | None = None,  # most in one run; None: any number
         pick: _Pick | None = None,  # who moves after the prefix; None: who has moved before
     ):
+        super().__init__()
         self.prefix, self.prune = tuple(prefix), graph is not None
         self.graph: dict[Any, Any] = {} if graph is None else graph
         self.most_steps, self.seconds = steps, seconds
@@ -130,15 +182,13 @@ class _Schedule:
         self._problem: Exception | None = None  # why the run says nothing: raised by `run`
         self._history: list[tuple[Any, ...]] = []  # what each thread has done and got to know
         self._who: dict[int, int] = {}  # identity of a thread -> its number
-        self._idents: dict[int, int] = {}  # the same, and of those that have ended
         self._ready: dict[int, Callable[[], bool]] = {}  # threads at a step: can it be made now?
         self._asked: dict[int, _Step] = {}  # what each thread waits to do, or did last
         self._shared: dict[Any, dict[str, Any]] = {}  # label -> {part: what lies there}
-        self._labels: dict[int, tuple[Any, Any]] = {}  # identity -> the object, and its label
         self._before: tuple[Any, int] | None = None  # key and choice of the step before
         self._own: list[threading.local] = []  # what threads keep from one task to the next
         self._checks: list[Callable[[], Any]] = []  # made after a complete run
-        self._started = self._over = False
+        self._over = False
         self._checker: int | None = None  # identity of the thread that makes the checks
         self._late = 0  # steps of threads that unwind
         self._done = _closed()
@@ -254,48 +304,6 @@ class _Schedule:
             if self._late > self.most_steps:
                 raise _Abandoned
         return act()
-
-    def _label(self, value: Any) -> Any:  # equal for what no thread can tell apart
-        kind = type(value)
-        if kind is int:
-            return ("thread", self._idents[value]) if value in self._idents else value
-        if value is None or kind is str:
-            return value
-        if kind in (bool, float, complex, bytes, range):
-            return kind.__name__, repr(value)  # True is not 1
-        if isinstance(value, tuple) or kind in (list, deque):
-            return (kind.__qualname__, *map(self._label, value))
-        if kind in (set, frozenset):
-            return (kind.__name__, *sorted(map(self._label, value), key=repr))
-        if kind in (dict, defaultdict, types.MappingProxyType):
-            return (kind.__name__, *((self._label(k), self._label(v)) for k, v in value.items()))
-        if isinstance(value, np.generic) or kind is np.ndarray:
-            return kind.__name__, value.dtype.str, value.shape, value.tobytes()
-        if isinstance(value, enum.Enum):
-            return kind.__qualname__, value.name
-        if isinstance(value, BaseException):
-            return kind.__qualname__, self._label(value.args)
-        if kind.__module__ in _VALUES:
-            return kind.__qualname__, repr(value)
-        if _frozen(kind):
-            return kind.__qualname__, self._label(_attributes(value))
-        shared = _OF.get(id(value))
-        if shared is not None:
-            return shared[1]
-        if isinstance(value, _Traced):
-            return value._label
-        if isinstance(value, _NAMED) and _by_name(value) is value:
-            return kind.__name__, value.__module__, value.__qualname__
-        if id(value) not in self._labels:
-            name = kind.__name__, len(self._labels)
-            label = _Made(("made", *name)) if self._started else ("given", *name)
-            self._labels[id(value)] = value, label
-            if isinstance(value, types.FunctionType) and self._started:
-                held = [
-                    part for _, cell in _variables(value) for part in _contents_of(cell).values()
-                ]
-                self._labels[id(value)] = value, (label, *map(self._label, held))
-        return self._labels[id(value)][1]
 
     def _next(self, me: int | None) -> int | None:  # who moves
         "Choose the next thread, and wake it where it is not the one that asks."
@@ -429,7 +437,7 @@ class _Schedule:
             self._next(me)
         self._ended[me].release()
 
-
+# %% ../nbs/08_interleave.ipynb #6721e7c9
 def _for_c(text: str) -> bool:
     "Whether an error asks for what it says it was given, as 'must be list, not list'."
     return re.search(r"must be (\w+), not \1\b", text) is not None
@@ -1034,7 +1042,7 @@ class _Code(NamedTuple):
     imports: frozenset[str]  # modules
     attributes: frozenset[str]
 
-
+# %% ../nbs/08_interleave.ipynb #2d362b3f
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...)),
     *(type(NotImplemented), np.generic, np.dtype),
@@ -1077,7 +1085,7 @@ def _library(cls_or_file: Any) -> bool:
         file = _file_of(module)
     return file in _OURS or file.startswith(("<frozen", *_LIBRARY))
 
-
+# %% ../nbs/08_interleave.ipynb #caa1f666
 @lru_cache(maxsize=4096)
 def _code(code: types.CodeType) -> _Code:
     found: dict[str, set[str]] = {
@@ -1102,7 +1110,7 @@ def _code(code: types.CodeType) -> _Code:
             attributes |= within.attributes
     return _Code(*map(frozenset, (*found.values(), attributes)))
 
-
+# %% ../nbs/08_interleave.ipynb #dc961094
 class _Outside:
     "What the threads can reach and no run makes anew. It must stay as it is."
 
@@ -1255,7 +1263,7 @@ class _Outside:
             elif base is not object:
                 self.add(base.__name__, base)
 
-
+# %% ../nbs/08_interleave.ipynb #4bcd209d
 def _same_objects(before: dict[Any, Any], look: Callable[[], dict[Any, Any]]) -> bool:
     now = look()
     return now.keys() == before.keys() and all(now[key] is before[key] for key in before)
@@ -1365,7 +1373,7 @@ class _Kept(NamedTuple):
         part = next(n for n in names if n not in now or now[n] is not self.parts.get(n, _END))
         return f"{self.name}.{part}"
 
-
+# %% ../nbs/08_interleave.ipynb #4003be90
 class _Sharing(_Schedule):
     "A schedule that makes the objects whose accesses are its steps."
 
@@ -1605,7 +1613,7 @@ class _Sharing(_Schedule):
         self._adopted[id(new)] = new, new
         return new
 
-
+# %% ../nbs/08_interleave.ipynb #21b43807
 _OURS = {  # the files of this module; in a notebook each cell is one
     each.__code__.co_filename
     for each in (
@@ -1649,7 +1657,7 @@ def _cells(value: Any) -> set[int]:
             todo += each
     return found
 
-
+# %% ../nbs/08_interleave.ipynb #08eb5fd8
 _RAW_ACCESS = {"__setattr__", "__getattribute__", "__delattr__"}
 _PAST_CLASS = {*_RAW_ACCESS, "__get__", "__set__", "__delete__"}
 

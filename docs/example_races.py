@@ -84,6 +84,13 @@ class OfClass:
         return OfClass.n
 
 
+CELL = {"__name__": "__main__"}  # code as in a cell of a notebook, which lies in no file
+source = "class OfCell:\n    def __init__(self):\n        self.n = 0\n"
+source += "    def add(self):\n        self.n += 1\n    def total(self):\n        return self.n\n"
+exec(compile(source, "<cell>", "exec"), CELL)
+OfCell = CELL["OfCell"]
+
+
 TOTAL = 0
 
 
@@ -278,6 +285,7 @@ RACES = {
     "nested object": counted(Nested),
     "class attribute": counted(OfClass),
     "global name": counted(Global),
+    "attribute, in a cell": counted(OfCell),
     "dict": entry(lambda: {0: 0}),
     "list": entry(lambda: [0]),
     "deque": entry(lambda: deque([0])),
