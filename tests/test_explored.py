@@ -190,10 +190,12 @@ def test_a_whole_context_in_every_order_with_one_preemption(words):
 EXPLORED = """
     import json
     import sys
+    import threading
 
     import frontrun
     import numpy as np
 
+    from ctxlab import workspace
     from ctxlab.streaming import ContextStats
     from ctxlab.workspace import Workspace
 
@@ -228,20 +230,25 @@ EXPLORED = """
                 self.seen.append("in use by another thread" in str(e))
 
 
+    def made():
+        workspace._claims = threading.RLock()  # one that the explorer hands out
+        return make()
+
+
     def held(shared):
         return len(shared.seen) == 2 and all(shared.seen)
 
 
     make, body = {"workspace": (Used, Used.take), "stats": (Streamed, Streamed.update)}[sys.argv[1]]
     found = frontrun.explore(
-        setup=make,
+        setup=made,
         workers=[body, body],
         invariant=held,
         preemption_bound=1,
         reproduce_on_failure=0,
         timeout_per_run=30,
         deadlock_timeout=30,
-        total_timeout=10,
+        total_timeout={"workspace": 60, "stats": 10}[sys.argv[1]],
         trace_packages=["ctxlab.*"],
     )
     print(json.dumps([found.property_holds, found.num_explored, found.explanation]))
