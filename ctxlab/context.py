@@ -446,7 +446,7 @@ class _Gate:
             with self._lock:
                 self._writing = False
 
-# %% ../nbs/07_context.ipynb #91a73af1
+
 class _Reading:
     "The block of a reader. (A generator would take twice the time of this.)"
 
@@ -464,7 +464,7 @@ class _Reading:
         with self._gate._lock:
             self._gate._readers -= 1
 
-
+# %% ../nbs/07_context.ipynb #91a73af1
 def _read_only(a: np.ndarray | None) -> np.ndarray | None:
     if a is None:
         return None

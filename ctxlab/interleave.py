@@ -6,31 +6,38 @@
 __all__ = ['Deadlock', 'Refused', 'Endless', 'explore', 'replay']
 
 # %% ../nbs/08_interleave.ipynb #17014e2d
+import copy
 import ctypes
 import dataclasses
 import dis
 import enum
 import inspect
+import linecache
 import operator
 import os
+import re
 import sys
 import sysconfig
 import threading
 import time
 import types
 import typing
+import weakref
 from _thread import start_new_thread
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import pairwise
+from random import Random
 from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from .reference import _check_whole
 
 # %% ../nbs/08_interleave.ipynb #c3d067b2
 class _Step(NamedTuple):
@@ -40,9 +47,22 @@ class _Step(NamedTuple):
     place: str  # what was accessed, as 'Counter.n'
     what: str  # 'load', 'store', 'append', 'acquire' or 'release'
     value: str  # what was loaded or stored, in short
+    at: tuple[str, int] | None = None  # file and line of the code under test
 
     def __str__(self) -> str:
         return " ".join(filter(None, (_letter(self.thread), self.what, self.place, self.value)))
+
+    @property
+    def line(self) -> str:  # as 'counter.py:7'; a cell of a notebook is 'cell'
+        if self.at is None:
+            return ""
+        file, number = self.at
+        in_cell = file.startswith("<") or "ipykernel_" in file
+        return f"{'cell' if in_cell else os.path.basename(file)}:{number}"
+
+    @property
+    def source(self) -> str:  # the text of that line
+        return "" if self.at is None else linecache.getline(*self.at).strip()
 
 
 def _letter(thread: int) -> str:
@@ -79,8 +99,64 @@ def _closed() -> threading.Lock:
     gate.acquire()
     return gate
 
+# %% ../nbs/08_interleave.ipynb #68c43ef8
+class _Labels:
+    "What stands for values, so that situations of different runs can be compared."
+
+    def __init__(self) -> None:
+        self._labels: dict[int, tuple[Any, Any]] = {}  # identity -> the object, and its label
+        self._idents: dict[int, int] = {}  # identity of a thread, also an ended one -> its number
+        self._started = False
+
+    def _label(self, value: Any) -> Any:  # equal for what no thread can tell apart
+        kind = type(value)
+        if kind is int:
+            return ("thread", self._idents[value]) if value in self._idents else value
+        if value is None or kind is str:
+            return value
+        if kind in (bool, float, complex, bytes, range):
+            return kind.__name__, repr(value)  # True is not 1
+        if isinstance(value, tuple) or kind in (list, deque):
+            return (kind.__qualname__, *map(self._label, value))
+        if kind in (set, frozenset):
+            return (kind.__name__, *sorted(map(self._label, value), key=repr))
+        if kind in (dict, defaultdict, types.MappingProxyType):
+            return (kind.__name__, *((self._label(k), self._label(v)) for k, v in value.items()))
+        if isinstance(value, np.generic) or kind is np.ndarray:
+            return kind.__name__, value.dtype.str, value.shape, value.tobytes()
+        if isinstance(value, enum.Enum):
+            return kind.__qualname__, value.name
+        if isinstance(value, BaseException):
+            return kind.__qualname__, self._label(value.args)
+        if kind.__module__ in _VALUES:
+            return kind.__qualname__, repr(value)
+        if _frozen(kind):
+            return kind.__qualname__, self._label(_attributes(value))
+        shared = _OF.get(id(value))
+        if shared is not None:
+            return shared[1]
+        if isinstance(value, _Traced):
+            return value._label
+        if isinstance(value, _NAMED) and _by_name(value) is value:
+            return kind.__name__, value.__module__, value.__qualname__
+        if id(value) not in self._labels:
+            name = kind.__name__, len(self._labels)
+            label = _Made(("made", *name)) if self._started else ("given", *name)
+            self._labels[id(value)] = value, label
+            if isinstance(value, types.FunctionType) and self._started:
+                held = [
+                    part for _, cell in _variables(value) for part in _contents_of(cell).values()
+                ]
+                self._labels[id(value)] = value, (label, *map(self._label, held))
+        return self._labels[id(value)][1]
+
+# %% ../nbs/08_interleave.ipynb #c4e8c9e1
+_Pick = Callable[
+    [int | None, list[int], int], int
+]  # who moved, who can move, steps made: who moves
+
 # %% ../nbs/08_interleave.ipynb #47c65130
-class _Schedule:
+class _Schedule(_Labels):
     "A run of threads in a given order of their shared accesses."
 
     def __init__(
@@ -90,10 +166,15 @@ class _Schedule:
         *,
         steps: int = 2000,  # most in one run
         seconds: float = 5.0,  # most for one run
+        preemptions: int | None = None,  # most in one run; None: any number
+        pick: _Pick | None = None,  # who moves after the prefix; None: who has moved before
     ):
+        super().__init__()
         self.prefix, self.prune = tuple(prefix), graph is not None
         self.graph: dict[Any, Any] = {} if graph is None else graph
         self.most_steps, self.seconds = steps, seconds
+        self.most_preemptions, self._pick = preemptions, pick
+        self.preemptions = 0  # times that a thread had to wait which could have gone on
         self.path: list[int] = []  # the thread of each step
         self.steps: list[_Step] = []
         self.branches: list[tuple[int, ...]] = []  # prefixes still to be run
@@ -101,14 +182,14 @@ class _Schedule:
         self._problem: Exception | None = None  # why the run says nothing: raised by `run`
         self._history: list[tuple[Any, ...]] = []  # what each thread has done and got to know
         self._who: dict[int, int] = {}  # identity of a thread -> its number
-        self._idents: dict[int, int] = {}  # the same, and of those that have ended
         self._ready: dict[int, Callable[[], bool]] = {}  # threads at a step: can it be made now?
+        self._asked: dict[int, _Step] = {}  # what each thread waits to do, or did last
         self._shared: dict[Any, dict[str, Any]] = {}  # label -> {part: what lies there}
-        self._labels: dict[int, tuple[Any, Any]] = {}  # identity -> the object, and its label
         self._before: tuple[Any, int] | None = None  # key and choice of the step before
         self._own: list[threading.local] = []  # what threads keep from one task to the next
         self._checks: list[Callable[[], Any]] = []  # made after a complete run
-        self._started = self._over = False
+        self._over = False
+        self._checker: int | None = None  # identity of the thread that makes the checks
         self._late = 0  # steps of threads that unwind
         self._done = _closed()
 
@@ -154,6 +235,11 @@ class _Schedule:
                 places.append(f"thread {_letter(me)} is at {line}, in {frame.f_code.co_name}")
         return "; ".join(places) or "the machine may be too busy"
 
+    def _waiting(self) -> str:  # for a reader
+        "What the threads wait to do that have not ended."
+        steps = [self._asked[thread] for thread in sorted(self._ready)]
+        return "; ".join(f"{step} ({step.line})" for step in steps)
+
     def _interrupt(self) -> None:
         "End threads that compute without a step. Those that wait in the system cannot be reached."
         for ident in list(self._who):
@@ -179,9 +265,14 @@ class _Schedule:
     ) -> Any:  # the result
         "Wait for the turn, then act; outside of the threads, only act."
         me = self._who.get(get_ident())
+        if me is None and self._started and not self._over and self._checker != get_ident():
+            with suppress(Refused):
+                self._refuse(f"{name}: a thread that is no body of the scenario asks for it")
+            raise SystemExit  # ends that thread without a word
         if me is None or self._over:
             return self._unwinding(me, act)
         first, self._ready[me] = me not in self._ready, ready
+        self._asked[me] = _Step(me, name, what, "", _under_test())
         if first:
             self._done.release()  # `run` waits for this
         if first or self._next(me) != me:
@@ -200,7 +291,8 @@ class _Schedule:
             label, part = place
             self._shared.setdefault(label, {})[part] = seen if lies is None else lies()
         shown = "" if what in ("acquire", "release") else _short(value)
-        self.steps.append(_Step(me, name, what, f"raises {seen[1]}" if error else shown))
+        shown = f"raises {seen[1]}" if error else shown
+        self.steps.append(self._asked[me]._replace(value=shown))
         if error is not None:
             raise error
         return value
@@ -213,58 +305,14 @@ class _Schedule:
                 raise _Abandoned
         return act()
 
-    def _label(self, value: Any) -> Any:  # equal for what no thread can tell apart
-        kind = type(value)
-        if kind is int:
-            return ("thread", self._idents[value]) if value in self._idents else value
-        if value is None or kind is str:
-            return value
-        if kind in (bool, float, complex, bytes, range):
-            return kind.__name__, repr(value)  # True is not 1
-        if isinstance(value, tuple) or kind in (list, deque):
-            return (kind.__qualname__, *map(self._label, value))
-        if kind in (set, frozenset):
-            return (kind.__name__, *sorted(map(self._label, value), key=repr))
-        if kind in (dict, defaultdict, types.MappingProxyType):
-            return (kind.__name__, *((self._label(k), self._label(v)) for k, v in value.items()))
-        if isinstance(value, np.generic) or kind is np.ndarray:
-            return kind.__name__, value.dtype.str, value.shape, value.tobytes()
-        if isinstance(value, enum.Enum):
-            return kind.__qualname__, value.name
-        if isinstance(value, BaseException):
-            return kind.__qualname__, self._label(value.args)
-        if kind.__module__ in _VALUES:
-            return kind.__qualname__, repr(value)
-        if _frozen(kind):
-            return kind.__qualname__, self._label(_attributes(value))
-        shared = _OF.get(id(value))
-        if shared is not None:
-            return shared[1]
-        if isinstance(value, _Traced):
-            return value._label
-        if isinstance(value, _NAMED) and _by_name(value) is value:
-            return kind.__name__, value.__module__, value.__qualname__
-        if id(value) not in self._labels:
-            name = kind.__name__, len(self._labels)
-            label = _Made(("made", *name)) if self._started else ("given", *name)
-            self._labels[id(value)] = value, label
-            if isinstance(value, types.FunctionType) and self._started:
-                held = [
-                    part for _, cell in _variables(value) for part in _contents_of(cell).values()
-                ]
-                self._labels[id(value)] = value, (label, *map(self._label, held))
-        return self._labels[id(value)][1]
-
     def _next(self, me: int | None) -> int | None:  # who moves
         "Choose the next thread, and wake it where it is not the one that asks."
         able = [t for t, ready in self._ready.items() if ready()]
-        key, at = _situation(self._history, self._shared), len(self.path)
+        at, key = len(self.path), self._key(me, able) if self.prune else None
         if able:
             self._link(key)
         known = at >= len(self.prefix) and self.prune and key in self.graph
-        chosen = me if me in able else min(able, default=None)
-        if at < len(self.prefix):
-            chosen = self.prefix[at]
+        chosen = self._choice(me, able, at)
         if known or chosen != me:  # another thread may see what this one has done
             problem = self._unseen()
             if problem is not None:
@@ -272,26 +320,54 @@ class _Schedule:
         if not able:
             if not self._ready:
                 self._complete()
-            self._finish(Deadlock("every thread waits") if self._ready else self.failure)
+            waits = Deadlock(f"every thread waits: {self._waiting()}")
+            self._finish(waits if self._ready else self.failure)
             return None
+        if at < len(self.prefix) and self.prune and key not in self.graph:
+            text = (
+                f"scenario: not the same in every run; differs at step {at}, {self._waiting()}; "
+                "needed no clock, no chance and no array that is not filled, as of `np.empty`"
+            )
+            return self._stop(Refused(text))
         if chosen is None or chosen not in able:
             text = f"path: thread {chosen} cannot make step {at}; able: {able}"
             return self._stop(_Impossible(text))
         if at == self.most_steps:
-            threads = ", ".join(map(_letter, sorted(self._ready)))
-            text = f"steps: {at} were not enough for one run; threads {threads} have not ended"
+            text = f"steps: {at} were not enough for one run; still to come: {self._waiting()}"
             return self._stop(Endless(text))
         if known:
             self._finish(None, key)
             return None
-        if at >= len(self.prefix):
+        if self.prune:
             self.graph.setdefault(key, {})
+            self._before = key, chosen
+        if at >= len(self.prefix) and self._pick is None and self._may_turn(me, able):
             self.branches += [(*self.path, t) for t in able if t != chosen]
-        self._before = key, chosen
+        self.preemptions += me in able and chosen != me
         self.path.append(chosen)
         if chosen != me:
             self._turn[chosen].release()
         return chosen
+
+    def _key(self, me: int | None, able: list[int]) -> Any:
+        "The situation, and with a bound on preemptions what is left of it."
+        situation = _situation(self._history, self._shared)
+        if self.most_preemptions is None:
+            return situation
+        return situation, me if me in able else None, self.preemptions
+
+    def _choice(self, me: int | None, able: list[int], at: int) -> int | None:
+        "Who makes the step of that number."
+        if at < len(self.prefix):
+            return self.prefix[at]
+        if self._pick is not None and able:
+            return self._pick(me, able, at)
+        return me if me in able else min(able, default=None)
+
+    def _may_turn(self, me: int | None, able: list[int]) -> bool:
+        "Whether another thread may move than the one that moved before."
+        most = self.most_preemptions
+        return me not in able or most is None or self.preemptions < most
 
     def _unseen(self) -> Exception | None:
         "What has changed without a step."
@@ -299,11 +375,18 @@ class _Schedule:
 
     def _complete(self) -> None:
         "All threads have ended: check what they left."
+        self._checker = get_ident()
         try:
             for check in self._checks:
                 check()
         except BaseException as e:
             self.failure = self.failure or e
+
+    def _refuse(self, text: str) -> None:
+        if self._over:  # who unwinds makes no steps
+            raise _Abandoned
+        self._problem = self._problem or Refused(text)
+        raise self._problem
 
     def _stop(self, problem: Exception) -> int | None:  # nobody moves
         "End a run that says nothing."
@@ -334,6 +417,8 @@ class _Schedule:
         except _Abandoned:
             pass
         except BaseException as e:
+            if isinstance(e, TypeError) and _for_c(str(e)):
+                e = Refused(f"{e}: a function in C cannot be given what stands in its place")
             if isinstance(e, Refused):
                 self._problem = self._problem or e
             if not self._over:  # what is raised while a run is given up happened in no order
@@ -351,6 +436,11 @@ class _Schedule:
         else:
             self._next(me)
         self._ended[me].release()
+
+# %% ../nbs/08_interleave.ipynb #6721e7c9
+def _for_c(text: str) -> bool:
+    "Whether an error asks for what it says it was given, as 'must be list, not list'."
+    return re.search(r"must be (\w+), not \1\b", text) is not None
 
 
 def _refuse_suspended(me: int, result: Any) -> None:
@@ -506,6 +596,12 @@ class _Container(_Contents):
     def __reversed__(self) -> Iterator[Any]:
         return self._each(reversed(self._raw))
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self.copy(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.copy().__reduce_ex__(protocol)
+
     def __radd__(self, other: Any) -> Any:
         return other + self.copy()
 
@@ -589,11 +685,15 @@ _CONTAINERS: dict[Any, type[_Container]] = {kind: _container(kind) for kind in _
 # %% ../nbs/08_interleave.ipynb #7c55a155
 _VIEWS = {"T", "real", "imag", "reshape", "transpose", "view", "ravel", "squeeze", "swapaxes"}
 _FILLS = {"fill", "sort", "put", "partition"}
+_WRITERS = {np.copyto, np.put, np.place, np.putmask, np.fill_diagonal, np.put_along_axis}
 _SHAPES = {"shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "flags"}
 
 
 class _Array(NDArrayOperatorsMixin, _Contents):
-    "A stand-in for an array. A view of it is one, too; whatever else reads it gets a copy."
+    """A stand-in for an array. A view of it is one, too; whatever else reads it gets a copy.
+
+    A copy that is still there when the array changes would show what the array no longer holds.
+    """
 
     __class__ = property(lambda self: np.ndarray)
 
@@ -611,6 +711,11 @@ class _Array(NDArrayOperatorsMixin, _Contents):
 
         return self._load(copy)
 
+    def _give(self, copy: "weakref.ref[np.ndarray]") -> None:
+        "Remember a copy that code has got in place of the array itself."
+        if copy() is not None:
+            self._schedule._given.setdefault(self._label, []).append(copy)
+
     def _viewed(self, raw: Any) -> Any:
         view = _Array(raw, self._whole)
         view._schedule, view._label, view._name = self._schedule, self._label, self._name
@@ -624,7 +729,16 @@ class _Array(NDArrayOperatorsMixin, _Contents):
         return self._load(act)
 
     def _fill(self, act: Callable[[], Any]) -> None:
-        self._store("store", act)
+        def checked() -> Any:
+            given = self._schedule._given.pop(self._label, [])
+            if any(copy() is not None for copy in given):
+                self._schedule._refuse(
+                    f"{self._name}: an array is changed while a view of it that no step can see "
+                    "is in use, as from `np.asarray`; needed a copy, or the array itself"
+                )
+            return act()
+
+        self._store("store", checked)
 
     def __getitem__(self, index: Any) -> Any:
         index = _plain_arrays(index)
@@ -643,9 +757,21 @@ class _Array(NDArrayOperatorsMixin, _Contents):
     def __contains__(self, item: Any) -> bool:
         return item in self._copy()
 
+    def __copy__(self) -> np.ndarray:
+        return self._copy().copy()
+
+    def __deepcopy__(self, memo: Any) -> np.ndarray:
+        return self._copy().copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._copy().__reduce_ex__(protocol)
+
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        if copy or (dtype is not None and dtype != self._raw.dtype):
+            return self._copy().astype(dtype or self._raw.dtype)
         found = self._copy()
-        return found if dtype is None else found.astype(dtype)
+        self._give(weakref.ref(found))
+        return found
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         if method == "at":
@@ -663,8 +789,20 @@ class _Array(NDArrayOperatorsMixin, _Contents):
         return result if not out else out[0] if len(out) == 1 else out
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func in _WRITERS and args and isinstance(args[0], _Array):
+            rest, named = _plain_arrays(args[1:]), _plain_arrays(kwargs)
+            return args[0]._fill(lambda: func(args[0]._raw, *rest, **named))
         out = kwargs.pop("out", None)
-        result = func(*_plain_arrays(args), **_plain_arrays(kwargs))
+        copies: list[tuple[_Array, weakref.ref[np.ndarray]]] = []
+
+        def copied(array: _Array) -> np.ndarray:
+            found = array._copy()
+            copies.append((array, weakref.ref(found)))
+            return found
+
+        result = func(*_plain_arrays(args, copied), **_plain_arrays(kwargs, copied))
+        for array, each in copies:  # those that the result is a view of are still there
+            array._give(each)
         if out is None:
             return result
         out[...] = result
@@ -705,14 +843,14 @@ class _Array(NDArrayOperatorsMixin, _Contents):
         return repr(self._copy())
 
 
-def _plain_arrays(value: Any) -> Any:
+def _plain_arrays(value: Any, copy: Callable[[_Array], np.ndarray] = _Array._copy) -> Any:
     "The same with copies in place of shared arrays."
     if isinstance(value, _Array):
-        return value._copy()
+        return copy(value)
     if type(value) in (tuple, list):
-        return type(value)(map(_plain_arrays, value))
+        return type(value)(_plain_arrays(part, copy) for part in value)
     if type(value) is dict:
-        return {key: _plain_arrays(part) for key, part in value.items()}
+        return {key: _plain_arrays(part, copy) for key, part in value.items()}
     return value
 
 
@@ -800,10 +938,12 @@ def _stepping(cls: type) -> type:
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         known = _OF.get(id(self))
-        if known is None or _by_descriptor(self, name, "__set__"):
+        if known is None or (name != "__dict__" and _by_descriptor(self, name, "__set__")):
             return object.__setattr__(self, name, value)
         schedule, label, _ = known
         full = f"{cls.__name__}.{name}"
+        if name == "__dict__":
+            schedule._refuse(f"{full}: is replaced; needed stores to the attributes")
         value = schedule.wrap(value, full)
         if schedule._moving() and (_constant(value) or _constant(_held(self, name)[0])):
             schedule._refuse(
@@ -813,6 +953,7 @@ def _stepping(cls: type) -> type:
 
         def store() -> Any:
             object.__setattr__(self, name, value)
+            schedule._kept[id(self)].parts[name] = value
             return value
 
         schedule.step((label, name), full, "store", store)
@@ -825,6 +966,7 @@ def _stepping(cls: type) -> type:
 
         def delete() -> str:
             object.__delattr__(self, name)
+            del schedule._kept[id(self)].parts[name]
             return "deleted"
 
         schedule.step((label, name), f"{cls.__name__}.{name}", "store", delete)
@@ -897,12 +1039,13 @@ class _Code(NamedTuple):
     loads: frozenset[str]  # global names
     stores: frozenset[str]
     rebinds: frozenset[str]  # variables of an outer function
+    imports: frozenset[str]  # modules
     attributes: frozenset[str]
 
-
+# %% ../nbs/08_interleave.ipynb #2d362b3f
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...)),
-    *(type(NotImplemented), enum.Enum, np.generic, np.dtype, BaseException, types.ModuleType),
+    *(type(NotImplemented), np.generic, np.dtype),
     *(object, typing.TypeVar, types.GenericAlias, types.MemberDescriptorType),
     *(types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
     type(_Code.loads),  # a field of a named tuple
@@ -913,14 +1056,23 @@ _LIBRARY = tuple(
 )
 
 
-_VALUES = {"typing", "fractions", "decimal", "datetime", "re"}  # modules of values without parts
+_VALUES = {  # modules of values without parts
+    *("typing", "fractions", "decimal", "datetime", "re", "dataclasses")
+}
 
 
 def _plain(value: Any) -> bool:  # nothing in it can change
     kind = type(value)
-    if kind in _PLAIN_KINDS or isinstance(value, (enum.Enum, np.generic, np.dtype, BaseException)):
+    if kind in _PLAIN_KINDS or isinstance(value, (np.generic, np.dtype)):
         return True
-    return kind.__module__ in _VALUES
+    if isinstance(value, types.ModuleType):
+        return _library(_file_of(value))
+    return kind.__module__ in _VALUES or (isinstance(value, enum.Enum) and _library(kind))
+
+
+def _file_of(module: types.ModuleType) -> str:
+    origin = getattr(module.__spec__, "origin", None)  # 'built-in', 'frozen' or a file
+    return getattr(module, "__file__", None) or (f"<frozen {origin}>" if origin else "")
 
 
 def _library(cls_or_file: Any) -> bool:
@@ -930,16 +1082,20 @@ def _library(cls_or_file: Any) -> bool:
         module = sys.modules.get(cls_or_file.__module__)
         if module is None or cls_or_file.__module__ == "__main__":
             return False
-        file = getattr(module, "__file__", None) or "<frozen>"
+        file = _file_of(module)
     return file in _OURS or file.startswith(("<frozen", *_LIBRARY))
 
-
+# %% ../nbs/08_interleave.ipynb #caa1f666
 @lru_cache(maxsize=4096)
 def _code(code: types.CodeType) -> _Code:
-    found: dict[str, set[str]] = {"LOAD": set(), "STORE": set(), "rebinds": set()}
+    found: dict[str, set[str]] = {
+        **{"LOAD": set(), "STORE": set(), "rebinds": set(), "imports": set()}
+    }
     for each in dis.get_instructions(code):
         what, _, kind = each.opname.partition("_")
-        if kind in ("GLOBAL", "NAME"):
+        if each.opname == "IMPORT_NAME":
+            found["imports"].add(each.argval)
+        elif kind in ("GLOBAL", "NAME"):
             found["LOAD" if what == "LOAD" else "STORE"].add(each.argval)
         elif kind == "DEREF" and what in ("STORE", "DELETE") and each.argval in code.co_freevars:
             found["rebinds"].add(each.argval)
@@ -949,11 +1105,12 @@ def _code(code: types.CodeType) -> _Code:
             within = _code(inner)
             found["LOAD"] |= within.loads
             found["STORE"] |= within.stores
+            found["imports"] |= within.imports
             found["rebinds"] |= within.rebinds & set(code.co_freevars)
             attributes |= within.attributes
     return _Code(*map(frozenset, (*found.values(), attributes)))
 
-
+# %% ../nbs/08_interleave.ipynb #dc961094
 class _Outside:
     "What the threads can reach and no run makes anew. It must stay as it is."
 
@@ -961,6 +1118,7 @@ class _Outside:
         self._seen: dict[Any, Any] = {}  # kept alive, so that no other object gets the identity
         self._watch: dict[Any, Callable[[], Callable[[], bool]]] = {}  # remembers, and compares
         self._same: dict[Any, tuple[str, Callable[[], bool]]] = {}  # identity -> name, unchanged?
+        self._unknown: dict[int, str] = {}  # what cannot be looked into -> what to say of it
         self.aside: set[int] = set()
         self.tokens: dict[int, object] = {}  # objects that are nothing but themselves
         self.locals: list[threading.local] = []
@@ -975,7 +1133,10 @@ class _Outside:
         return None
 
     def renew(self) -> None:
-        "Take what the scenario itself has changed as it is now."
+        "Refuse what is unknown; take what the scenario itself has changed as it is now."
+        for ident, text in self._unknown.items():
+            if ident not in self.aside:
+                raise Refused(text)
         for key, (name, same) in list(self._same.items()):
             if not same():
                 self._same[key] = name, self._watch[key]()
@@ -1004,8 +1165,11 @@ class _Outside:
         elif kind in (types.MethodType, partial, types.BuiltinFunctionType, *_WRAPPERS):
             for part in _parts(value):
                 self.add(name, part)
+        elif isinstance(value, BaseException):
+            self.add(name, value.args)
+            self._values(name, value, partial(_attributes, value))
         elif _library(kind):
-            raise Refused(
+            self._unknown[id(value)] = (
                 f"{name}: a {kind.__name__} that outlives a run, in which the explorer cannot "
                 "look; needed one that the scenario makes, or `aside`"
             )
@@ -1038,30 +1202,43 @@ class _Outside:
         self.globals_of(function)
         for variable, cell in _variables(function):
             self._values(variable, cell, partial(_contents_of, cell))
+        self._values(name, function, lambda: dict(vars(function)))
         for part in _parts(function):
             self.add(name, part)
 
     def globals_of(self, function: types.FunctionType) -> None:
         "The global names that a function uses."
         code, names = _code(function.__code__), function.__globals__
+        if "__getattribute__" in code.attributes:
+            self._unknown[id(function)] = (
+                f"{function.__name__}: loads attributes past the class of an object; "
+                "needed `getattr`, or `aside`"
+            )
         if code.stores:
             raise Refused(
                 f"{min(code.stores)}: a global name that {function.__name__} stores to; "
                 "needed an attribute of a shared object"
             )
+        held = [_contents_of(cell).get("") for _, cell in _variables(function)]
+        held += [names[name] for name in code.loads if name in names]
+        held += [_imported(name, names) for name in code.imports]
+        for value in held:
+            if isinstance(value, types.ModuleType):
+                self._module(value, code.attributes)
         for name in code.loads:
             if name in names:
-                value = names[name]
-                if isinstance(value, types.ModuleType):
-                    self._module(value, code.attributes)
                 self._binding(name, names, name)
 
     def _module(self, module: types.ModuleType, attributes: Iterable[str]) -> None:
-        if _library(getattr(module, "__file__", None) or "<frozen>"):
-            return
+        "The names in a module that a function may use."
+        self._seen[id(module)] = module
+        python = _library(_file_of(module))
         for name in attributes:
-            if name in vars(module):
-                self._binding(f"{module.__name__}.{name}", vars(module), name)
+            full, value = f"{module.__name__}.{name}", vars(module).get(name)
+            if not python and name in vars(module):
+                self._binding(full, vars(module), name)
+            elif isinstance(value, (MutableMapping, list, set)):  # as os.environ
+                self._remember((id(module), name), full, partial(_same_contents, value))
 
     def _binding(self, full: str, names: dict[str, Any], name: str) -> None:
         key = id(names), name
@@ -1086,10 +1263,24 @@ class _Outside:
             elif base is not object:
                 self.add(base.__name__, base)
 
-
+# %% ../nbs/08_interleave.ipynb #4bcd209d
 def _same_objects(before: dict[Any, Any], look: Callable[[], dict[Any, Any]]) -> bool:
     now = look()
     return now.keys() == before.keys() and all(now[key] is before[key] for key in before)
+
+
+def _same_contents(value: Any) -> Callable[[], bool]:
+    before = copy.copy(value) if isinstance(value, (list, set)) else dict(value)
+    return lambda: before == (value if isinstance(value, (list, set)) else dict(value))
+
+
+def _imported(name: str, names: dict[str, Any]) -> Any:  # names: the globals of the function
+    "The module that an import statement in a function means, if it has been loaded."
+    inside, parents = names.get("__package__") or "", [name]
+    while inside:
+        parents.append(f"{inside}.{name}" if name else inside)
+        inside = inside.rpartition(".")[0]
+    return next((sys.modules[each] for each in reversed(parents) if each in sys.modules), None)
 
 
 def _same_bytes(array: np.ndarray) -> Callable[[], bool]:
@@ -1109,12 +1300,15 @@ def _contents_of(cell: types.CellType) -> dict[str, Any]:
 
 
 def _attributes(instance: Any) -> dict[str, Any]:
-    "The attributes of an instance, those in slots, too."
-    found = dict(getattr(instance, "__dict__", {}))
+    "The attributes of an instance, those in slots, too; without a step."
+    found = {}
+    with suppress(AttributeError):
+        found = dict(object.__getattribute__(instance, "__dict__"))
     for cls in type(instance).__mro__:
         for name, slot in vars(cls).items():
-            if isinstance(slot, types.MemberDescriptorType) and hasattr(instance, name):
-                found[name] = getattr(instance, name)
+            if isinstance(slot, types.MemberDescriptorType):
+                with suppress(AttributeError):
+                    found[name] = slot.__get__(instance)
     return found
 
 
@@ -1145,10 +1339,41 @@ def _parts(value: Any) -> tuple[Any, ...]:
     owner = value.__self__  # of a function in C
     return () if owner is None or isinstance(owner, types.ModuleType) else (owner,)
 
+# %% ../nbs/08_interleave.ipynb #c6a63ce9
+@lru_cache(maxsize=4096)
+def _aside_file(file: str) -> bool:  # of this module, of Python, or of an installed package
+    return _library(file)
+
+
+def _under_test() -> tuple[str, int] | None:
+    "File and line of the innermost code that is under test."
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not _aside_file(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
 # %% ../nbs/08_interleave.ipynb #144d7756
 _STAND_INS = _Contents, _Lock, _View, _Names
 
 
+class _Kept(NamedTuple):
+    "What lies in an object, as far as it is known."
+
+    name: str
+    look: Callable[[], dict[str, Any]]  # what lies there now
+    parts: dict[str, Any]
+
+    def changed(self) -> str | None:  # a name
+        if _same_objects(self.parts, self.look):
+            return None
+        now = self.look()
+        names = [*now, *self.parts]
+        part = next(n for n in names if n not in now or now[n] is not self.parts.get(n, _END))
+        return f"{self.name}.{part}"
+
+# %% ../nbs/08_interleave.ipynb #4003be90
 class _Sharing(_Schedule):
     "A schedule that makes the objects whose accesses are its steps."
 
@@ -1160,6 +1385,8 @@ class _Sharing(_Schedule):
         self._rebound: dict[int, str] = {}  # identity of a variable's cell -> its name
         self._aside: dict[int, Any] = {}  # kept alive
         self._contents: list[_Contents] = []
+        self._given: dict[Any, list[weakref.ref[np.ndarray]]] = {}  # label -> copies of an array
+        self._kept: dict[int, _Kept] = {}  # identity of an object -> what lies in it
         self._made = 0
 
     def share(self, make: Callable[..., Any], *args: Any, name: str = "", **options: Any) -> Any:
@@ -1167,7 +1394,8 @@ class _Sharing(_Schedule):
         return self.wrap(make(*args, **options), name or getattr(make, "__name__", "shared"))
 
     def aside(self, *objects: Any) -> None:
-        "Say that these are notes of the scenario, which the code under test does not see."
+        """Say that threads may use these without a step: notes of the scenario, which the code
+        under test does not see, and what is known to be safe, as a cache of a pure function."""
         for each in objects:
             self._aside[id(each)] = each
             self._outside.aside.add(id(each))
@@ -1178,6 +1406,8 @@ class _Sharing(_Schedule):
             self._label(value)  # known before the threads start, it has a name of its own
         if self._over or _plain(value) or isinstance(value, (_Schedule, *_STAND_INS)):
             return value
+        if isinstance(value, types.ModuleType):
+            self._refuse(f"{name}: a module as a value; needed its name, or what is taken from it")
         ident = id(value)
         if ident in self._adopted:
             return self._adopted[ident][1]
@@ -1195,6 +1425,7 @@ class _Sharing(_Schedule):
     def _prepared(self, bodies: Iterable[Callable[[], Any]]) -> list[Callable[[], Any]]:
         ready = list(bodies)
         self._outside.renew()
+        self._kept = {ident: kept._replace(parts=kept.look()) for ident, kept in self._kept.items()}
         for token in self._outside.tokens.values():
             self._label(token)
         for i, body in enumerate(ready):
@@ -1215,11 +1446,11 @@ class _Sharing(_Schedule):
         "Whether a thread of a run asks that is not yet over."
         return not self._over and get_ident() in self._who
 
-    def _refuse(self, text: str) -> None:
-        self._problem = self._problem or Refused(text)
-        raise self._problem
-
     def _unseen(self) -> Exception | None:
+        for kept in self._kept.values():
+            name = kept.changed()
+            if name is not None:
+                return Refused(f"{name}: has changed without a step; needed a store by its name")
         name = self._outside.changed()
         if name is None:
             return None
@@ -1254,8 +1485,12 @@ class _Sharing(_Schedule):
             self._own.append(value)
         elif kind is types.FunctionType:
             self._function(value)
-        elif isinstance(value, type):
+        elif isinstance(value, (type, enum.Enum)):
             self._outside.add(name, value)
+            self._outside.add(kind.__name__, kind)
+        elif isinstance(value, BaseException):
+            value.args = self.wrap(value.args, name)
+            self._keep_parts(name, value, partial(_attributes, value))
         elif kind in (types.MethodType, partial, types.BuiltinFunctionType, types.MappingProxyType):
             return self._remade(value, name)
         elif kind in (tuple, frozenset) or (isinstance(value, tuple) and hasattr(value, "_make")):
@@ -1282,6 +1517,7 @@ class _Sharing(_Schedule):
                 object.__setattr__(value, name, new)
             if not frozen and self._started:  # else it is the same in every run
                 self._shared.setdefault(label, {})[name] = self._label(new)
+        self._keep_parts(kind.__name__, value, partial(_attributes, value))
         if not frozen:
             value.__class__ = _stepping(kind)
             self._outside.add(kind.__name__, type(value))
@@ -1320,6 +1556,9 @@ class _Sharing(_Schedule):
         self._adopted[id(value)] = value, new
         return new
 
+    def _keep_parts(self, name: str, value: Any, look: Callable[[], dict[str, Any]]) -> None:
+        self._kept[id(value)] = _Kept(name, look, look())
+
     def _keep(self, new: _Contents) -> None:
         self._contents.append(new)
         self._shared[new._label] = {"": new._state()}
@@ -1346,9 +1585,14 @@ class _Sharing(_Schedule):
             if name in rebinds:
                 self._rebound[id(cell)] = name
             for held in _contents_of(cell).values():
+                if isinstance(held, types.ModuleType):  # watched by the names in the code
+                    continue
                 new = self.wrap(held, name)
                 if new is not held:
                     cell.cell_contents = new
+        for name, held in vars(function).items():
+            vars(function)[name] = self.wrap(held, name)
+        self._keep_parts(function.__name__, function, lambda: dict(vars(function)))
         if function.__defaults__:
             function.__defaults__ = self.wrap(function.__defaults__, function.__name__)
         named = function.__kwdefaults__ or {}
@@ -1369,7 +1613,7 @@ class _Sharing(_Schedule):
         self._adopted[id(new)] = new, new
         return new
 
-
+# %% ../nbs/08_interleave.ipynb #21b43807
 _OURS = {  # the files of this module; in a notebook each cell is one
     each.__code__.co_filename
     for each in (
@@ -1413,8 +1657,9 @@ def _cells(value: Any) -> set[int]:
             todo += each
     return found
 
-
+# %% ../nbs/08_interleave.ipynb #08eb5fd8
 _RAW_ACCESS = {"__setattr__", "__getattribute__", "__delattr__"}
+_PAST_CLASS = {*_RAW_ACCESS, "__get__", "__set__", "__delete__"}
 
 
 def _frozen(cls: Any) -> bool:
@@ -1433,9 +1678,11 @@ def _watchable(cls: type) -> bool:
         for name, value in vars(base).items():
             if name in _RAW_ACCESS or isinstance(value, types.MethodDescriptorType):
                 return False
-            if isinstance(value, types.FunctionType):
-                if _code(value.__code__).attributes & _RAW_ACCESS:
-                    return False
+            parts = _parts(value) if isinstance(value, _WRAPPERS) else (value,)
+            for part in parts:
+                if isinstance(part, types.FunctionType):
+                    if _code(part.__code__).attributes & _PAST_CLASS:
+                        return False
     return True
 
 # %% ../nbs/08_interleave.ipynb #3cd6d0e9
@@ -1455,13 +1702,19 @@ class _Race(NamedTuple):
     def switches(self) -> int:
         return sum(a != b for a, b in pairwise(self.path))
 
+    def __str__(self) -> str:
+        "The steps with their lines, and what came of them."
+        wide = max((len(str(step)) for step in self.steps), default=0)
+        told = [f"{step!s:{wide}}  {step.line}  {step.source}".rstrip() for step in self.steps]
+        return "\n".join([*told, f"{type(self.error).__name__}: {self.error}"])
+
 
 @dataclass(frozen=True)
 class _Explored:
     "What came of running a scenario in every order."
 
-    interleavings: int  # orders of all shared accesses
-    situations: int  # different ones in which a thread was chosen
+    interleavings: int  # orders of all shared accesses; of random ones, those that were run
+    situations: int  # different ones in which a thread was chosen; 0 without memory
     runs: int  # that were made to see all of them
     races: list[_Race] = field(repr=False)  # one for each run that failed
 
@@ -1497,12 +1750,55 @@ def _one_core() -> Iterator[None]:
     finally:
         os.sched_setaffinity(0, cores)
 
+# %% ../nbs/08_interleave.ipynb #73e0305f
+class _Priorities:
+    "Random priorities of threads, which change after steps chosen at random."
+
+    def __init__(
+        self,
+        rng: Random,
+        length: int,  # steps of a run
+        changes: int,  # of priorities, d - 1
+    ):
+        chosen = rng.sample(range(1, length + 1), min(changes, length))
+        self._falls = {step: i for i, step in enumerate(chosen)}  # step -> priority after it
+        self._rng, self._changes = rng, changes
+        self._priority: dict[int, float] = {}
+
+    def __call__(self, me: int | None, able: list[int], at: int) -> int:
+        for thread in able:  # above all that have fallen
+            self._priority.setdefault(thread, self._changes + self._rng.random())
+        if me is not None and at in self._falls:
+            self._priority[me] = self._falls[at]
+        return max(able, key=self._priority.__getitem__)
+
+
+def _sampled(
+    scenario: _Scenario,
+    make: Callable[..., _Sharing],
+    runs: int,
+    rng: Random,
+    changes: int,  # of priorities in a run
+) -> _Explored:  # interleavings: different ones that were run
+    "Runs in random orders."
+    longest, races, paths = 0, [], set()  # the first run, without a change, tells a length
+    for _ in range(runs):
+        run = make(pick=_Priorities(rng, longest, changes))
+        run.run(scenario(run))
+        longest = max(longest, len(run.path))
+        paths.add(tuple(run.path))
+        races += _races_of(run)
+    return _Explored(len(paths), 0, runs, races)
+
 # %% ../nbs/08_interleave.ipynb #793acb85
 @_one_core()
 def explore(
     scenario: _Scenario,  # builds shared objects with `schedule.share`; gives the threads' bodies
     *,
     prune: bool = True,  # False: run every interleaving to its end, even if nothing new can come
+    preemptions: int | None = None,  # most in a run: a switch away from a thread that could go on
+    random: int | None = None,  # runs in random orders, instead of every order
+    seed: int = 0,  # of the random orders
     most: int = 100_000,  # runs; a RuntimeError says so if they are not enough
     steps: int = 2000,  # of one run; an `Endless` says so if they are not enough
     seconds: float = 5.0,  # for one run, likewise
@@ -1510,27 +1806,39 @@ def explore(
     """Run a scenario in every order of its shared accesses. The threads must end in each of them.
 
     What the threads share is seen or `Refused`. Python's own and installed modules are taken to
-    share nothing.
+    share nothing. All threads are taken to see the accesses in one order (sequential consistency).
+    With `random`, `preemptions` is the number of steps at which a run moves its turn (default 2).
     """
-    if not isinstance(most, int) or most < 1:
-        raise ValueError(f"most: {most!r}, needed a whole number of at least 1")
+    _check_whole("most", most)
+    for name, value, least in (("preemptions", preemptions, 0), ("random", random, 1)):
+        if value is not None:
+            _check_whole(name, value, least)
+    make = partial(_Sharing, outside=_outside_of(scenario), steps=steps, seconds=seconds)
+    if random is not None:
+        changes = 2 if preemptions is None else preemptions
+        return _sampled(scenario, make, random, Random(seed), changes)
     graph: dict[Any, Any] = {}
     races: list[_Race] = []
     todo: list[tuple[int, ...]] = [()]
     runs = 0
-    outside = _outside_of(scenario)
     while todo:
         if runs == most:
-            raise RuntimeError(f"most: {most} runs were not enough; take shorter threads")
+            raise RuntimeError(
+                f"most: {most} runs were not enough; take shorter threads, a bound on preemptions, "
+                "or random orders"
+            )
         known = graph if prune else None
-        run = _Sharing(todo.pop(), known, outside=outside, steps=steps, seconds=seconds)
+        run = make(todo.pop(), known, preemptions=preemptions)
         run.run(scenario(run))
         todo += run.branches
         runs += 1
-        if run.failure is not None:
-            races.append(_Race(tuple(run.path), run.steps, run.failure))
+        races += _races_of(run)
     root = next(iter(graph), None)
     return _Explored(_paths(graph, root) if prune else runs, len(graph), runs, races)
+
+
+def _races_of(run: _Schedule) -> list[_Race]:  # at most one
+    return [] if run.failure is None else [_Race(tuple(run.path), run.steps, run.failure)]
 
 
 def replay(scenario: _Scenario, path: Sequence[int]) -> _Sharing:  # its `failure` and `steps`

@@ -457,7 +457,10 @@ class _Owned(_Storage):
 
 # %% ../nbs/06_workspace.ipynb #9a46f5c6
 class Workspace(_Owned):
-    "Named buffers that are reused: exact shapes, aligned, uninitialised, for one generation."
+    """Named buffers that are reused: exact shapes, aligned, uninitialised, for one generation.
+
+    For one thread, and one task or generator, at a time; another one gets a RuntimeError.
+    """
 
     def __init__(
         self,

@@ -68,7 +68,13 @@ class Locks(Spot):
 
 
 def errors(found):
-    return {f"{type(race.error).__name__}: {race.error}" for race in found.races}
+    return set(map(told, found.races))
+
+
+def told(race):
+    if isinstance(race.error, Deadlock):  # its text tells the lines, too
+        return "Deadlock"
+    return f"{type(race.error).__name__}: {race.error}"
 
 
 def both_ways(scenario):
@@ -218,7 +224,7 @@ def model(program):
         if able:
             return orders
         done = all(a == len(steps) for a, steps in zip(at, todo, strict=True))
-        outcomes.add(f"Seen: {x}" if done else "Deadlock: every thread waits")
+        outcomes.add(f"Seen: {x}" if done else "Deadlock")
         return 1
 
     none = (0,) * len(program)
@@ -641,6 +647,195 @@ def test_most_is_just_enough_or_says_so(prune):
         explore(scenario, prune=prune, most=runs - 1)
 
 
+def test_a_race_tells_the_lines_that_made_it():
+    race = explore(counting(Slots)).shortest
+    first = Slots.add.__code__.co_firstlineno + 1
+    assert [step.line for step in race.steps] == [f"test_interleave.py:{first}"] * 4
+    assert {step.source for step in race.steps} == {"self.n += 1"}
+    lines = str(race).splitlines()
+    assert len(lines) == 5
+    assert all(f"test_interleave.py:{first}  self.n += 1" in line for line in lines[:4])
+    assert lines[4] == "Seen: lost"
+
+
+def test_the_line_of_a_step_is_that_of_the_code_under_test():
+    """Not of NumPy or of Python, which it calls."""
+
+    def body(spot):
+        spot.array += 1
+        functools.reduce(lambda _, x: spot.d.get(x), "pp")
+
+    first = body.__code__.co_firstlineno
+    run = replay(sharing(Locks, body), ())
+    lines = [int(step.line.partition(":")[2]) - first for step in run.steps]
+    assert lines == sorted(lines)
+    assert set(lines) == {1, 2}
+
+
+def test_a_cell_of_a_notebook_has_no_changing_name():
+    cells = ["<ipython-input-3-0a1b>", "/tmp/ipykernel_77/123.py"]
+    assert [_Step(0, "x", "load", "1", (cell, 7)).line for cell in cells] == ["cell:7"] * 2
+    assert _Step(0, "x", "load", "1").line == _Step(0, "x", "load", "1").source == ""
+
+
+def test_a_deadlock_names_who_waits_and_where():
+    def one(spot):
+        with spot.a, spot.b:
+            pass
+
+    def other(spot):
+        with spot.b, spot.a:
+            pass
+
+    found = explore(sharing(Locks, one, other))
+    lines = [body.__code__.co_firstlineno + 1 for body in (one, other)]
+    assert {str(race.error) for race in found.races} == {
+        f"every thread waits: A acquire Locks.b (test_interleave.py:{lines[0]}); "
+        f"B acquire Locks.a (test_interleave.py:{lines[1]})"
+    }
+
+
+# Fewer orders than all
+
+
+def bounded(lengths, most):
+    """Orders of threads that never wait with at most so many preemptions, by recursion."""
+
+    def go(left, last, most):
+        if not any(left):
+            return 1
+        ways = 0
+        for t, n in enumerate(left):
+            price = last is not None and t != last and left[last] > 0
+            if n and price <= most:
+                ways += go((*left[:t], n - 1, *left[t + 1 :]), t, most - price)
+        return ways
+
+    return go(lengths, None, most)
+
+
+@pytest.mark.parametrize("most", range(6))
+@pytest.mark.parametrize("lengths", [(2, 2), (3, 2), (1, 1, 1), (2, 2, 1), (4, 3)])
+def test_orders_with_few_preemptions_are_counted_by_a_model(lengths, most):
+    scenario = sharing(Spot, *map(stepping, lengths))
+    pruned = explore(scenario, preemptions=most)
+    every = explore(scenario, preemptions=most, prune=False)
+    assert pruned.interleavings == every.interleavings == every.runs == bounded(lengths, most)
+    assert pruned.runs <= every.runs
+
+
+def within(scenario, most):
+    """The errors of the orders with few preemptions, taken from all orders."""
+    outcomes = set()
+    for race in explore(scenario, prune=False).races:
+        run = replay(scenario, race.path)
+        if run.preemptions <= most:
+            outcomes.add(told(race))
+    return outcomes
+
+
+@given(program=PROGRAMS, most=st.integers(0, 2))
+@settings(max_examples=30)
+def test_a_bound_hides_nothing_within_it(program, most):
+    """Memory beside a bound: the same errors, and as many orders, as without memory."""
+    scenario = running(program, settled=True)
+    if explore(scenario).interleavings > TOO_MANY:
+        return
+    pruned = explore(scenario, preemptions=most)
+    every = explore(scenario, preemptions=most, prune=False)
+    assert errors(pruned) == errors(every) == within(scenario, most)
+    assert pruned.interleavings == every.interleavings == every.runs
+    repeated(scenario, pruned)
+
+
+def test_without_a_preemption_no_update_is_lost():
+    assert explore(counting(Slots), preemptions=0).races == []
+    assert errors(explore(counting(Slots), preemptions=1)) == {"Seen: lost"}
+
+
+@given(LOCKING)
+@settings(max_examples=15)
+def test_a_bound_that_no_order_reaches_changes_nothing(program):
+    scenario = locking([parts[:1] for parts in program[:2]])
+    bounded_, every = explore(scenario, preemptions=1000), explore(scenario)
+    assert errors(bounded_) == errors(every)
+    assert bounded_.interleavings == every.interleavings
+
+
+@pytest.mark.parametrize("program", [[[("", True)]] * 2, [[("ab", True)], [("ba", True)]]])
+def test_random_orders_are_some_of_all(program):
+    scenario = locking(program)
+    every, some = explore(scenario, prune=False), explore(scenario, random=40)
+    assert some.runs == 40
+    assert some.interleavings <= every.interleavings
+    assert errors(some) == errors(every)
+    repeated(scenario, some)
+
+
+def test_random_orders_are_those_of_the_seed():
+    scenario = locking([[("a", True), ("", True)], [("", True), ("a", True)]])
+    one, again, other = (explore(scenario, random=10, seed=seed) for seed in (1, 1, 2))
+    paths = [[race.path for race in found.races] for found in (one, again, other)]
+    assert paths[0] == paths[1] != paths[2]
+
+
+def test_random_priorities_change_as_often_as_said():
+    """Without a change, a thread goes on until it ends."""
+    scenario = sharing(Spot, stepping(9), stepping(9))
+    assert explore(scenario, random=50, preemptions=0).interleavings == 2
+    assert 2 < explore(scenario, random=50, preemptions=1).interleavings <= 2 + 2 * 8
+
+
+def deep(spot):
+    for i in range(60):
+        spot.x = i
+
+
+def test_a_race_deep_in_long_threads_is_found():
+    """Every order would be out of reach."""
+
+    def other(spot):
+        if spot.x == 40 and spot.x == 41:
+            raise Seen("in the middle")
+
+    def once(spot):
+        if spot.x == 40:
+            raise Seen("in the middle")
+
+    found = explore(sharing(Spot, deep, other), preemptions=3)
+    assert errors(found) == {"Seen: in the middle"}
+    assert found.runs < 10_000
+    assert errors(explore(sharing(Spot, deep, once), random=1000)) == {"Seen: in the middle"}
+
+
+def test_a_random_run_finds_a_race_as_often_as_promised():
+    """A lost update needs two constraints: 1 / (n k) for two threads of k steps in all."""
+
+    def scenario(schedule):
+        counter, spot = schedule.share(Slots), schedule.share(Spot)
+
+        def body():
+            stepping(8)(spot)
+            counter.add()
+
+        def both():
+            if counter.n != 2:
+                raise Seen("lost")
+
+        schedule.afterwards(both)
+        return [body, body]
+
+    found = explore(scenario, random=400, preemptions=1)
+    assert len(found.races) >= 400 / (2 * 20)
+
+
+@pytest.mark.parametrize("name", ["preemptions", "random"])
+@pytest.mark.parametrize("value", [-1, 1.5, "two"])
+def test_what_limits_the_orders_must_be_a_number(name, value):
+    with pytest.raises((ValueError, TypeError), match=name):
+        explore(sharing(Spot, stepping(1)), **{name: value})
+
+
 # Nothing is left behind
 
 
@@ -857,7 +1052,7 @@ def test_how_often_a_lock_is_held_counts():
 
         return [one, other]
 
-    assert errors(both_ways(scenario)) == {"Deadlock: every thread waits"}
+    assert errors(both_ways(scenario)) == {"Deadlock"}
 
 
 def test_the_number_of_a_thread_stands_for_its_identity():

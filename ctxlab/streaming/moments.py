@@ -262,7 +262,11 @@ def _absorb(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:
 
 # %% ../../nbs/streaming/01_moments.ipynb #d7c0269a
 class ContextStats:
-    "Mergeable moments of a stream of pairs (x, y), and the exact correlation of all their rows."
+    """Mergeable moments of a stream of pairs (x, y), and the exact correlation of all their rows.
+
+    For one thread at a time, like the workspace that it takes from; give each thread one of its
+    own, and `merge` them.
+    """
 
     def __init__(
         self,
