@@ -549,7 +549,7 @@ class _State:
 
 # %% ../nbs/07_context.ipynb #3bc9de79
 class SharedAttentionContext(_State):
-    """Learned from a layer's input and output (`update`), mixed into the next one's input (`apply`).
+    """Learned from a layer's input and output (`update`), mixed into the next input (`apply`).
 
     Any number of threads may apply and go back at once, each with an `out` of its own, while one
     learns. Who changes what others are using, or learns beside another, gets a RuntimeError."""
