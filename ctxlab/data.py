@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .containers import _KINDS, InputError, _Container, _naming, _Npz, _open, _some
+from .containers import _KINDS, _Container, _naming, _Npz, _open, _some
+from .containers import InputError as InputError  # where it has always been found
 
 # %% ../nbs/04_data.ipynb #495362fd
 class _Pair(NamedTuple):

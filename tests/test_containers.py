@@ -122,7 +122,7 @@ def test_the_same_rows_from_every_file(form, dtype, order, layers, rows, width, 
     )
     if "chunks" in form or "zarr" in form:
         assert held > 0 or not a.size
-    elif not (form == "compressed" and order == "F"):
+    elif a.size and not (form == "compressed" and order == "F"):
         assert held == 0
 
 
