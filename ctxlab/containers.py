@@ -563,7 +563,7 @@ def _sliced(source: Any, chunk: tuple[int, ...] | None, where: str, stored: str)
 
     return _Array(where, shape, stored, reader, tuple(chunk))
 
-# %% ../nbs/03b_containers.ipynb #a82bbb0e
+# %% ../nbs/03b_containers.ipynb #fafd14a3
 _KINDS: dict[str, type[_Container]] = {
     ".npy": _Npy,
     ".npz": _Npz,
@@ -572,6 +572,12 @@ _KINDS: dict[str, type[_Container]] = {
     ".hdf5": _Hdf5,
     ".zarr": _Zarr,
 }
+
+
+def _check_name(path: str) -> None:
+    "An InputError for what is no data by its name."
+    if Path(path).name.startswith("._"):
+        raise InputError(f"{path}: is what macOS keeps beside a file, and no data; remove it")
 
 
 @contextmanager
@@ -583,9 +589,6 @@ def _open(
     "An open container; an InputError names what cannot be opened."
     with ExitStack() as stack:
         with _naming(path):
-            if Path(path).name.startswith("._"):
-                raise InputError(
-                    f"{path}: is what macOS keeps beside a file, and no data; remove it"
-                )
+            _check_name(path)
             opened = (kind or _KINDS[Path(path).suffix])(path, bfloat16, stack)
         yield opened

@@ -163,16 +163,12 @@ def npy(path, a, **options):
 OK = np.random.default_rng(0).standard_normal((6, DIM)).astype(np.float32)
 BAD = {  # x, y, a word of the message
     "fewer rows": (OK, OK[:5], "rows"),
-    "another width": (OK, OK[:, 1:], "features"),
-    "another dtype": (OK, OK.astype(float), "dtype"),
+    "another width": (OK, OK[:, 1:], "width"),
     "integers": (OK.astype(int), OK, "int64"),
-    "half of them": (OK.astype(np.float16), OK, "float16"),
-    "long double": (OK.astype(np.longdouble), OK, "needed float16, float32, float64"),
-    "big endian": (OK.astype(">f4"), OK, ">f4"),
+    "long double": (OK.astype(np.longdouble), OK, "needed float16, bfloat16, float32 or float64"),
     "vector": (OK[0], OK, "shape"),
-    "three dimensions": (OK[None], OK, "shape"),
+    "four dimensions": (OK[None, None], OK, "shape"),
     "no features": (OK[:, :0], OK[:, :0], "no features"),
-    "Fortran": (OK, np.asfortranarray(OK), "Fortran"),
     "objects": (np.array([[{}]], object), OK, "pickle"),
     "record": (np.zeros((3, 3), [("a", "f4")]), OK, "dtype"),
     "others in float64": (OK.astype(float), OK.astype(float), "dtype"),
@@ -231,7 +227,7 @@ def test_layers_that_are_not_there(tmp_path):
         ("a.npz", 9, "there is no layer 9; it has 1 to 3"),
         ("one.npz", None, "there is no layer 1; it has 1 to 0"),
         ("xy.npz", 1, "has arrays 'x' and 'y'"),
-        ("f.x.npy", 2, "is no .npz"),
+        ("f.x.npy", 2, "x and y are two arrays; a layer is one of a single array"),
         ("flat.npz", None, r"is not \(layers, rows, features\)"),
     ]:
         with pytest.raises(InputError, match=said) as e:
@@ -261,19 +257,17 @@ def test_headers_of_each_version(version, fortran, tmp_path):
     column = OK[:, :1]
     path = npy_by_hand(tmp_path / "a.npy", column, version, fortran)
     assert_exact(shard_stats(shards([(path, path)])[0], MEMORY), column, column)
-    if fortran:
-        npy_by_hand(path, OK, version, fortran)
-        with pytest.raises(InputError, match="Fortran"):
-            shards([(path, path)])
+    npy_by_hand(path, OK, version, fortran)
+    assert_exact(shard_stats(shards([(path, path)])[0], MEMORY), OK, OK)
 
 
 @pytest.mark.parametrize(("every", "saved"), [(1, 6), (2, 3), (4, 2), (5, 2), (9, 1)])
 def test_a_checkpoint_every_few_shards(folder, tmp_path, monkeypatch, every, saved):
     counts, save = [], module.save_stats
 
-    def noted(path, stats, done):
+    def noted(path, stats, done, kernels):
         counts.append(len(done))
-        save(path, stats, done)
+        save(path, stats, done, kernels)
 
     monkeypatch.setattr(module, "save_stats", noted)
     stream(shards(folder), memory=MEMORY, checkpoint=tmp_path / "state", every=every)
@@ -299,8 +293,8 @@ def test_what_lies_beside_the_data_gets_a_word(folder, tmp_path):
     np.savez(folder / "plots" / "more.npz", x=OK, y=OK)
     with pytest.raises(InputError, match=r"plots: is a folder of data inside"):
         shards(folder)
-    with pytest.raises(InputError, match=r"needed a pair of \.npy files"):
-        shards([(folder / "1.npz", folder / "2.npz")])
+    with pytest.raises(InputError, match=r"needed a pair of files; known are \.npy, \.npz"):
+        shards([(folder / "1.npz", folder / "2.txt")])
 
 
 @pytest.mark.parametrize("layer", [1, 3])
@@ -465,11 +459,11 @@ CHANGES = {
         r"is damaged \(901 rows of 4000\)",
     ),
     "no numbers": (
-        lambda about: about | {"done": [["a", "b", [[1, 2], [3, 4]], 0]]},
+        lambda about: about | {"done": [["a", "b", [[1, 2], [3, 4]], ["x", "y"], 0]]},
         "is damaged, or none of a stream",
     ),
     "another layer": (
-        lambda about: about | {"done": [[*d[:3], 2] for d in about["done"]]},
+        lambda about: about | {"done": [[*d[:4], 2] for d in about["done"]]},
         "of another run: of layer 2, here it is 0",
     ),
 }
