@@ -132,9 +132,17 @@ def test_it_says_where_it_comes_from(home):
     )
     for i, f in enumerate(about["files"]):
         facts = os.stat(f"run/{i}.npz")
+        array = dict(dtype="float32", features=DIM)
         assert f == dict(
-            path=str(home / f"run/{i}.npz"), bytes=facts.st_size, modified_ns=facts.st_mtime_ns
+            path=str(home / f"run/{i}.npz"),
+            bytes=facts.st_size,
+            modified_ns=facts.st_mtime_ns,
+            rows=ROWS[i],
+            arrays=[dict(role="x", key="x") | array, dict(role="y", key="y") | array],
         )
+    (process,) = about["kernels"]
+    assert process.endswith(f":{os.getpid()}")
+    assert about["dtype"] == "float32"
 
 
 def test_pairs_of_files_are_both_named(home):
@@ -175,7 +183,7 @@ def test_features_without_variance_are_named(home, capsys):
     got = result()
     assert got["constant_x"].nonzero()[0].tolist() == [2, 4]
     assert got["constant_y"].nonzero()[0].tolist() == [0]
-    run("run")
+    run("run", "--force")
     assert "without variance        0 in x, 0 in y\n" in capsys.readouterr().out
 
 
@@ -226,14 +234,39 @@ def test_files_one_by_one_pair_in_order(home, data):
     run("--x", *files["x"], "--y", *files["y"])
     assert_right(result(), data)
     turned = {folder: names[::-1] for folder, names in files.items()}
-    run("--x", *turned["x"], "--y", *turned["y"])
+    run("--x", *turned["x"], "--y", *turned["y"], "--force")
     assert_right(result(), data)
 
 
-def test_an_earlier_result_is_replaced(home):
+@pytest.mark.parametrize("name", ["context.npz", "context.png"])
+def test_an_earlier_result_stays(name, home):
+    Path(name).write_bytes(b"old")
+    with pytest.raises(InputError, match=rf"--out: {name} exists; .* --force"):
+        run("run")
+    assert written() == [name]
+    assert Path(name).read_bytes() == b"old"
+
+
+def test_a_result_that_appears_meanwhile_stays(home, monkeypatch):
+    kept = reading._stream
+
+    def slow(*args, **options):
+        Path("context.npz").write_bytes(b"of another run")
+        return kept(*args, **options)
+
+    monkeypatch.setattr(reading, "_stream", slow)
+    with pytest.raises(InputError, match=r"exists; .*; what was done is in .* --resume"):
+        run("run")
+    assert Path("context.npz").read_bytes() == b"of another run"
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    assert run("run", "--resume", "--out", "context.npz", "--force") == 0
+
+
+def test_an_earlier_result_is_replaced_by_force(home):
     Path("context.npz").write_bytes(b"old")
     Path("context.png").write_bytes(b"old")
-    run("run")
+    run("run", "--force")
     assert result()["count"] == 500
     assert Path("context.png").read_bytes() != b"old"
 
@@ -331,24 +364,35 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
         lambda: np.savez("bad.npz", hidden=np.ones((2, 5, 3), "f")),
         "there is no layer 2; it has 1 to 1",
     ),
-    "no .npy": (["--x", "run", "--y", "y"], None, "holds no .npy"),
-    "an .npz as x": (["--x", "run/0.npz", "--y", "y/0.npy"], None, "is no .npy"),
+    "no data": (
+        ["--x", "empty", "--y", "y"],
+        lambda: Path("empty").mkdir(),
+        "the folder empty holds no data file",
+    ),
+    "names that do not pair": (["--x", "run", "--y", "y"], None, "run has 0.npz and y has 0.npy"),
+    "text as x": (
+        ["--x", "a.txt", "--y", "y/0.npy"],
+        lambda: Path("a.txt").touch(),
+        "a.txt is none of .npy, .npz",
+    ),
     "missing": (["none.npz"], None, "none.npz: no such file"),
     "missing x": (["--x", "none.npy", "--y", "y/0.npy"], None, "none.npy: no such file"),
     "empty folder": (["empty"], lambda: Path("empty").mkdir(), "the folder holds no"),
     "twice": (["run", "run/2.npz"], None, "run/2.npz: is named twice"),
-    "rows differ": (["bad.npz"], lambda: spoil(x=a(5), y=a(6)), "bad.npz: x and y differ in rows"),
-    "widths differ": (["bad.npz"], lambda: spoil(x=a(5), y=a(5, 9)), "differ in features"),
+    "rows differ": (
+        ["bad.npz"],
+        lambda: spoil(x=a(5), y=a(6)),
+        "bad.npz, x: x and y differ in rows",
+    ),
     "widths of shards": (
         ["run", "bad.npz"],
         lambda: spoil(x=a(5, 9), y=a(5, 9)),
-        "bad.npz: width 9",
+        "bad.npz, x: width 9, that of run/0.npz, x is 10",
     ),
-    "dtypes": (["bad.npz"], lambda: spoil(x=a(5), y=a(5, dtype=np.float64)), "differ in dtype"),
-    "half": (
-        ["bad.npz"],
-        lambda: spoil(x=a(5, dtype=np.float16), y=a(5)),
-        "differ in dtype: float16 and float32",
+    "dtypes of shards": (
+        ["run", "bad.npz"],
+        lambda: spoil(x=a(5, dtype=np.float64), y=a(5, dtype=np.float64)),
+        "bad.npz, x: dtype float64, that of run/0.npz, x is float32",
     ),
     "no rows": (["bad.npz"], lambda: spoil(x=a(0), y=a(0)), "0 rows in all"),
     "one row": (["bad.npz"], lambda: spoil(x=a(1), y=a(1)), "1 rows in all"),
@@ -366,7 +410,7 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
     "out in a file": (["run", "--out", "run/0.npz/context.npz"], None, "is no folder"),
     "out among shards": (["run", "--out", "run/context.npz"], None, "would lie among the shards"),
     "out is a shard": (
-        ["run/0.npz", "run/1.npz", "--out", "run/1.npz"],
+        ["run/0.npz", "run/1.npz", "--out", "run/1.npz", "--force"],
         None,
         "1.npz is one of the shards",
     ),
@@ -486,15 +530,15 @@ def test_work_done_is_kept_and_resumed(workers, home):
     with pytest.raises(
         InputError, match=r"run/2\.npz: .*; what was done is in .*, and --resume"
     ) as e:
-        run("run", *workers)
+        run("run", "--force", *workers)
     assert "\n" not in str(e.value)
     assert written() == [CHECKPOINT, "context.npz"]
     assert Path("context.npz").read_bytes() == b"old"
     assert load_stats(CHECKPOINT, DIM).count == sum(ROWS[:2])
     mend()
     with pytest.raises(InputError, match=r"exists; resume it, or remove it first$"):
-        run("run", *workers)
-    assert run("run", "--resume", *workers) == 0
+        run("run", "--force", *workers)
+    assert run("run", "--force", "--resume", *workers) == 0
     assert written() == ["context.npz", "context.png"]
     got = result()
     if workers:  # they have one thread of BLAS, and may round otherwise
@@ -536,12 +580,12 @@ def test_a_failure_while_writing_keeps_everything(home, monkeypatch):
     with pytest.raises(
         (InputError, OSError), match=r"No space left on device; .* --resume goes on"
     ):
-        run("run")
+        run("run", "--force")
     assert Path("context.npz").read_bytes() == b"old"
     assert written() == [CHECKPOINT, "context.npz"]
     monkeypatch.undo()
     monkeypatch.chdir(home)
-    assert run("run", "--resume") == 0
+    assert run("run", "--resume", "--force") == 0
 
 
 SCRIPT = """if True:
@@ -637,7 +681,7 @@ def test_an_interruption_is_one_line_and_exit_code_130(home, capsys, monkeypatch
 
     Path("context.npz").write_bytes(b"old")
     monkeypatch.setattr(reading, "shard_stats", interrupted)
-    assert main(["context", "run"]) == 130
+    assert main(["context", "run", "--force"]) == 130
     out, err = capsys.readouterr()
     assert (out, Path("context.npz").read_bytes()) == ("", b"old")
     assert err == (
