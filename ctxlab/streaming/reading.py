@@ -170,13 +170,13 @@ def _matches(pattern: str, names: Iterable[str]) -> dict[tuple[str, ...], str]:
 
 def _matched(x: _Container, y: _Container, keys: tuple[str, str]) -> list[tuple[str, str]]:
     "Arrays of x and y that fit two patterns, paired by what stands for the stars."
-    sides = []
+    sides: list[dict[tuple[str, ...], str]] = []
     for container, pattern in zip((x, y), keys, strict=True):
         names = container.names()
         sides.append(_matches(pattern, names))
         if not sides[-1]:
             raise InputError(f"{container.path}: no array fits {pattern!r}; found {_some(names)}")
-    for container, mine, its in ((x, *sides), (y, *sides[::-1])):
+    for container, mine, its in ((x, sides[0], sides[1]), (y, sides[1], sides[0])):
         alone = sorted(mine[key] for key in mine.keys() - its.keys())
         if alone:
             raise InputError(f"{container.path}: {alone[0]} has no partner; they pair by name")
