@@ -11,8 +11,10 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from test_containers import written as written_file
 
 import ctxlab
 from ctxlab.cli import main
@@ -271,6 +273,91 @@ def test_an_earlier_result_is_replaced_by_force(home):
     assert Path("context.png").read_bytes() != b"old"
 
 
+# --- arrays of every kind ---
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors", "a.h5", "a.zarr"])
+def test_arrays_by_their_names(name, home, data):
+    x, y = data
+    path = written_file(home / name, **{"in/0": x, "in/1": x[:9], "out/0": y, "out/1": y[:9]})
+    run(path, "--x", "in/0", "--y", "out/0")
+    assert_right(result(), data)
+    run(path, "--x", "in/*", "--y", "out/*", "--out", "both.npz")
+    assert result("both.npz")["count"] == 509
+    files = json.loads(str(result()["about"]))["files"]
+    assert [f["path"] for f in files] == [str(home / name)]
+    assert [(a["role"], a["key"], a["dtype"]) for a in files[0]["arrays"]] == [
+        ("x", "in/0", "float32"),
+        ("y", "out/0", "float32"),
+    ]
+    run(path, "--x", "in/0", "--y", "in/0", "--out", "self.npz")
+    np.testing.assert_allclose(result("self.npz")["context"].diagonal(), np.tanh(1), rtol=1e-6)
+
+
+def test_two_widths_in_batches_of_bfloat16(home):
+    rng = np.random.default_rng(5)
+    x, y = (rng.standard_normal((4, 50, d)).astype(ml_dtypes.bfloat16) for d in (6, 3))
+    written_file(home / "a.safetensors", x=x, y=y)
+    np.save("x.npy", x)
+    np.save("y.npy", y)
+    run("a.safetensors")
+    want = np.corrcoef(*(a.reshape(200, -1).astype(float).T for a in (x, y)))[:6, 6:]
+    np.testing.assert_allclose(result()["context"], np.tanh(want), atol=1e-6)
+    about = json.loads(str(result()["about"]))
+    assert [a["features"] for a in about["files"][0]["arrays"]] == [6, 3]
+    assert [a["dtype"] for a in about["files"][0]["arrays"]] == ["bfloat16"] * 2
+    run("--x", "x.npy", "--y", "y.npy", "--bfloat16", "--out", "npy.npz")
+    np.testing.assert_array_equal(result("npy.npz")["context"], result()["context"])
+
+
+@pytest.mark.parametrize("workers", [[], ["--workers", 2]])
+def test_several_layers_in_one_run(workers, home, capsys):
+    if workers:
+        pytest.importorskip("distributed")
+    hidden = np.random.default_rng(6).standard_normal((4, 300, DIM)).astype(np.float16)
+    Path("h").mkdir()
+    for i in range(3):
+        np.savez(f"h/{i}.npz", hidden=hidden[:, 100 * i : 100 * i + 100])
+    assert run("h", "--layers", "3,1", *workers, "--out", "c.npz") == 0
+    assert written() == ["c-layer1.npz", "c-layer1.png", "c-layer3.npz", "c-layer3.png", "h"]
+    for layer in (1, 3):
+        x, y = hidden[layer - 1 : layer + 1].astype(np.float32)
+        got = result(f"c-layer{layer}.npz")
+        np.testing.assert_allclose(got["context"], similarity(x, y, max_rows=None), atol=1e-6)
+        about = json.loads(str(got["about"]))
+        assert about["settings"]["layer"] == layer
+        assert len(about["files"]) == 3
+        assert about["kernels"]
+    assert "from hidden[2] to hidden[3]" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"c-layer1\.npz exists"):
+        run("h", "--layers", "all", "--out", "c.npz")
+    assert run("h", "--layers", "all", "--force", "--out", "c.npz") == 0
+    assert Path("c-layer2.npz").exists()
+
+
+def test_layers_that_are_interrupted_go_on(home):
+    hidden = np.random.default_rng(7).standard_normal((3, 900, 5)).astype(np.float16)
+    Path("h").mkdir()
+    for i in range(3):
+        np.savez(f"h/{i}.npz", hidden=hidden)
+    good = Path("h/2.npz").read_bytes()
+    Path("h/2.npz").write_bytes(good[:1000] + b"?" + good[1001:])
+    with pytest.raises(InputError, match=r"h/2\.npz.*--resume goes on"):
+        run("h", "--layers", "all")
+    assert written() == [CHECKPOINT, "h"]
+    Path("h/2.npz").write_bytes(good)
+    assert run("h", "--layers", "all", "--resume") == 0
+    assert result("context-layer2.npz")["count"] == 2700
+    assert CHECKPOINT not in written()
+
+
+def test_patterns_in_quotes(home, data):
+    run("run/[0-9].npz")
+    assert_right(result(), data)
+    run("--x", "x/*.npy", "--y", "y/*.npy", "--force")
+    assert_right(result(), data)
+
+
 # --- the table and the picture ---
 
 
@@ -375,6 +462,31 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
         lambda: Path("a.txt").touch(),
         "a.txt is none of .npy, .npz",
     ),
+    "names of nothing": (["run", "--x", "q", "--y", "x"], None, "--y: x is a path"),
+    "names that are not there": (
+        ["run", "--x", "q", "--y", "z"],
+        None,
+        "run/0.npz: there is no array 'q'; found x, y",
+    ),
+    "two names": (["run", "--x", "q", "r", "--y", "z"], None, "each name one array"),
+    "no file fits": (["run/q*"], None, "run/q*: no file fits this pattern"),
+    "layers of x and y": (["run", "--layers", "1,2"], None, "has arrays 'x' and 'y'"),
+    "a header that lies": (
+        ["bad.safetensors"],
+        lambda: Path("bad.safetensors").write_bytes(b"\x02" + bytes(7) + b"{]"),
+        "bad.safetensors: cannot be read",
+    ),
+    "one row in batches": (["bad.npz"], lambda: spoil(x=a(1)[None], y=a(1)[None]), "1 rows in all"),
+    "bfloat16 unsaid": (
+        ["bad.npz"],
+        lambda: spoil(x=a(5).astype(ml_dtypes.bfloat16), y=a(5)),
+        "if it holds bfloat16, say so (--bfloat16)",
+    ),
+    "read-only": (
+        ["run", "--force"],
+        lambda: (Path("context.npz").touch(), Path("context.npz").chmod(0o400)),
+        "read-only",
+    ),
     "missing": (["none.npz"], None, "none.npz: no such file"),
     "missing x": (["--x", "none.npy", "--y", "y/0.npy"], None, "none.npy: no such file"),
     "empty folder": (["empty"], lambda: Path("empty").mkdir(), "the folder holds no"),
@@ -445,6 +557,8 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
 
 @pytest.mark.parametrize("what", MISTAKES)
 def test_mistakes(what, home, capsys):
+    if what == "read-only" and os.geteuid() == 0:
+        pytest.skip("the superuser writes everywhere")
     if what == "an unreadable place" and sys.platform != "linux":
         pytest.skip("needs /proc")
     argv, prepare, said = MISTAKES[what]

@@ -176,7 +176,7 @@ def _ahead(
     memory: int,
     ahead: int,
     tick: Callable[[int], Any],
-    patience: float = 30.0,  # seconds without any worker
+    patience: float = 60.0,  # seconds without any worker
 ) -> _Parts:
     "Statistics of shards in their order, made on the workers, at most `ahead` at a time."
     queue = _Queue(client, left, memory)
@@ -231,7 +231,12 @@ def local_workers(workers: int) -> Iterator[Any]:  # a distributed.Client
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="ctxlab-"))
         # A suspect is done again alone, so two deaths are enough before that, and two then.
-        settings = {"temporary-directory": place, "distributed.scheduler.allowed-failures": 1}
+        # Dask gives a worker up that happens to be away some seconds after an earlier death.
+        settings = {
+            "temporary-directory": place,
+            "distributed.scheduler.allowed-failures": 1,
+            "distributed.deploy.lost-worker-timeout": "1 day",
+        }
         stack.enter_context(importlib.import_module("dask").config.set(settings))
         with _shielded():
             cluster = stack.enter_context(
@@ -306,7 +311,7 @@ def stream_distributed(
     scheduler: str | None = None,  # or the address of a scheduler, as tcp://host:8786
     client: Any = None,  # or a distributed.Client; it stays open
     timeout: float = 5.0,  # seconds to reach the scheduler, and to wait for its first worker
-    patience: float = 30.0,  # seconds without any worker, when all are lost on the way
+    patience: float = 60.0,  # seconds without any worker, when all are lost on the way
     checkpoint: Any = None,  # path, as for `stream`; the two read each other's
     every: int = 4,  # shards from one checkpoint to the next
     resume: bool = False,  # go on from the checkpoint, if it is there
@@ -338,7 +343,7 @@ def _stream_distributed(
     scheduler=None,
     client=None,
     timeout=5.0,
-    patience=30.0,
+    patience=60.0,
     checkpoint=None,
     every=4,
     resume=False,
