@@ -109,6 +109,21 @@ def test_a_scheduler_at_an_address(listed, client, monkeypatch):
     assert client.status == "running"
 
 
+class Done:
+    """A future that is done when its result is asked for."""
+
+    status = "error"
+
+    def __init__(self, work, name=""):
+        self.work, self.name = work, name
+
+    def add_done_callback(self, call):
+        call(self)
+
+    def result(self, timeout):
+        return self.work()
+
+
 def test_a_bounded_number_of_shards_is_under_way(listed):
     class Fake:
         """A client that does a task when its result is asked for."""
@@ -119,7 +134,7 @@ def test_a_bounded_number_of_shards_is_under_way(listed):
         def submit(self, task, **_):
             self.under_way += 1
             self.most = max(self.most, self.under_way)
-            return type("F", (), {"result": lambda _, timeout: (self.leave(), task())[1]})()
+            return Done(lambda: (self.leave(), task())[1])
 
         def leave(self):
             self.under_way -= 1
@@ -247,11 +262,7 @@ class Suspicious:
     def submit(self, task, **_):
         shard = task.args[0]
         self.under_way.append(shard.name)
-        return type(
-            "F",
-            (),
-            {"result": lambda _, timeout: self.result(task, shard.name), "name": shard.name},
-        )()
+        return Done(lambda: self.result(task, shard.name), shard.name)
 
     def result(self, task, name):
         if self.deadly in self.under_way:
@@ -322,12 +333,11 @@ def test_a_cluster_that_loses_all_workers_ends_with_an_error(listed, tmp_path):
 
 
 def test_an_error_of_time_in_a_task_is_its_own(listed, client):
-    def late(_, timeout):
+    def late():
         raise TimeoutError("the disk is slow")
 
-    fake = type("F", (), {"result": late, "done": lambda _: True})()
     with pytest.raises(TimeoutError, match="the disk is slow"):
-        _result(fake, client, 5)
+        _result(Done(late), client, 5)
 
 
 def test_two_guilty_shards_do_not_blame_an_innocent_one(listed):

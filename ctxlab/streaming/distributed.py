@@ -87,19 +87,24 @@ def _is_death(e: Exception) -> bool:
 
 def _result(future, client, patience: float) -> Any:
     "The result of a task; an InputError once there have been no workers for `patience` seconds."
-    since = None
+    done = threading.Event()
+    future.add_done_callback(lambda _: done.set())
+    since = None  # when there were no workers any more
     while True:
+        if done.wait(min(1.0, patience)):
+            try:
+                return future.result(timeout=patience)
+            except TimeoutError:
+                if future.status == "error":
+                    raise  # it is the task's own; else what was done went with its worker
         try:
-            return future.result(timeout=min(1.0, patience))
-        except TimeoutError:
-            if future.done():
-                raise  # it is the task's own
-        if client.nthreads():
-            since = None
-            continue
+            alive = client.nthreads()
+        except OSError:
+            raise CancelledError from None
         now = time.monotonic()
-        since = now if since is None else since
-        if now - since >= patience:
+        if alive or since is None:
+            since = None if alive else now
+        elif now - since >= patience:
             raise InputError(
                 f"scheduler: {client.scheduler.address} has lost all its workers, "
                 f"and no other came within {patience:g} s"
