@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -342,15 +343,15 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + more or "none"
 
 
-class _Container:
+class _Container(ABC):
     "An open file of arrays."
 
     def __init__(self, path: str, bfloat16: bool, stack: ExitStack):
         self.path, self.bfloat16, self.stack = path, bfloat16, stack
 
+    @abstractmethod
     def names(self) -> list[str]:
         "Of all arrays, as they stand in the file; a single array without a name is ''."
-        raise NotImplementedError
 
     def array(self, name: str) -> _Array:
         "One of the arrays, or an InputError."
@@ -362,8 +363,9 @@ class _Container:
         with _naming(self.path):
             return self._array(name, f"{self.path}, {name}" if name else self.path)
 
+    @abstractmethod
     def _array(self, name: str, where: str) -> _Array:
-        raise NotImplementedError
+        "The array of a name that is there; `where` is for its messages."
 
     def _file(self) -> BinaryIO:
         "The file once more, with a position of its own."
@@ -459,10 +461,11 @@ def _library(name: str, path: str) -> Any:
         raise InputError(f"{path}: needs {name}; pip install 'ctxlab[formats]'") from None
 
 
+_SAFE = {"F16": "float16", "BF16": _BFLOAT16, "F32": "float32", "F64": "float64"}
+
+
 class _Safetensors(_Container):
     "A file of named arrays behind a header of JSON."
-
-    KINDS = {"F16": "float16", "BF16": _BFLOAT16, "F32": "float32", "F64": "float64"}  # noqa: RUF012
 
     def __init__(self, path: str, bfloat16: bool, stack: ExitStack):
         super().__init__(path, bfloat16, stack)
@@ -479,17 +482,16 @@ class _Safetensors(_Container):
 
     def _array(self, name: str, where: str) -> _Array:
         facts = self.header[name]
-        if facts["dtype"] not in self.KINDS:
+        if facts["dtype"] not in _SAFE:
             raise InputError(
-                f"{where}: dtype {facts['dtype']} cannot be read; "
-                f"needed one of {', '.join(self.KINDS)}"
+                f"{where}: dtype {facts['dtype']} cannot be read; needed one of {', '.join(_SAFE)}"
             )
         start = self.start + facts["data_offsets"][0]
 
         def reader(array: _Array, layer: int | None) -> _Reader:
             return _bytes_of(self._file(), start, array, layer)
 
-        return _Array(where, facts["shape"], self.KINDS[facts["dtype"]], reader)
+        return _Array(where, facts["shape"], _SAFE[facts["dtype"]], reader)
 
 # %% ../nbs/03b_containers.ipynb #9fa113dc
 class _Hdf5(_Container):
