@@ -331,6 +331,10 @@ def test_several_layers_in_one_run(workers, home, capsys):
     assert "from hidden[2] to hidden[3]" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"c-layer1\.npz exists"):
         run("h", "--layers", "all", "--out", "c.npz")
+    Path("c-layer3.checkpoint.npz").touch()
+    with pytest.raises(InputError, match=r"c-layer3\.checkpoint\.npz exists; remove it first"):
+        run("h", "--layers", "all", "--force", "--out", "c.npz")
+    Path("c-layer3.checkpoint.npz").unlink()
     assert run("h", "--layers", "all", "--force", "--out", "c.npz") == 0
     assert Path("c-layer2.npz").exists()
 
