@@ -399,6 +399,9 @@ class _Npz(_Container):
 
     def __init__(self, path: str, bfloat16: bool, stack: ExitStack):
         super().__init__(path, bfloat16, stack)
+        with open(path, "rb") as f:
+            if not zipfile.is_zipfile(f):
+                raise InputError(f"{path}: cannot be read (not an .npz archive, see numpy.savez)")
         self.archive = stack.enter_context(zipfile.ZipFile(path))
 
     def names(self) -> list[str]:
