@@ -3,6 +3,7 @@
 from ctxlab import audit as audit
 from ctxlab import calibration as calibration
 from ctxlab import cli as cli
+from ctxlab import containers as containers
 from ctxlab import context as context
 from ctxlab import data as data
 from ctxlab import files as files

@@ -96,8 +96,9 @@ def _add_report(commands: Any) -> None:
     )
     p.add_argument(
         "--activations",
-        metavar="FILE.npz",
-        help="your own activations (default: packaged ones of a small transformer)",
+        metavar="FILE",
+        help="your own activations, as .npz, .safetensors, .h5 or .zarr with x and y or hidden "
+        "(default: packaged ones of a small transformer)",
     )
     times = p.add_mutually_exclusive_group()
     times.add_argument("--quick", action="store_true", help="spend less time on the trials")

@@ -284,7 +284,7 @@ ACTIVATIONS = {  # what is wrong -> (how to make the file, or None; what the mes
     "pickled": (save(x=np.array([{}, None]), y=y), "pickled"),
     "shapes differ": (save(x=x, y=y[:, :8]), "(64, 16) and y has (64, 8)"),
     "no rows": (save(x=x[:0], y=y[:0]), "empty"),
-    "no features": (save(x=x[:, :0], y=y[:, :0]), "empty"),
+    "no features": (save(x=x[:, :0], y=y[:, :0]), "has no features"),
     "one row": (save(x=x[:1], y=y[:1]), "one row"),
     "a vector": (save(x=x[0], y=y[0]), "(rows, features)"),
     "NaN": (save(x=x, y=np.full_like(y, np.nan)), "no finite value"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_containers import written
 
 import ctxlab
 from ctxlab.data import InputError, _pair, load_pairs
@@ -48,10 +49,10 @@ BAD_ARRAYS = {
     "capital letters": (dict(X=ok, Y=ok), "found X, Y"),
     "one row": (dict(x=ok[:1], y=ok[:1]), "at least 2 rows"),
     "no rows": (dict(x=ok[:0], y=ok[:0]), r"\(0, 3\) is empty"),
-    "no columns": (dict(x=ok[:, :0], y=ok[:, :0]), r"\(4, 0\) is empty"),
+    "no columns": (dict(x=ok[:, :0], y=ok[:, :0]), "no features"),
     "one vector": (dict(x=ok[0], y=ok[0]), r"\(3,\) is not \(rows, features\)"),
     "one number": (dict(x=1.0, y=1.0), r"\(\) is not"),
-    "three dimensions": (dict(x=ok[None], y=ok[None]), r"\(1, 4, 3\) is not"),
+    "four dimensions": (dict(x=ok[None, None], y=ok[None, None]), r"\(1, 1, 4, 3\) is not"),
     "rows differ": (dict(x=ok, y=ok[:3]), r"\(4, 3\) and y has \(3, 3\)"),
     "columns differ": (dict(x=ok, y=ok[:, :2]), "must agree"),
     "all NaN in x": (dict(x=ok * np.nan, y=ok), "^x: no finite value"),
@@ -62,7 +63,7 @@ BAD_ARRAYS = {
     "hidden of one layer": (dict(hidden=ok[None]), "layers >= 2"),
     "hidden of no layer": (dict(hidden=np.empty((0, 4, 3))), "layers >= 2"),
     "hidden in two dimensions": (dict(hidden=ok), "layers >= 2"),
-    "hidden in four dimensions": (dict(hidden=np.stack([[ok, ok]] * 2)), "layers >= 2"),
+    "hidden in five dimensions": (dict(hidden=np.stack([[[ok]]] * 2)), "layers >= 2"),
     "hidden of one row": (dict(hidden=ok[None, :1].repeat(2, 0)), "at least 2 rows"),
     "hidden with a layer of NaN": (dict(hidden=np.stack([ok, ok * np.nan])), "no finite value"),
 }
@@ -269,3 +270,15 @@ def test_the_packaged_data_is_what_its_provenance_says():
     flat = hidden.reshape(7, -1).astype(np.float64)
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     assert all(flat[i] @ flat[i + 1] > flat[0] @ flat[6] for i in range(6))
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors", "a.h5", "a.zarr"])
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 3)])
+def test_other_kinds_of_file_and_batches_are_read(name, shape, tmp_path):
+    hidden = np.random.default_rng(3).standard_normal((4, *shape)).astype(np.float16)
+    written(tmp_path / name, hidden=hidden)
+    pairs = load_pairs(tmp_path / name)
+    assert len(pairs) == 3
+    for p, x, y in zip(pairs, hidden[:-1], hidden[1:], strict=True):
+        assert_equiv(p.x, x.reshape(6, 3).astype(np.float32))
+        assert_equiv(p.y, y.reshape(6, 3).astype(np.float32))

@@ -20,12 +20,14 @@ from ctxlab.streaming.distributed import (
     _absolute,
     _ahead,
     _connected,
+    _result,
+    _stream_distributed,
     _worker_budget,
     local_workers,
     stream_distributed,
 )
 from ctxlab.streaming.moments import ContextStats
-from ctxlab.streaming.reading import _least_bytes, load_stats, shards, stream
+from ctxlab.streaming.reading import _least_bytes, _stream, load_stats, shards, stream
 
 pytest.importorskip("distributed")
 DIM = 12
@@ -107,6 +109,21 @@ def test_a_scheduler_at_an_address(listed, client, monkeypatch):
     assert client.status == "running"
 
 
+class Done:
+    """A future that is done when its result is asked for."""
+
+    status = "error"
+
+    def __init__(self, work, name=""):
+        self.work, self.name = work, name
+
+    def add_done_callback(self, call):
+        call(self)
+
+    def result(self, timeout):
+        return self.work()
+
+
 def test_a_bounded_number_of_shards_is_under_way(listed):
     class Fake:
         """A client that does a task when its result is asked for."""
@@ -117,7 +134,7 @@ def test_a_bounded_number_of_shards_is_under_way(listed):
         def submit(self, task, **_):
             self.under_way += 1
             self.most = max(self.most, self.under_way)
-            return type("F", (), {"result": lambda _: (self.leave(), task())[1]})()
+            return Done(lambda: (self.leave(), task())[1])
 
         def leave(self):
             self.under_way -= 1
@@ -127,7 +144,7 @@ def test_a_bounded_number_of_shards_is_under_way(listed):
 
     fake, counts, ticks = Fake(), [], []
     for part in _ahead(fake, listed, 10**9, 3, ticks.append):
-        counts.append(part.count)
+        counts.append(part[0].count)
     assert counts == ticks == [s.rows for s in listed]
     assert (fake.most, fake.cancelled) == (3, 0)
     parts = _ahead(fake, listed, 10**9, 3, ticks.append)
@@ -245,9 +262,7 @@ class Suspicious:
     def submit(self, task, **_):
         shard = task.args[0]
         self.under_way.append(shard.name)
-        return type(
-            "F", (), {"result": lambda _: self.result(task, shard.name), "name": shard.name}
-        )()
+        return Done(lambda: self.result(task, shard.name), shard.name)
 
     def result(self, task, name):
         if self.deadly in self.under_way:
@@ -268,9 +283,9 @@ def test_the_suspects_are_done_again_alone(at, ahead, listed):
     client, counts = Suspicious(f"{at}.npz"), []
     parts = _ahead(client, listed, 10**9, ahead, lambda n: None)
     with pytest.raises(InputError, match=rf"run/{at}\.npz: one worker after the other died"):
-        counts.extend(part.count for part in parts)
+        counts.extend(part.count for part, _ in parts)
     assert counts == [s.rows for s in listed[:at]]
-    assert client.alone == (2 if ahead == 1 else 1) * [f"{at}.npz"]
+    assert client.alone == (3 if ahead == 1 else 2) * [f"{at}.npz"]
 
 
 def test_deaths_that_do_not_come_back_change_nothing(listed):
@@ -291,9 +306,83 @@ def test_deaths_that_do_not_come_back_change_nothing(listed):
 
     client = Crowded("")
     parts = list(_ahead(client, listed, 10**9, 3, lambda n: None))
-    assert [p.count for p in parts] == [s.rows for s in listed]
+    assert [p.count for p, _ in parts] == [s.rows for s in listed]
     assert client.failures == 1
     assert client.most == 3
+
+
+def test_a_cluster_that_loses_all_workers_ends_with_an_error(listed, tmp_path):
+    """Nobody restarts these workers; the scheduler stays."""
+    from distributed import LocalCluster
+
+    options = dict(dashboard_address="127.0.0.1:0", silence_logs=50, threads_per_worker=1)
+    with LocalCluster(n_workers=2, processes=False, **options) as cluster:
+        address = cluster.scheduler_address
+
+        def lose(shard, memory, *, stats):
+            cluster.scale(0)
+            time.sleep(1)
+            raise OSError("the worker is gone")
+
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr("ctxlab.streaming.distributed.shard_stats", lose)
+            with pytest.raises(
+                InputError, match=rf"{address} has lost all its workers, and no other .* within 2 s"
+            ):
+                stream_distributed(listed, scheduler=address, patience=2)
+
+
+def test_an_error_of_time_in_a_task_is_its_own(listed, client):
+    def late():
+        raise TimeoutError("the disk is slow")
+
+    with pytest.raises(TimeoutError, match="the disk is slow"):
+        _result(Done(late), client, 5)
+
+
+def test_two_guilty_shards_do_not_blame_an_innocent_one(listed):
+    """A suspect that dies alone, because another one is still at work, gets a second turn."""
+
+    class Late(Suspicious):
+        blamed = 0
+
+        def result(self, task, name):
+            if name == "3.npz" and len(self.under_way) == 1 and not self.blamed:
+                self.blamed = 1
+                raise type("KilledWorker", (Exception,), {})
+            return super().result(task, name)
+
+    client, counts = Late("4.npz"), []
+    parts = _ahead(client, listed, 10**9, 3, lambda n: None)
+    with pytest.raises(InputError, match=r"run/4\.npz: one worker after the other died"):
+        counts.extend(part.count for part, _ in parts)
+    assert client.blamed
+    assert len(counts) == 4
+
+
+def test_the_kernel_of_each_worker_is_kept(listed, client, tmp_path):
+    path = tmp_path / "state.npz"
+    _, kernels = _stream_distributed(listed[:4], client=client, checkpoint=path)
+    pids = {process.rpartition(":")[2] for process in kernels}
+    assert pids <= {str(pid) for pid in client.run(os.getpid).values()}
+    assert all(kernel for kernel in kernels.values())
+    again = _stream(listed, checkpoint=path, resume=True)[1]
+    assert again.items() > kernels.items()
+    assert str(os.getpid()) in {process.rpartition(":")[2] for process in again}
+
+
+def test_layers_and_two_widths_on_workers(tmp_path, client):
+    rng = np.random.default_rng(8)
+    for i in range(3):
+        np.savez(tmp_path / f"{i}.npz", hidden=rng.standard_normal((4, 5, 40, 6)).astype("f2"))
+        np.savez(tmp_path / f"{i}.x.npz", x=rng.standard_normal((90, 5)), y=np.ones((90, 2)))
+    paths = sorted(tmp_path.glob("?.npz"))
+    todo = shards(paths, "all")
+    got, want = stream_distributed(todo, client=client), serial(todo)
+    assert list(got) == [1, 2, 3]
+    assert all(same(got[layer], want[layer]) for layer in want)
+    todo = shards(sorted(tmp_path.glob("*.x.npz")))
+    assert same(stream_distributed(todo, client=client), serial(todo))
 
 
 def test_a_scheduler_that_goes_away(listed, tmp_path):

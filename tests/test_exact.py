@@ -11,8 +11,10 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from test_containers import written as written_file
 
 import ctxlab
 from ctxlab.cli import main
@@ -132,9 +134,17 @@ def test_it_says_where_it_comes_from(home):
     )
     for i, f in enumerate(about["files"]):
         facts = os.stat(f"run/{i}.npz")
+        array = dict(dtype="float32", features=DIM)
         assert f == dict(
-            path=str(home / f"run/{i}.npz"), bytes=facts.st_size, modified_ns=facts.st_mtime_ns
+            path=str(home / f"run/{i}.npz"),
+            bytes=facts.st_size,
+            modified_ns=facts.st_mtime_ns,
+            rows=ROWS[i],
+            arrays=[dict(role="x", key="x") | array, dict(role="y", key="y") | array],
         )
+    (process,) = about["kernels"]
+    assert process.endswith(f":{os.getpid()}")
+    assert about["dtype"] == "float32"
 
 
 def test_pairs_of_files_are_both_named(home):
@@ -175,7 +185,7 @@ def test_features_without_variance_are_named(home, capsys):
     got = result()
     assert got["constant_x"].nonzero()[0].tolist() == [2, 4]
     assert got["constant_y"].nonzero()[0].tolist() == [0]
-    run("run")
+    run("run", "--force")
     assert "without variance        0 in x, 0 in y\n" in capsys.readouterr().out
 
 
@@ -226,16 +236,130 @@ def test_files_one_by_one_pair_in_order(home, data):
     run("--x", *files["x"], "--y", *files["y"])
     assert_right(result(), data)
     turned = {folder: names[::-1] for folder, names in files.items()}
-    run("--x", *turned["x"], "--y", *turned["y"])
+    run("--x", *turned["x"], "--y", *turned["y"], "--force")
     assert_right(result(), data)
 
 
-def test_an_earlier_result_is_replaced(home):
+@pytest.mark.parametrize("name", ["context.npz", "context.png"])
+def test_an_earlier_result_stays(name, home):
+    Path(name).write_bytes(b"old")
+    with pytest.raises(InputError, match=rf"--out: {name} exists; .* --force"):
+        run("run")
+    assert written() == [name]
+    assert Path(name).read_bytes() == b"old"
+
+
+def test_a_result_that_appears_meanwhile_stays(home, monkeypatch):
+    kept = reading._stream
+
+    def slow(*args, **options):
+        Path("context.npz").write_bytes(b"of another run")
+        return kept(*args, **options)
+
+    monkeypatch.setattr(reading, "_stream", slow)
+    with pytest.raises(InputError, match=r"exists; .*; what was done is in .* --resume"):
+        run("run")
+    assert Path("context.npz").read_bytes() == b"of another run"
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    assert run("run", "--resume", "--out", "context.npz", "--force") == 0
+
+
+def test_an_earlier_result_is_replaced_by_force(home):
     Path("context.npz").write_bytes(b"old")
     Path("context.png").write_bytes(b"old")
-    run("run")
+    run("run", "--force")
     assert result()["count"] == 500
     assert Path("context.png").read_bytes() != b"old"
+
+
+# --- arrays of every kind ---
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors", "a.h5", "a.zarr"])
+def test_arrays_by_their_names(name, home, data):
+    x, y = data
+    path = written_file(home / name, **{"in/0": x, "in/1": x[:9], "out/0": y, "out/1": y[:9]})
+    run(path, "--x", "in/0", "--y", "out/0")
+    assert_right(result(), data)
+    run(path, "--x", "in/*", "--y", "out/*", "--out", "both.npz")
+    assert result("both.npz")["count"] == 509
+    files = json.loads(str(result()["about"]))["files"]
+    assert [f["path"] for f in files] == [str(home / name)]
+    assert [(a["role"], a["key"], a["dtype"]) for a in files[0]["arrays"]] == [
+        ("x", "in/0", "float32"),
+        ("y", "out/0", "float32"),
+    ]
+    run(path, "--x", "in/0", "--y", "in/0", "--out", "self.npz")
+    np.testing.assert_allclose(result("self.npz")["context"].diagonal(), np.tanh(1), rtol=1e-6)
+
+
+def test_two_widths_in_batches_of_bfloat16(home):
+    rng = np.random.default_rng(5)
+    x, y = (rng.standard_normal((4, 50, d)).astype(ml_dtypes.bfloat16) for d in (6, 3))
+    written_file(home / "a.safetensors", x=x, y=y)
+    np.save("x.npy", x)
+    np.save("y.npy", y)
+    run("a.safetensors")
+    want = np.corrcoef(*(a.reshape(200, -1).astype(float).T for a in (x, y)))[:6, 6:]
+    np.testing.assert_allclose(result()["context"], np.tanh(want), atol=1e-6)
+    about = json.loads(str(result()["about"]))
+    assert [a["features"] for a in about["files"][0]["arrays"]] == [6, 3]
+    assert [a["dtype"] for a in about["files"][0]["arrays"]] == ["bfloat16"] * 2
+    run("--x", "x.npy", "--y", "y.npy", "--bfloat16", "--out", "npy.npz")
+    np.testing.assert_array_equal(result("npy.npz")["context"], result()["context"])
+
+
+@pytest.mark.parametrize("workers", [[], ["--workers", 2]])
+def test_several_layers_in_one_run(workers, home, capsys):
+    if workers:
+        pytest.importorskip("distributed")
+    hidden = np.random.default_rng(6).standard_normal((4, 300, DIM)).astype(np.float16)
+    Path("h").mkdir()
+    for i in range(3):
+        np.savez(f"h/{i}.npz", hidden=hidden[:, 100 * i : 100 * i + 100])
+    assert run("h", "--layers", "3,1", *workers, "--out", "c.npz") == 0
+    assert written() == ["c-layer1.npz", "c-layer1.png", "c-layer3.npz", "c-layer3.png", "h"]
+    for layer in (1, 3):
+        x, y = hidden[layer - 1 : layer + 1].astype(np.float32)
+        got = result(f"c-layer{layer}.npz")
+        np.testing.assert_allclose(got["context"], similarity(x, y, max_rows=None), atol=1e-6)
+        about = json.loads(str(got["about"]))
+        assert about["settings"]["layer"] == layer
+        assert len(about["files"]) == 3
+        assert about["kernels"]
+    assert "from hidden[2] to hidden[3]" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"c-layer1\.npz exists"):
+        run("h", "--layers", "all", "--out", "c.npz")
+    Path("c-layer3.checkpoint.npz").touch()
+    with pytest.raises(InputError, match=r"c-layer3\.checkpoint\.npz exists; remove it first"):
+        run("h", "--layers", "all", "--force", "--out", "c.npz")
+    Path("c-layer3.checkpoint.npz").unlink()
+    assert run("h", "--layers", "all", "--force", "--out", "c.npz") == 0
+    assert Path("c-layer2.npz").exists()
+
+
+def test_layers_that_are_interrupted_go_on(home):
+    hidden = np.random.default_rng(7).standard_normal((3, 900, 5)).astype(np.float16)
+    Path("h").mkdir()
+    for i in range(3):
+        np.savez(f"h/{i}.npz", hidden=hidden)
+    good = Path("h/2.npz").read_bytes()
+    Path("h/2.npz").write_bytes(good[:1000] + b"?" + good[1001:])
+    with pytest.raises(InputError, match=r"h/2\.npz.*--resume goes on"):
+        run("h", "--layers", "all")
+    assert written() == [CHECKPOINT, "h"]
+    Path("h/2.npz").write_bytes(good)
+    assert run("h", "--layers", "all", "--resume") == 0
+    assert result("context-layer2.npz")["count"] == 2700
+    assert CHECKPOINT not in written()
+
+
+def test_patterns_in_quotes(home, data):
+    run("run/[0-9].npz")
+    assert_right(result(), data)
+    run("--x", "x/*.npy", "--y", "y/*.npy", "--force")
+    assert_right(result(), data)
 
 
 # --- the table and the picture ---
@@ -331,24 +455,60 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
         lambda: np.savez("bad.npz", hidden=np.ones((2, 5, 3), "f")),
         "there is no layer 2; it has 1 to 1",
     ),
-    "no .npy": (["--x", "run", "--y", "y"], None, "holds no .npy"),
-    "an .npz as x": (["--x", "run/0.npz", "--y", "y/0.npy"], None, "is no .npy"),
+    "no data": (
+        ["--x", "empty", "--y", "y"],
+        lambda: Path("empty").mkdir(),
+        "the folder empty holds no data file",
+    ),
+    "names that do not pair": (["--x", "run", "--y", "y"], None, "run has 0.npz and y has 0.npy"),
+    "text as x": (
+        ["--x", "a.txt", "--y", "y/0.npy"],
+        lambda: Path("a.txt").touch(),
+        "a.txt is none of .npy, .npz",
+    ),
+    "names of nothing": (["run", "--x", "q", "--y", "x"], None, "--y: x is a path"),
+    "names that are not there": (
+        ["run", "--x", "q", "--y", "z"],
+        None,
+        "run/0.npz: there is no array 'q'; found x, y",
+    ),
+    "two names": (["run", "--x", "q", "r", "--y", "z"], None, "each name one array"),
+    "no file fits": (["run/q*"], None, "run/q*: no file fits this pattern"),
+    "layers of x and y": (["run", "--layers", "1,2"], None, "has arrays 'x' and 'y'"),
+    "a header that lies": (
+        ["bad.safetensors"],
+        lambda: Path("bad.safetensors").write_bytes(b"\x02" + bytes(7) + b"{]"),
+        "bad.safetensors: cannot be read",
+    ),
+    "one row in batches": (["bad.npz"], lambda: spoil(x=a(1)[None], y=a(1)[None]), "1 rows in all"),
+    "bfloat16 unsaid": (
+        ["bad.npz"],
+        lambda: spoil(x=a(5).astype(ml_dtypes.bfloat16), y=a(5)),
+        "if it holds bfloat16, say so (--bfloat16)",
+    ),
+    "read-only": (
+        ["run", "--force"],
+        lambda: (Path("context.npz").touch(), Path("context.npz").chmod(0o400)),
+        "read-only",
+    ),
     "missing": (["none.npz"], None, "none.npz: no such file"),
     "missing x": (["--x", "none.npy", "--y", "y/0.npy"], None, "none.npy: no such file"),
     "empty folder": (["empty"], lambda: Path("empty").mkdir(), "the folder holds no"),
     "twice": (["run", "run/2.npz"], None, "run/2.npz: is named twice"),
-    "rows differ": (["bad.npz"], lambda: spoil(x=a(5), y=a(6)), "bad.npz: x and y differ in rows"),
-    "widths differ": (["bad.npz"], lambda: spoil(x=a(5), y=a(5, 9)), "differ in features"),
+    "rows differ": (
+        ["bad.npz"],
+        lambda: spoil(x=a(5), y=a(6)),
+        "bad.npz, x: x and y differ in rows",
+    ),
     "widths of shards": (
         ["run", "bad.npz"],
         lambda: spoil(x=a(5, 9), y=a(5, 9)),
-        "bad.npz: width 9",
+        "bad.npz, x: width 9, that of run/0.npz, x is 10",
     ),
-    "dtypes": (["bad.npz"], lambda: spoil(x=a(5), y=a(5, dtype=np.float64)), "differ in dtype"),
-    "half": (
-        ["bad.npz"],
-        lambda: spoil(x=a(5, dtype=np.float16), y=a(5)),
-        "differ in dtype: float16 and float32",
+    "dtypes of shards": (
+        ["run", "bad.npz"],
+        lambda: spoil(x=a(5, dtype=np.float64), y=a(5, dtype=np.float64)),
+        "bad.npz, x: dtype float64, that of run/0.npz, x is float32",
     ),
     "no rows": (["bad.npz"], lambda: spoil(x=a(0), y=a(0)), "0 rows in all"),
     "one row": (["bad.npz"], lambda: spoil(x=a(1), y=a(1)), "1 rows in all"),
@@ -366,7 +526,7 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
     "out in a file": (["run", "--out", "run/0.npz/context.npz"], None, "is no folder"),
     "out among shards": (["run", "--out", "run/context.npz"], None, "would lie among the shards"),
     "out is a shard": (
-        ["run/0.npz", "run/1.npz", "--out", "run/1.npz"],
+        ["run/0.npz", "run/1.npz", "--out", "run/1.npz", "--force"],
         None,
         "1.npz is one of the shards",
     ),
@@ -401,6 +561,8 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
 
 @pytest.mark.parametrize("what", MISTAKES)
 def test_mistakes(what, home, capsys):
+    if what == "read-only" and os.geteuid() == 0:
+        pytest.skip("the superuser writes everywhere")
     if what == "an unreadable place" and sys.platform != "linux":
         pytest.skip("needs /proc")
     argv, prepare, said = MISTAKES[what]
@@ -486,15 +648,15 @@ def test_work_done_is_kept_and_resumed(workers, home):
     with pytest.raises(
         InputError, match=r"run/2\.npz: .*; what was done is in .*, and --resume"
     ) as e:
-        run("run", *workers)
+        run("run", "--force", *workers)
     assert "\n" not in str(e.value)
     assert written() == [CHECKPOINT, "context.npz"]
     assert Path("context.npz").read_bytes() == b"old"
     assert load_stats(CHECKPOINT, DIM).count == sum(ROWS[:2])
     mend()
     with pytest.raises(InputError, match=r"exists; resume it, or remove it first$"):
-        run("run", *workers)
-    assert run("run", "--resume", *workers) == 0
+        run("run", "--force", *workers)
+    assert run("run", "--force", "--resume", *workers) == 0
     assert written() == ["context.npz", "context.png"]
     got = result()
     if workers:  # they have one thread of BLAS, and may round otherwise
@@ -536,12 +698,12 @@ def test_a_failure_while_writing_keeps_everything(home, monkeypatch):
     with pytest.raises(
         (InputError, OSError), match=r"No space left on device; .* --resume goes on"
     ):
-        run("run")
+        run("run", "--force")
     assert Path("context.npz").read_bytes() == b"old"
     assert written() == [CHECKPOINT, "context.npz"]
     monkeypatch.undo()
     monkeypatch.chdir(home)
-    assert run("run", "--resume") == 0
+    assert run("run", "--resume", "--force") == 0
 
 
 SCRIPT = """if True:
@@ -637,7 +799,7 @@ def test_an_interruption_is_one_line_and_exit_code_130(home, capsys, monkeypatch
 
     Path("context.npz").write_bytes(b"old")
     monkeypatch.setattr(reading, "shard_stats", interrupted)
-    assert main(["context", "run"]) == 130
+    assert main(["context", "run", "--force"]) == 130
     out, err = capsys.readouterr()
     assert (out, Path("context.npz").read_bytes()) == ("", b"old")
     assert err == (

@@ -55,7 +55,10 @@ def test_imports_stay_light(module):
     assert "numpy.random" not in loaded  # NumPy itself loads it when it is used
 
 
-@pytest.mark.parametrize("kind", ["", "completion_", "distributed_", "memory_", "planning_"])
+KINDS = ["", "completion_", "distributed_", "formats_", "memory_", "planning_"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_requirement_names_its_lowest_version(kind):
     # The gate of lowest versions installs these entries with == in place of >=.
     for entry in FACTS[f"{kind}requirements"].split():

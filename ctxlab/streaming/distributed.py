@@ -14,9 +14,10 @@ import os
 import signal
 import tempfile
 import threading
+import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing import resource_tracker
@@ -31,12 +32,18 @@ from .moments import ContextStats, _Width
 from ctxlab.streaming.reading import (
     _SPARE,
     Shard,
+    _alone,
+    _check_room,
     _check_run,
     _join_in_order,
+    _kernel,
+    _Kernels,
     _least_bytes,
-    _parse_bytes,
+    _Parts,
+    _process,
     _rows_bar,
     _sums_bytes,
+    _Totals,
     shard_stats,
 )
 from ..workspace import Workspace
@@ -50,33 +57,58 @@ def _worker_budget(
     workers: int,
     dim: _Width,  # D, or (D of x, D of y)
     dtype=np.float32,
+    held: int = 0,  # bytes that reading holds on a worker, see `Shard`
+    layers: int = 1,  # totals
 ) -> int:  # bytes
     "The share of one worker; a ValueError states the least that would do."
-    client = _sums_bytes(dim) + _SPARE
-    have = _parse_bytes(memory)
-    least = client + workers * _least_bytes(dim, dtype)
-    if have < least:
-        raise ValueError(
-            f"memory: {memory} is too little for {dim} features in {np.dtype(dtype)} on {workers} "
-            f"workers; needed at least {least} bytes ({least / 1e6:.1f} MB)"
-        )
-    return (have - client) // workers
+    client = _sums_bytes(dim) * (layers + 1) // 2 + _SPARE
+    least = client + workers * (_least_bytes(dim, dtype) + held)
+    more = f" on {workers} workers"
+    if held:
+        more += f", with {held} bytes each for chunks of the files"
+    return (_check_room(memory, least, dim, dtype, more) - client) // workers
 
 # %% ../../nbs/streaming/04_distributed.ipynb #1312f0f1
 _own = threading.local()
 
 
-def _stats_of(shard: Shard, memory: int) -> ContextStats:
-    "A task: the statistics of one shard."
+def _stats_of(shard: Shard, memory: int) -> tuple[ContextStats, _Kernels]:
+    "A task: the statistics of one shard, and which process made them with which kernel of BLAS."
     if not hasattr(_own, "workspace"):
         threadpool_limits(1, user_api="blas")
         _own.workspace = Workspace(growth="exact")
     stats = ContextStats(shard.width, shard.dtype, workspace=_own.workspace)
-    return shard_stats(shard, memory, stats=stats)
+    return shard_stats(shard, memory, stats=stats), {_process(): _kernel()}
 
 # %% ../../nbs/streaming/04_distributed.ipynb #555dae37
 def _is_death(e: Exception) -> bool:
     return type(e).__name__ == "KilledWorker"
+
+
+def _result(future, client, patience: float) -> Any:
+    "The result of a task; an InputError once there have been no workers for `patience` seconds."
+    done = threading.Event()
+    future.add_done_callback(lambda _: done.set())
+    since = None  # when there were no workers any more
+    while True:
+        if done.wait(min(1.0, patience)):
+            try:
+                return future.result(timeout=patience)
+            except TimeoutError:
+                if future.status == "error":
+                    raise  # it is the task's own; else what was done went with its worker
+        try:
+            alive = client.nthreads()
+        except OSError:
+            raise CancelledError from None
+        now = time.monotonic()
+        if alive or since is None:
+            since = None if alive else now
+        elif now - since >= patience:
+            raise InputError(
+                f"scheduler: {client.scheduler.address} has lost all its workers, "
+                f"and no other came within {patience:g} s"
+            )
 
 
 @contextmanager
@@ -111,21 +143,32 @@ class _Queue:
         self.todo = deque(enumerate(shards))
         self.sent: deque[tuple[int, Shard, Any]] = deque()  # number, shard, its future
         self.suspects = 0  # shards to be done one at a time, before the others
+        self.turns = 0  # of the first suspect, alone
 
     def send(self, ahead: int) -> None:
         "Have so many shards under way, or one while there are suspects."
         while self.todo and len(self.sent) < (1 if self.suspects else ahead):
             i, shard = self.todo.popleft()
             task = functools.partial(_stats_of, shard, self.memory)
-            key = f"shard-{self.run}-{i}-{'alone' if self.suspects else 'ahead'}"
+            key = f"shard-{self.run}-{i}-{f'alone{self.turns}' if self.suspects else 'ahead'}"
             self.sent.append((i, shard, self.client.submit(task, key=key, pure=False)))
 
-    def take_back(self) -> None:
-        "Take all that is under way for suspects."
-        self.suspects = len(self.sent)
+    def take_back(self) -> bool:  # whether there is another turn
+        "Take all that is under way for suspects, which get two turns alone."
+        if self.suspects and self.turns == 2:
+            return False
+        self.turns = self.turns + 1 if self.suspects else 1
+        self.suspects = max(self.suspects, len(self.sent))
         self.cancel()
         self.todo.extendleft((i, shard) for i, shard, _ in reversed(self.sent))
         self.sent.clear()
+        return True
+
+    def came(self) -> None:
+        "The first that was under way is done."
+        self.sent.popleft()
+        self.suspects = max(self.suspects - 1, 0)
+        self.turns = 1
 
     def cancel(self) -> None:
         if self.client.status == "running":
@@ -133,8 +176,13 @@ class _Queue:
 
 # %% ../../nbs/streaming/04_distributed.ipynb #94d57161
 def _ahead(
-    client, left: Sequence[Shard], memory: int, ahead: int, tick: Callable[[int], Any]
-) -> Generator[ContextStats, None, None]:
+    client,
+    left: Sequence[Shard],
+    memory: int,
+    ahead: int,
+    tick: Callable[[int], Any],
+    patience: float = 60.0,  # seconds without any worker
+) -> _Parts:
     "Statistics of shards in their order, made on the workers, at most `ahead` at a time."
     queue = _Queue(client, left, memory)
     queue.send(ahead)
@@ -143,20 +191,17 @@ def _ahead(
             _, shard, future = queue.sent[0]
             with _explained(shard, client.scheduler.address):
                 try:
-                    part = future.result()
+                    part = _result(future, client, patience)
                 except Exception as e:
-                    if queue.suspects or not _is_death(e):
+                    if not _is_death(e) or not queue.take_back():
                         raise
                     part = None
             del future  # the worker may forget it
-            if part is None:
-                queue.take_back()
-            else:
-                queue.sent.popleft()
-                queue.suspects = max(queue.suspects - 1, 0)
+            if part is not None:
+                queue.came()
             queue.send(ahead)
             if part is not None:
-                tick(part.count)
+                tick(part[0].count)
                 yield part
             del part
     finally:
@@ -191,7 +236,12 @@ def local_workers(workers: int) -> Iterator[Any]:  # a distributed.Client
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="ctxlab-"))
         # A suspect is done again alone, so two deaths are enough before that, and two then.
-        settings = {"temporary-directory": place, "distributed.scheduler.allowed-failures": 1}
+        # Dask gives a worker up that happens to be away some seconds after an earlier death.
+        settings = {
+            "temporary-directory": place,
+            "distributed.scheduler.allowed-failures": 1,
+            "distributed.deploy.lost-worker-timeout": "1 day",
+        }
         stack.enter_context(importlib.import_module("dask").config.set(settings))
         with _shielded():
             cluster = stack.enter_context(
@@ -266,13 +316,45 @@ def stream_distributed(
     scheduler: str | None = None,  # or the address of a scheduler, as tcp://host:8786
     client: Any = None,  # or a distributed.Client; it stays open
     timeout: float = 5.0,  # seconds to reach the scheduler, and to wait for its first worker
+    patience: float = 60.0,  # seconds without any worker, when all are lost on the way
     checkpoint: Any = None,  # path, as for `stream`; the two read each other's
     every: int = 4,  # shards from one checkpoint to the next
     resume: bool = False,  # go on from the checkpoint, if it is there
     progress: bool = False,
-) -> ContextStats:
+) -> Any:  # ContextStats; of shards of several layers a dictionary of these, by layer
     "Statistics of all rows, made on workers; those of `stream` with one thread of BLAS."
-    todo = list(todo)
+    return _alone(
+        _stream_distributed(
+            list(todo),
+            memory=memory,
+            workers=workers,
+            scheduler=scheduler,
+            client=client,
+            timeout=timeout,
+            patience=patience,
+            checkpoint=checkpoint,
+            every=every,
+            resume=resume,
+            progress=progress,
+        )[0]
+    )
+
+
+def _stream_distributed(
+    todo: list[Shard],
+    *,
+    memory="1GB",
+    workers=None,
+    scheduler=None,
+    client=None,
+    timeout=5.0,
+    patience=60.0,
+    checkpoint=None,
+    every=4,
+    resume=False,
+    progress=False,
+) -> tuple[_Totals, _Kernels]:
+    "Statistics of shards, by layer, and what made them."
     if sum(v is not None for v in (workers, scheduler, client)) > 1:
         raise ValueError("workers: give one of workers, scheduler and client")
     if workers is not None:
@@ -284,14 +366,15 @@ def stream_distributed(
             client = stack.enter_context(_connected(scheduler, timeout))
         most = (workers or _cores()) if client is None else _slots(client, timeout)
         slots = min(most, len(todo))
-        budget = _worker_budget(memory, slots, todo[0].width, todo[0].dtype)
+        held, layers = max(s.held for s in todo), len({s.layer for s in todo})
+        budget = _worker_budget(memory, slots, todo[0].width, todo[0].dtype, held, layers)
         if client is None:
             client = stack.enter_context(local_workers(slots))
         bar = stack.enter_context(_rows_bar(rows, progress))
 
-        def parts(left: list[Shard]) -> Generator[ContextStats, None, None]:
+        def parts(left: list[Shard]) -> _Parts:
             absolute = [_absolute(s) for s in left]
-            return _ahead(client, absolute, budget, _AHEAD * slots, bar.update)
+            return _ahead(client, absolute, budget, _AHEAD * slots, bar.update, patience)
 
         with threadpool_limits(1, user_api="blas"):
             return _join_in_order(todo, parts, checkpoint, every, resume, bar)

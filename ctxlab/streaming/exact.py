@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/streaming/05_exact.ipynb #96d393ff
 import argparse
 import os
-import re
 import sys
 import tempfile
 import time
@@ -27,20 +26,26 @@ if TYPE_CHECKING:
 # %% ../../nbs/streaming/05_exact.ipynb #3f41a52e
 _EXAMPLES = """\
 examples:
-  ctxlab context run/                            a folder of .npz files with arrays x and y,
+  ctxlab context run/                            a folder of files with arrays x and y,
                                                  or of NAME.x.npy beside NAME.y.npy
+  ctxlab context 'run/part*.h5'                  files that fit a pattern, in quotes
   ctxlab context a.npz b.npz --out mine.npz      writes mine.npz and mine.png
-  ctxlab context states.npz --layer 3            an array hidden (layers, rows, features):
+  ctxlab context a.zarr --x resid --y mlp        arrays by their names; resid may be group/resid
+  ctxlab context a.h5 --x 'in/*' --y 'out/*'     in/0 with out/0, in/1 with out/1, and so on
+  ctxlab context states.npz --layers 3           an array hidden (layers, rows, features):
                                                  x is hidden[2], y is hidden[3]; default: layer 1
-  ctxlab context --x layer3/ --y layer4/         folders of .npy files, paired by name
-  ctxlab context --x a.npy --y b.npy             files, paired in the order given
+  ctxlab context states.npz --layers 1,3,5       several, in one run: context-layer1.npz and so on
+  ctxlab context --x layer3/ --y layer4/         folders of files, paired by name
+  ctxlab context --x a.npy --y b.npy             files, paired in the order given; or a.npy twice
   ctxlab context run/ --memory 8GB --workers 4   four processes that share 8 GB
   ctxlab context run/ --resume                   go on where an earlier run was interrupted
 
-Numbers may be float16, float32 or float64, of any finite size. The result holds: context, the
+Files are .npy, .npz, .safetensors, .h5 or .zarr; the last three need ctxlab[formats]. Arrays are
+(rows, features) or (batch, steps, features), and x may have other features than y. Numbers are
+float16, bfloat16, float32 or float64, of any finite size. The result holds: context, the
 (D, D) tanh of the correlations of all rows of x with y; count, mean_x, mean_y, std_x, std_y,
 constant_x, constant_y (features without variance, whose entries are 0), nonfinite_x, nonfinite_y
-(entries that counted as 0), noise_floor, dim, and about, a JSON text with the files and settings.
+(entries that counted as 0), noise_floor, dim, and about, a JSON text that tells what was read.
 Until it is complete, the work is kept in a checkpoint beside it.
 """
 
@@ -49,6 +54,16 @@ def _whole(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
     return int(text)
+
+
+def _layers(text: str) -> list[int] | str:
+    "Numbers of layers, or 'all'."
+    if text == "all":
+        return text
+    numbers = [_whole(part.strip()) for part in text.split(",")]
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} names a layer twice")
+    return numbers
 
 # %% ../../nbs/streaming/05_exact.ipynb #ead0082d
 def _add_parser(commands) -> argparse.ArgumentParser:  # commands: from `add_subparsers`
@@ -64,6 +79,8 @@ def _add_parser(commands) -> argparse.ArgumentParser:  # commands: from `add_sub
     _add_sources(p)
     _add_work(p)
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    # What is known already when a result of one of several layers is to be written.
+    p.set_defaults(listed=None, totals=None, kernels={}, before=0.0)
     return p
 
 # %% ../../nbs/streaming/05_exact.ipynb #6f60d012
@@ -73,20 +90,26 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
         "shards",
         nargs="*",
         metavar="SHARDS",
-        help=".npz files with x and y or with hidden, NAME.x.npy files, or folders of these",
+        help="files with x and y or with hidden, NAME.x.npy files, folders or patterns of these",
     )
-    p.add_argument("--x", nargs="+", metavar="X", help=".npy files, or folders of them, with x")
     p.add_argument(
-        "--y",
+        "--x",
         nargs="+",
-        metavar="Y",
-        help=".npy files, or folders of them, with y: as many as with x",
+        metavar="X",
+        help="files, folders or patterns of files, with x; beside SHARDS the name of an array",
+    )
+    p.add_argument("--y", nargs="+", metavar="Y", help="the same with y: as many as with x")
+    p.add_argument(
+        "--layers",
+        "--layer",
+        type=_layers,
+        metavar="L",
+        help="of an array of layers: from [L - 1] to [L]; several as 1,3,5, or all (default: 1)",
     )
     p.add_argument(
-        "--layer",
-        type=_whole,
-        metavar="L",
-        help="of files with hidden: from hidden[L - 1] to hidden[L] (default: 1)",
+        "--bfloat16",
+        action="store_true",
+        help="numbers of two bytes whose meaning the file does not tell are bfloat16",
     )
     p.add_argument(
         "--out",
@@ -94,6 +117,7 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
         default="context.npz",
         help="where to write (default: %(default)s); the picture goes beside it",
     )
+    p.add_argument("--force", action="store_true", help="write over a result that is there already")
 
 # %% ../../nbs/streaming/05_exact.ipynb #d7cadea8
 def _add_work(p: argparse.ArgumentParser) -> None:
@@ -125,12 +149,12 @@ def _add_work(p: argparse.ArgumentParser) -> None:
 
 # %% ../../nbs/streaming/05_exact.ipynb #55e3e952
 def _arrays_of(option: str, name: Path) -> dict[str, Path]:
-    "The .npy files of a folder, by name."
+    "The data files of a folder, by name."
     from ctxlab.streaming.reading import _inside
 
-    inside = {p.name: p for p in _inside(name) if p.suffix == ".npy"}
+    inside = {p.name: p for p in _inside(name)}
     if not inside:
-        raise ctxlab.data.InputError(f"{option}: the folder {name} holds no .npy file")
+        raise ctxlab.data.InputError(f"{option}: the folder {name} holds no data file")
     return inside
 
 
@@ -147,15 +171,13 @@ def _paired_folders(x: Path, y: Path) -> list[tuple[Path, Path]]:
     return [(of_x[name], of_y[name]) for name in sorted(of_x)]
 
 
-def _by_number(path: Path) -> list[str | int]:
-    "A key that sorts 2 before 10."
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-
 def _check_order(x: Sequence[Path], y: Sequence[Path]) -> None:
     "An InputError if both are in the order of letters, and the numbers in the names disagree."
+    from ctxlab.streaming.reading import _by_number
+
     places = range(len(x))
-    orders = [sorted(places, key=[_by_number(p) for p in paths].__getitem__) for paths in (x, y)]
+    keys = [[_by_number(p.name) for p in paths] for paths in (x, y)]
+    orders = [sorted(places, key=key.__getitem__) for key in keys]
     if orders[0] == orders[1] or any(list(paths) != sorted(paths) for paths in (x, y)):
         return
     i = next(i for i, j in zip(*orders, strict=True) if i != j)
@@ -167,52 +189,80 @@ def _check_order(x: Sequence[Path], y: Sequence[Path]) -> None:
 # %% ../../nbs/streaming/05_exact.ipynb #cab7a4ff
 def _pairs(x: Sequence[Path], y: Sequence[Path]) -> list[tuple[Path, Path]]:
     "Files or folders of x, each with that of y in the same place."
+    from ctxlab.containers import _KINDS
+    from ctxlab.streaming.reading import _is_data
+
     if len(x) != len(y):
         raise ctxlab.data.InputError(
             f"--y: {len(y)} names, --x has {len(x)}; they are paired in order"
         )
     pairs: list[tuple[Path, Path]] = []
     for a, b in zip(x, y, strict=True):
-        if a.is_dir() != b.is_dir():
-            folder, file = (a, b) if a.is_dir() else (b, a)
+        folders = [p.is_dir() and not _is_data(p) for p in (a, b)]
+        if folders[0] != folders[1]:
+            folder, file = (a, b) if folders[0] else (b, a)
             raise ctxlab.data.InputError(
                 f"--y: {folder} is a folder and {file} is none; name two of a kind"
             )
-        pairs += _paired_folders(a, b) if a.is_dir() else [(a, b)]
+        pairs += _paired_folders(a, b) if folders[0] else [(a, b)]
     for option, paths in (("--x", x), ("--y", y)):
         for path in paths:
-            if path.is_file() and path.suffix != ".npy":
-                raise ctxlab.data.InputError(f"{option}: {path} is no .npy file")
-    if not any(p.is_dir() for p in x):
+            if path.is_file() and path.suffix not in _KINDS:
+                known = ", ".join(_KINDS)
+                raise ctxlab.data.InputError(f"{option}: {path} is none of {known}")
+    if not any(p.is_dir() and not _is_data(p) for p in x):
         _check_order(x, y)
     return pairs
 
 # %% ../../nbs/streaming/05_exact.ipynb #48bbf52f
+def _named_arrays(args: argparse.Namespace) -> tuple[str, str] | None:
+    "The names of arrays beside SHARDS; an InputError for what are paths."
+    if not args.shards or not (args.x or args.y):
+        return None
+    for option, names in (("--x", args.x or []), ("--y", args.y or [])):
+        for name in names:
+            if os.path.exists(name):
+                raise ctxlab.data.InputError(
+                    f"{option}: {name} is a path; either name shards, or paths as --x and --y, "
+                    "not both"
+                )
+    if len(args.x or []) != 1 or len(args.y or []) != 1:
+        raise ctxlab.data.InputError(
+            "--x: beside SHARDS, --x and --y each name one array, or one pattern of arrays"
+        )
+    return args.x[0], args.y[0]
+
+
 def _sources(args: argparse.Namespace) -> list[Any]:
     "What to hand to `shards`."
-    if args.shards and (args.x or args.y):
-        raise ctxlab.data.InputError("SHARDS: either name shards, or --x and --y, not both")
+    from ctxlab.streaming.reading import _expanded
+
+    if args.shards:
+        return args.shards
     if bool(args.x) != bool(args.y):
         raise ctxlab.data.InputError(
             f"--{'y' if args.x else 'x'} is missing: x and y are named together"
         )
-    if not args.shards and not args.x:
+    if not args.x:
         raise ctxlab.data.InputError("SHARDS: no files are named; see ctxlab context --help")
-    return args.shards or _pairs([*map(Path, args.x)], [*map(Path, args.y)])
+    x, y = ([p for name in names for p in _expanded(name)] for names in (args.x, args.y))
+    return _pairs(x, y)
 
 
 def _listed(args: argparse.Namespace) -> list["Shard"]:
     "All shards, checked by their headers."
     from ctxlab.streaming.reading import shards
 
-    listed = shards(_sources(args), args.layer)
+    if args.listed is not None:
+        return args.listed
+    listed = shards(_sources(args), args.layers, keys=_named_arrays(args), bfloat16=args.bfloat16)
     seen = set()
     for s in listed:
-        place = os.path.realpath(s.x), os.path.realpath(s.y)
+        place = os.path.realpath(s.x), os.path.realpath(s.y), s.keys, s.layer
         if place in seen:
             raise ctxlab.data.InputError(f"{s.x}: is named twice, and would count twice")
         seen.add(place)
-    rows = sum(s.rows for s in listed)
+    rows = sum(s.rows for s in listed if s.layer == listed[0].layer)
     if rows < 2:
         raise ctxlab.data.InputError(
             f"{listed[0].x}: {rows} rows in all; a correlation needs at least 2"
@@ -222,6 +272,8 @@ def _listed(args: argparse.Namespace) -> list["Shard"]:
 # %% ../../nbs/streaming/05_exact.ipynb #dd38aa27
 def _places(args: argparse.Namespace) -> tuple[Path, Path, Path]:  # result, picture, checkpoint
     "Where things go, or an InputError if they cannot."
+    from ctxlab.files import _checked_target
+
     out = Path(args.out)
     if out.is_dir():
         raise ctxlab.data.InputError(
@@ -237,6 +289,9 @@ def _places(args: argparse.Namespace) -> tuple[Path, Path, Path]:  # result, pic
             raise ctxlab.data.InputError(
                 f"--out: {path} is a folder; a file of that name is to be written"
             )
+    for path in places:
+        _checked_target(path)
+    _check_free(args, places[:2])
     for folder in filter(os.path.isdir, args.shards):
         if os.path.samefile(folder, out.parent):
             raise ctxlab.data.InputError(
@@ -250,6 +305,15 @@ def _places(args: argparse.Namespace) -> tuple[Path, Path, Path]:  # result, pic
     return places
 
 
+def _check_free(args: argparse.Namespace, places: Sequence[Path]) -> None:
+    "An InputError if a result is there already, and was not to be replaced."
+    for path in places:
+        if path.exists() and not args.force:
+            raise ctxlab.data.InputError(
+                f"--out: {path} exists; choose another name, or replace it with --force"
+            )
+
+
 def _check_apart(places: Sequence[Path], listed: Sequence["Shard"]) -> None:
     "An InputError if something would be written over a shard."
     for path in filter(os.path.exists, places):
@@ -261,11 +325,6 @@ def _about(args: argparse.Namespace, listed: Sequence["Shard"], seconds: float) 
     "Where a result comes from, in plain values."
     import numpy as np
 
-    files = [
-        dict(path=os.path.abspath(path), bytes=size, modified_ns=when)
-        for s in listed
-        for path, (size, when) in dict(zip((s.x, s.y), s.fingerprint, strict=True)).items()
-    ]
     settings = dict(
         memory=args.memory,
         workers=args.workers,
@@ -277,14 +336,40 @@ def _about(args: argparse.Namespace, listed: Sequence["Shard"], seconds: float) 
         ctxlab=ctxlab.__version__,
         numpy=np.__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=round(seconds, 3),
+        seconds=round(args.before + seconds, 3),
         settings=settings,
-        files=files,
+        dtype=listed[0].dtype,
+        kernels=args.kernels,
+        files=[entry for s in listed for entry in _read_from(s)],
     )
+
+
+def _read_from(shard: "Shard") -> list[dict[str, Any]]:
+    "What was read of one shard: an entry for each file, with its arrays."
+    arrays = [
+        dict(role=role, key=shard.keys[i], dtype=shard.stored[i], features=shard.widths[i])
+        for i, role in enumerate("xy")
+    ]
+    entries: dict[str, dict[str, Any]] = {}
+    for path, (size, when), array in zip(
+        (shard.x, shard.y), shard.fingerprint, arrays, strict=True
+    ):
+        facts = dict(path=os.path.abspath(path), bytes=size, modified_ns=when, rows=shard.rows)
+        entries.setdefault(path, facts | dict(arrays=[]))["arrays"].append(array)
+    return list(entries.values())
 
 # %% ../../nbs/streaming/05_exact.ipynb #f4bc97e2
 def _stats(args: argparse.Namespace, listed: list["Shard"], checkpoint: Path) -> "ContextStats":
     "The statistics, here or on workers; each error is an InputError of one line."
+    totals = args.totals or _totals(args, listed, checkpoint)
+    _check_free(args, [Path(args.out), Path(args.out).with_suffix(".png")])
+    return totals[listed[0].layer]
+
+
+def _totals(
+    args: argparse.Namespace, listed: list["Shard"], checkpoint: Path
+) -> dict[int, "ContextStats"]:
+    "Statistics by layer; `args.kernels` tells afterwards which process made them, and how."
     shared = dict(
         memory=args.memory,
         checkpoint=checkpoint,
@@ -293,12 +378,15 @@ def _stats(args: argparse.Namespace, listed: list["Shard"], checkpoint: Path) ->
     )
     try:
         if args.workers is None and args.scheduler is None:
-            from ctxlab.streaming.reading import stream
+            from ctxlab.streaming.reading import _stream
 
-            return stream(listed, **shared)
-        from ctxlab.streaming.distributed import stream_distributed
+            totals, args.kernels = _stream(listed, **shared)
+        else:
+            from ctxlab.streaming.distributed import _stream_distributed
 
-        return stream_distributed(listed, workers=args.workers, scheduler=args.scheduler, **shared)
+            place = dict(workers=args.workers, scheduler=args.scheduler)
+            totals, args.kernels = _stream_distributed(listed, **place, **shared)
+        return dict(totals)
     except (ImportError, ValueError) as e:
         raise ctxlab.data.InputError(str(e)) from e
 
@@ -328,6 +416,8 @@ def _run(args: argparse.Namespace) -> int:  # exit code
     from ctxlab.streaming.reading import _write_npz
     from ctxlab.streaming.summary import _picture, _result_arrays, _summary
 
+    if args.layers == "all" or len(args.layers or []) > 1:
+        return _run_layers(args)
     start = time.perf_counter()
     out, image, checkpoint = _places(args)
     listed = _listed(args)
@@ -343,4 +433,30 @@ def _run(args: argparse.Namespace) -> int:  # exit code
     seconds = time.perf_counter() - start
     print(_summary(stats, arrays["context"], len(listed), seconds, listed[0].layer))
     print(f"\n{out} and {image} have the matrix and its picture.")
+    return 0
+
+# %% ../../nbs/streaming/05_exact.ipynb #6796bf0f
+def _run_layers(args: argparse.Namespace) -> int:  # exit code
+    "The command for several layers: all of them in one run, then a result for each."
+    start = time.perf_counter()
+    listed = _listed(args)
+    out = Path(args.out)
+    each = []
+    for layer in sorted({s.layer for s in listed}):
+        name = out.with_name(f"{out.stem}-layer{layer}{out.suffix}")
+        mine = [s for s in listed if s.layer == layer]
+        one = argparse.Namespace(**vars(args) | dict(out=name, layers=[layer], listed=mine))
+        places = _places(one)
+        _check_apart(places, listed)
+        if places[2].exists():
+            raise ctxlab.data.InputError(f"checkpoint: {places[2]} exists; remove it first")
+        each.append(one)
+    checkpoint = out.with_suffix(".checkpoint.npz")
+    with _hinting(checkpoint):
+        totals = _totals(args, listed, checkpoint)
+        for i, one in enumerate(each):
+            one.totals, one.kernels, one.before = totals, args.kernels, time.perf_counter() - start
+            print(end="\n" if i else "")
+            _run(one)
+    checkpoint.unlink(missing_ok=True)
     return 0

@@ -7,11 +7,12 @@ __all__ = ['Shard', 'shards', 'shard_stats', 'save_stats', 'load_stats', 'stream
 
 # %% ../../nbs/streaming/02_reading.ipynb #25730f11
 import functools
+import glob
 import json
-import math
 import os
 import re
 import signal
+import socket
 import threading
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +21,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_info
 
-from ..data import InputError
+from ctxlab.containers import (
+    _KINDS,
+    _PIECE,
+    InputError,
+    _Array,
+    _check_name,
+    _Container,
+    _fingerprint,
+    _naming,
+    _native,
+    _open,
+    _some,
+)
 from ..files import _whole_files
 from ..gemm import panels
 from ..reference import _check_array, _check_whole
@@ -66,7 +80,6 @@ def _parse_bytes(size: int | str) -> int:  # bytes
     return int(value)
 
 # %% ../../nbs/streaming/02_reading.ipynb #dcc0a035
-_PIECE = 2**16  # bytes read at a time; larger temporaries may be given back each time
 _SPARE = 2**20  # bytes for small things: vectors, headers, the reader's own buffers
 
 
@@ -92,128 +105,142 @@ def _least_bytes(dim: _Width, dtype=np.float32) -> int:
     return _fixed_bytes(dim, dtype) + 256 * sum(_widths(dim)) * np.dtype(dtype).itemsize
 
 
+def _check_room(budget: int | str, least: int, dim: _Width, dtype, more: str = "") -> int:  # bytes
+    "A budget in bytes, or a ValueError that states the least."
+    have = _parse_bytes(budget)
+    if have < least:
+        raise ValueError(
+            f"memory: {budget} is too little for {dim} features in {np.dtype(dtype)}{more}; "
+            f"needed at least {least} bytes ({least / 1e6:.1f} MB)"
+        )
+    return have
+
+
 def _chunk_rows(
     budget: int | str,  # bytes, or a text as for `_parse_bytes`
     dim: _Width,  # D, or (D of x, D of y)
     dtype=np.float32,
+    held: int = 0,  # bytes that reading holds beside the buffers, see `Shard`
 ) -> int:  # a multiple of 256, at most SUB_ROWS
     "Rows to read at a time so that a run stays within `budget`; a ValueError states the least."
     row = sum(_widths(dim)) * np.dtype(dtype).itemsize
-    have = _parse_bytes(budget)
-    least = _least_bytes(dim, dtype)
-    if have < least:
-        raise ValueError(
-            f"memory: {budget} is too little for {dim} features in {np.dtype(dtype)}; "
-            f"needed at least {least} bytes ({least / 1e6:.1f} MB)"
-        )
-    return min((have - _fixed_bytes(dim, dtype)) // row // 256 * 256, _SUB_ROWS)
+    have = _check_room(budget, _least_bytes(dim, dtype) + held, dim, dtype)
+    return min((have - held - _fixed_bytes(dim, dtype)) // row // 256 * 256, _SUB_ROWS)
 
 # %% ../../nbs/streaming/02_reading.ipynb #31975407
 class Shard(NamedTuple):
-    "One file of pairs, or two, as their headers describe them."
+    "Pairs of rows in one file, or in two, as their headers describe them."
 
     name: str
-    x: str  # path of the .npy with x; of the .npz with both
-    y: str  # path of the .npy with y; the same .npz
+    x: str  # path of the file with x
+    y: str  # path of the file with y; it may be the same
     rows: int
-    width: int  # D
+    width: _Width  # D, or (D of x, D of y)
     dtype: str  # 'float32' or 'float64', what it is computed in
     fingerprint: tuple[tuple[int, int], tuple[int, int]]  # bytes, last change in ns; of both files
-    layer: int = 0  # l: x is hidden[l - 1], y is hidden[l] of the .npz; 0: arrays x and y
+    layer: int = 0  # l: x and y are l - 1 and l of an array of layers; 0: they have no layers
+    keys: tuple[str, str] = ("", "")  # names of the arrays in their files; '': it has no name
+    stored: tuple[str, str] = ("", "")  # dtypes in the files, as 'float16', '>f4' or 'bfloat16'
+    bfloat16: bool = False  # whether two bytes of no known meaning are a bfloat16
+    held: int = 0  # bytes that reading holds beside the buffers of rows: chunks of HDF5 and zarr
+    verify: bool = True  # whether the checksum of an array of layers is compared: once a file
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        "D of x, D of y."
+        return _widths(self.width)
 
 
-_READ_AS = {"float16": "float32", "float32": "float32", "float64": "float64"}
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    "Whatever goes wrong when reading becomes one line with the name of the file."
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as e:  # a damaged archive can raise anything
-        raise InputError(
-            f"{path}: cannot be read ({(str(e) or type(e).__name__).splitlines()[0]})"
-        ) from e
-
-
-def _fingerprint(path: str) -> tuple[int, int]:
-    facts = os.stat(path)
-    return facts.st_size, facts.st_mtime_ns
+def _place(shard: Shard) -> str:
+    "Where the x of a shard is, for messages."
+    return f"{shard.x}, {shard.keys[0]}" if shard.keys[0] else shard.x
 
 # %% ../../nbs/streaming/02_reading.ipynb #08b2a6e8
-_READERS = {  # by the version of the .npy format
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+def _by_number(text: str) -> list[str | int]:
+    "A key that sorts 2 before 10."
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
 
 
-def _header(f, where: str, size: int, ndim: int = 2) -> tuple[tuple[int, ...], str]:
-    "Shape and dtype of an .npy stream of `size` bytes, which then stands at the first row."
-    version = np.lib.format.read_magic(f)
-    if version not in _READERS:
-        raise InputError(f"{where}: .npy format {version} is not read here")
-    shape, fortran, dtype = _READERS[version](f)
-    if dtype.hasobject:
-        raise InputError(f"{where}: holds pickled objects, which are not read")
-    if dtype.name not in _READ_AS or not dtype.isnative:
-        raise InputError(f"{where}: dtype {dtype}, needed {', '.join(_READ_AS)}")
-    if len(shape) != ndim:
-        needed = "(rows, features)" if ndim == 2 else "(layers, rows, features)"
-        raise InputError(f"{where}: shape {shape} is not {needed}")
-    if shape[-1] < 1:
-        raise InputError(f"{where}: shape {shape} has no features")
-    if fortran and sum(n > 1 for n in shape) > 1:
-        raise InputError(f"{where}: is in Fortran order; save np.ascontiguousarray of it")
-    needed = f.tell() + math.prod(shape) * dtype.itemsize
-    if size < needed:
-        raise InputError(f"{where}: is cut short: {size} bytes, {needed} by its header")
-    return tuple(map(int, shape)), dtype.name
+def _matches(pattern: str, names: Iterable[str]) -> dict[tuple[str, ...], str]:
+    "Names that fit, by what stands for the stars."
+    expression = re.compile("(.*)".join(map(re.escape, pattern.split("*"))), re.DOTALL)
+    found = ((expression.fullmatch(name), name) for name in names)
+    return {match.groups(): name for match, name in found if match}
+
+
+def _matched(x: _Container, y: _Container, keys: tuple[str, str]) -> list[tuple[str, str]]:
+    "Arrays of x and y that fit two patterns, paired by what stands for the stars."
+    sides: list[dict[tuple[str, ...], str]] = []
+    for container, pattern in zip((x, y), keys, strict=True):
+        names = container.names()
+        sides.append(_matches(pattern, names))
+        if not sides[-1]:
+            raise InputError(f"{container.path}: no array fits {pattern!r}; found {_some(names)}")
+    for container, mine, its in ((x, sides[0], sides[1]), (y, sides[1], sides[0])):
+        alone = sorted(mine[key] for key in mine.keys() - its.keys())
+        if alone:
+            raise InputError(f"{container.path}: {alone[0]} has no partner; they pair by name")
+    order = sorted(sides[0], key=lambda key: [_by_number(part) for part in key])
+    return [(sides[0][key], sides[1][key]) for key in order]
 
 # %% ../../nbs/streaming/02_reading.ipynb #356b7197
-def _layer_of(path: str, layer: int | None) -> int:  # 0: arrays x and y
-    "Which layer of an .npz to take, when `layer` is asked for; or an InputError."
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    if {"x.npy", "y.npy"} <= set(names):
-        if layer is not None:
-            raise InputError(f"{path}: has arrays 'x' and 'y'; a layer is one of an array 'hidden'")
-        return 0
-    if "hidden.npy" not in names:
-        found = ", ".join(names) or "none"
-        raise InputError(f"{path}: needed arrays 'x' and 'y', or 'hidden'; found {found}")
-    return 1 if layer is None else layer
+def _keys(x: _Container, y: _Container, keys: tuple[str, str] | None) -> list[tuple[str, str]]:
+    "Which arrays of two files, or of one, are x and y."
+    if keys is not None:
+        return _matched(x, y, keys) if "*" in "".join(keys) else [keys]
+    names = x.names()
+    if x.path != y.path:
+        return [(_only(x, "x"), _only(y, "y"))]
+    if names == [""]:
+        return [("", "")]
+    if {"x", "y"} <= set(names):
+        return [("x", "y")]
+    if "hidden" in names:
+        return [("hidden", "hidden")]
+    if any(re.fullmatch(r"x\d+", name) for name in names):
+        return _matched(x, y, ("x*", "y*"))
+    raise InputError(f"{x.path}: needed arrays 'x' and 'y', or 'hidden'; found {_some(names)}")
+
+
+def _only(container: _Container, key: str) -> str:
+    "The only array of a file, or the one called `key`."
+    names = container.names()
+    if len(names) != 1 and key not in names:
+        raise InputError(
+            f"{container.path}: needed one array, or one called {key!r}; found {_some(names)}"
+        )
+    return names[0] if len(names) == 1 else key
 
 # %% ../../nbs/streaming/02_reading.ipynb #c4772340
-def _is_archive(path: str) -> bool:
-    return path.endswith(".npz")
+_Layers = int | Sequence[int] | str | None  # numbers from 1, or 'all'
 
 
-@contextmanager
-def _opened(x: str, y: str, layer: int) -> Iterator[tuple[list, list[tuple[int, int, str]]]]:
-    "Streams of x and y behind their headers, and rows, width and dtype of each."
-    with ExitStack() as stack:
-        streams, heads = [], []
-        if _is_archive(x):
-            archive = stack.enter_context(zipfile.ZipFile(x))
-            for name in ("hidden", "hidden") if layer else ("x", "y"):
-                streams.append(stack.enter_context(archive.open(f"{name}.npy")))
-                size = archive.getinfo(f"{name}.npy").file_size
-                heads.append(_header(streams[-1], f"{x}, {name}", size, 3 if layer else 2))
-        else:
-            for path in (x, y):
-                with _naming(path):
-                    streams.append(stack.enter_context(open(path, "rb", buffering=0)))
-                    heads.append(_header(streams[-1], path, os.fstat(streams[-1].fileno()).st_size))
-        if layer and not 0 < layer < heads[0][0][0]:
-            raise InputError(f"{x}: there is no layer {layer}; it has 1 to {heads[0][0][0] - 1}")
-        yield streams, [(*shape[-2:], dtype) for shape, dtype in heads]  # type: ignore[misc]
+def _check_layers(layer: _Layers) -> _Layers:
+    "An error if these are no numbers of layers."
+    if layer is None or layer == "all":
+        return layer
+    several = [layer] if isinstance(layer, int | np.integer) else layer
+    if isinstance(several, str) or not len(several):
+        raise ValueError(f"layer: {layer!r}, needed a number, several, or 'all'")
+    return [_check_whole("layer", one) for one in several]
+
+
+def _layers_of(array: _Array, keys: tuple[str, str], path: str, layer: Any) -> list[int]:
+    "Which layers of an array to take; [0] where it has none."
+    if layer is None and keys[0] != "hidden":
+        return [0]
+    last = array.axes(True)[0] - 1
+    wanted = [1] if layer is None else layer
+    if layer == "all":
+        wanted = list(range(1, last + 1)) or [1]
+    for one in wanted:
+        if one > last:
+            raise InputError(f"{path}: there is no layer {one}; it has 1 to {last}")
+    return wanted
 
 # %% ../../nbs/streaming/02_reading.ipynb #8aeb6e01
-_DATA = (".npy", ".npz")
+def _is_data(path: Path) -> bool:
+    return path.suffix in _KINDS and (path.is_dir() == (path.suffix == ".zarr"))
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -221,76 +248,149 @@ def _inside(folder: Path) -> list[Path]:
     with _naming(str(folder)):
         found = sorted(folder.iterdir())
         for p in found:
-            if p.is_dir() and any(q.suffix in _DATA for q in p.iterdir()):
+            if p.is_dir() and not _is_data(p) and any(map(_is_data, p.iterdir())):
                 raise InputError(f"{p}: is a folder of data inside {folder}; name it on its own")
-    return [p for p in found if p.suffix in _DATA and not p.is_dir()]
+    return [p for p in found if _is_data(p)]
 
 
-def _files(path: str | Path | tuple) -> list[tuple[str, str, str]]:  # (name, x, y)
-    "What a caller named: a folder, an .npz, NAME.x.npy, or a pair of .npy files."
+def _expanded(path: str | Path) -> list[Path]:
+    "A path, or the files that fit a pattern, in the order of their numbers."
+    if os.path.exists(path) or not glob.has_magic(str(path)):
+        return [Path(path)]
+    found = sorted(map(Path, glob.glob(str(path))), key=lambda p: _by_number(str(p)))
+    if not found:
+        raise InputError(f"{path}: no file fits this pattern")
+    return found
+
+# %% ../../nbs/streaming/02_reading.ipynb #8aeb6e02
+def _files(path: Any, layered: bool) -> list[tuple[str, str, str]]:  # (name, x, y)
+    "What a caller named: a folder, a file, a pattern, NAME.x.npy, or a pair of files."
     if isinstance(path, tuple):
-        if len(path) != 2 or any(_is_archive(str(p)) for p in path):
-            raise InputError(f"{path}: needed a pair of .npy files")
+        if len(path) != 2 or not all(Path(p).suffix in _KINDS for p in path):
+            raise InputError(f"{path}: needed a pair of files; known are {', '.join(_KINDS)}")
         return [(Path(path[0]).name, str(path[0]), str(path[1]))]
-    path = Path(path)
-    if path.is_dir():
+    several = _expanded(path)
+    if len(several) > 1:
+        return [found for p in several for found in _files(p, layered)]
+    path = several[0]
+    if path.is_dir() and not _is_data(path):
         inside = _inside(path)
         partners = {f"{p.name[:-6]}.y.npy" for p in inside if p.name.endswith(".x.npy")}
         inside = [p for p in inside if p.name not in partners]
         if not inside:
             raise InputError(f"{path}: the folder holds no .npz, and no .x.npy with a .y.npy")
-        return [found for p in inside for found in _files(p)]
+        return [found for p in inside for found in _files(p, layered)]
     if not path.exists():
         raise InputError(f"{path}: no such file")
-    if path.suffix == ".npz":
-        return [(path.name, str(path), str(path))]
     if path.name.endswith(".x.npy"):
         return [(path.name, str(path), f"{str(path)[:-6]}.y.npy")]
+    if path.suffix in _KINDS and (path.suffix != ".npy" or layered):
+        return [(path.name, str(path), str(path))]
     raise InputError(
-        f"{path}: neither an .npz nor NAME.x.npy beside NAME.y.npy; "
-        "two .npy files of other names are passed as a pair"
+        f"{path}: neither {', '.join(k for k in _KINDS if k != '.npy')}, "
+        "nor NAME.x.npy beside NAME.y.npy; two .npy files of other names are passed as a pair"
     )
 
 # %% ../../nbs/streaming/02_reading.ipynb #edbebfa8
-def _inspect(name: str, x: str, y: str, layer: int | None) -> Shard:
-    "A shard from its headers, or an InputError."
+def _inspect(
+    name: str, x: str, y: str, layer: Any, keys: tuple[str, str] | None, bfloat16: bool
+) -> list[Shard]:
+    "Shards from the headers of one file, or of two, or an InputError."
     prints: list[tuple[int, int]] = []
     for path in (x, y):
-        if Path(path).name.startswith("._"):
-            raise InputError(f"{path}: is what macOS keeps beside a file, and no data; remove it")
+        _check_name(path)
         with _naming(path):
             prints.append(_fingerprint(path))
-    if layer is not None and not _is_archive(x):
-        raise InputError(f"{x}: is no .npz; a layer is one of an array 'hidden' in an .npz")
-    with _naming(x):
-        at = _layer_of(x, layer) if _is_archive(x) else 0
-        with _opened(x, y, at) as (_, (head_x, head_y)):
-            pass
-    for what, a, b in zip(("rows", "features", "dtype"), head_x, head_y, strict=True):
-        if a != b:
-            where = f" (y is in {y})" if x != y else ""
-            raise InputError(f"{x}: x and y differ in {what}: {a} and {b}{where}")
-    rows, width, dtype = head_x
-    return Shard(name, x, y, rows, width, _READ_AS[dtype], (prints[0], prints[1]), at)
+    with _open(x, bfloat16) as of_x, _open(y, bfloat16) as of_y:
+        with _naming(x):
+            pairs = _keys(of_x, of_y, keys)
+        found: list[Shard] = []
+        for pair in pairs:
+            a, b = of_x.array(pair[0]), of_y.array(pair[1])
+            single = x == y and pair[0] == pair[1]
+            if layer is not None and not single:
+                raise InputError(
+                    f"{x}: has arrays 'x' and 'y'; a layer is one of an array 'hidden'"
+                    if x == y and keys is None
+                    else f"{x}: x and y are two arrays; a layer is one of a single array"
+                )
+            for at in _layers_of(a, pair, a.where, layer) if single else [0]:
+                shard = _pair_of(name, x, y, pair, a, b, at)
+                found.append(
+                    shard._replace(
+                        fingerprint=(prints[0], prints[1]),
+                        bfloat16=bfloat16,
+                        verify=not found or found[-1].keys != pair,
+                    )
+                )
+        return found
 
 
+def _pair_of(
+    name: str, x: str, y: str, keys: tuple[str, str], a: _Array, b: _Array, layer: int
+) -> Shard:
+    "A shard of two arrays, or an InputError if they do not fit."
+    layered = layer > 0
+    rows = [int(np.prod(array.axes(layered)[1], dtype=object)) for array in (a, b)]
+    if rows[0] != rows[1]:
+        where = f" (y is in {y})" if x != y else ""
+        raise InputError(f"{a.where}: x and y differ in rows: {rows[0]} and {rows[1]}{where}")
+    widths = a.shape[-1], b.shape[-1]
+    wide = all(_native(array.stored) == np.float64 for array in (a, b))
+    return Shard(
+        name=name if keys[0] in ("", "x", "hidden") else f"{name}: {keys[0]}",
+        x=x,
+        y=y,
+        rows=rows[0],
+        width=widths[0] if widths[0] == widths[1] else widths,
+        dtype="float64" if wide else "float32",
+        fingerprint=((0, 0), (0, 0)),
+        layer=layer,
+        keys=keys,
+        stored=(a.stored, b.stored),
+        held=a.held(layered) + b.held(layered),
+    )
+
+# %% ../../nbs/streaming/02_reading.ipynb #edbebfa9
 def shards(
-    paths: str | Path | Iterable,  # a folder, .npz, NAME.x.npy; or several, pairs of .npy, too
-    layer: int | None = None,  # of archives with `hidden`, from 1; default: 1
-) -> list[Shard]:  # in the order given; those of a folder by name
+    paths: str | Path | Iterable,  # a folder, file, or pattern; or several, pairs of files, too
+    layer: _Layers = None,  # of arrays of layers: numbers from 1, or 'all'; default: 1 of `hidden`
+    *,
+    keys: tuple[str, str] | None = None,  # names of x and y in the files, or patterns with *
+    bfloat16: bool = False,  # whether two bytes of no known meaning are a bfloat16
+) -> list[Shard]:  # in the order given; those of a folder by name; layers of a file together
     "All shards, checked by their headers: an InputError names the first file that does not fit."
-    if layer is not None:
-        _check_whole("layer", layer)
+    layer = _check_layers(layer)
     several = [paths] if isinstance(paths, str | Path) else paths
-    found = [_inspect(*f, layer) for p in several for f in _files(p)]
+    layered = layer is not None or (keys is not None and keys[0] == keys[1])
+    files = [f for p in several for f in _files(p, layered)]
+    found = [s for f in files for s in _inspect(*f, layer, keys, bfloat16)]
     if not found:
         raise InputError("paths: no shards are named")
     first = found[0]
     for s in found:
-        for what, mine, its in (("width", s.width, first.width), ("dtype", s.dtype, first.dtype)):
-            if mine != its:
-                raise InputError(f"{s.x}: {what} {mine}, that of {first.x} is {its}")
+        for what in ("width", "dtype"):
+            if getattr(s, what) != getattr(first, what):
+                raise InputError(
+                    f"{_place(s)}: {what} {getattr(s, what)}, "
+                    f"that of {_place(first)} is {getattr(first, what)}"
+                )
+    _check_same_layers(found)
     return found
+
+
+def _check_same_layers(found: Sequence[Shard]) -> None:
+    "An InputError if files have not the same layers."
+    layers: dict[tuple, set[int]] = {}
+    for s in found:
+        layers.setdefault((s.x, s.y, s.keys), set()).add(s.layer)
+    first = found[0]
+    for place, mine in layers.items():
+        its = layers[first.x, first.y, first.keys]
+        if mine != its:
+            raise InputError(
+                f"{place[0]}: its last layer is {max(mine)}, that of {first.x} is {max(its)}"
+            )
 
 # %% ../../nbs/streaming/02_reading.ipynb #e45d4a42
 def _check_unchanged(shard: Shard) -> None:
@@ -303,42 +403,20 @@ def _check_unchanged(shard: Shard) -> None:
             )
 
 
-def _fill(f, out: np.ndarray) -> None:
-    "Read as many bytes as `out` holds, in pieces."
-    left = out.reshape(-1).view(np.uint8).data
-    while len(left):
-        n = f.readinto(left[:_PIECE])
-        if not n:
-            raise EOFError("it ends too early")
-        left = left[n:]
-
-# %% ../../nbs/streaming/02_reading.ipynb #a6defab5
-def _fill_as(f, out: np.ndarray, stored: str) -> None:
-    "Read as many numbers as `out` holds, which the file has in the dtype `stored`."
-    if stored == out.dtype:
-        _fill(f, out)
-        return
-    flat = out.reshape(-1)
-    piece = np.empty(_PIECE // np.dtype(stored).itemsize, stored)
-    for part in panels(len(flat), 1, len(piece)):
-        few = piece[: part.stop - part.start]
-        _fill(f, few)
-        flat[part] = few
-
-
-def _skip(f, size: int) -> None:
-    "Read over `size` bytes, so that an archive's checksum still counts them."
-    while size:
-        n = len(f.read(min(size, _PIECE)))
-        if not n:
-            raise EOFError("it ends too early")
-        size -= n
-
-
-def _read_out(f) -> None:
-    "Read to the end, where an archive compares its checksum."
-    while f.read(_PIECE):
-        pass
+def _readers(shard: Shard, stack: ExitStack) -> list[tuple[str, Any]]:  # path, reader
+    "Readers of x and y, which are what was listed."
+    found = []
+    for i, path in enumerate((shard.x, shard.y)):
+        layer = shard.layer - 1 + i if shard.layer else None
+        container = stack.enter_context(_open(path, shard.bfloat16))
+        array = container.array(shard.keys[i])
+        rows = int(np.prod(array.axes(layer is not None)[1], dtype=object))
+        known = shard.rows, shard.widths[i], shard.stored[i]
+        if (rows, array.shape[-1], array.stored) != known:
+            raise InputError(f"{array.where}: is not what was listed")
+        with _naming(path):
+            found.append((path, array.rows(layer)))
+    return found
 
 # %% ../../nbs/streaming/02_reading.ipynb #1937220e
 def _read_chunks(
@@ -349,24 +427,24 @@ def _read_chunks(
     "The rows of a shard in chunks; an InputError names a file that is damaged or has changed."
     _check_unchanged(shard)
     dtype = np.dtype(shard.dtype)
-    buffers = [ws.take(f"shard.{name}", (rows, shard.width), dtype) for name in "xy"]
+    x, y = (
+        ws.take(f"shard.{name}", (rows, D), dtype)
+        for name, D in zip("xy", shard.widths, strict=True)
+    )
     try:
-        with _naming(shard.x), _opened(shard.x, shard.y, shard.layer) as (files, heads):
-            listed = (shard.rows, shard.width, shard.dtype)
-            if any((rows, width, _READ_AS[stored]) != listed for rows, width, stored in heads):
-                raise InputError(f"{shard.x}: is not what was listed")
-            if shard.layer:
-                size = shard.rows * shard.width * np.dtype(heads[0][2]).itemsize
-                _skip(files[0], (shard.layer - 1) * size)
-                _skip(files[1], shard.layer * size)
+        with ExitStack() as stack:
+            readers = _readers(shard, stack)
             for part in panels(shard.rows, 1, rows):
-                chunk = [b[: part.stop - part.start] for b in buffers]
-                for path, f, a in zip((shard.x, shard.y), files, chunk, strict=True):
+                n = part.stop - part.start
+                for (path, reader), a in zip(readers, (x, y), strict=True):
                     with _naming(path):
-                        _fill_as(f, a, heads[0][2])
-                yield chunk[0], chunk[1]
-            for f in files[1:] if shard.layer else files:  # both read the same array of layers
-                _read_out(f)
+                        reader.fill(a[:n])
+                yield x[:n], y[:n]
+            if shard.layer:  # both are of one array, which is verified as a whole
+                readers = readers[:1] if shard.verify else []
+            for path, reader in readers:
+                with _naming(path):
+                    reader.finish()
     except InputError:
         _check_unchanged(shard)  # the better reason, if it is one
         raise
@@ -382,7 +460,7 @@ def shard_stats(
 ) -> ContextStats:
     "The statistics of one shard."
     stats = ContextStats(shard.width, shard.dtype) if stats is None else stats
-    chunk = _chunk_rows(memory, shard.width, shard.dtype)
+    chunk = _chunk_rows(memory, shard.width, shard.dtype, shard.held)
     stats.reset()
     with stats.workspace.scope(), closing(_read_chunks(shard, chunk, stats.workspace)) as chunks:
         for x, y in chunks:
@@ -392,7 +470,7 @@ def shard_stats(
     return stats
 
 # %% ../../nbs/streaming/02_reading.ipynb #018837da
-_FORMAT = "ctxlab.streaming.moments 2"
+_FORMAT = "ctxlab.streaming.moments 3"
 
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -408,13 +486,34 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _identity(shard: Shard) -> list:
-    return [shard.name, shard.rows, [list(p) for p in shard.fingerprint], shard.layer]
+    prints = [list(p) for p in shard.fingerprint]
+    return [shard.name, shard.rows, prints, list(shard.keys), shard.layer]
 
 
-def save_stats(path: str | Path, stats: ContextStats, done: Sequence[Shard] = ()) -> None:
-    "Write statistics, and which shards are in them; the file is whole at every moment."
-    about = json.dumps({"format": _FORMAT, "done": [_identity(s) for s in done]})
-    state = {name: np.asarray(a) for name, a in _state(stats).items()}
+_Totals = Mapping[int, ContextStats]  # by layer; 0: no layers
+_Kernels = dict[str, str]  # process, as host:id -> kernel of its BLAS
+
+
+def _states(totals: _Totals) -> dict[str, Any]:
+    "What is remembered of all totals, by name."
+    return {
+        f"{layer}.{name}" if len(totals) > 1 else name: a
+        for layer, stats in totals.items()
+        for name, a in _state(stats).items()
+    }
+
+
+def save_stats(
+    path: str | Path,
+    stats: ContextStats | _Totals,
+    done: Sequence[Shard] = (),  # which are in it
+    kernels: Mapping[str, str] | None = None,  # process -> kernel of its BLAS
+) -> None:
+    "Write statistics, or those of several layers; the file is whole at every moment."
+    totals = {0: stats} if isinstance(stats, ContextStats) else stats
+    identities = [_identity(s) for s in done]
+    about = json.dumps({"format": _FORMAT, "done": identities, "kernels": dict(kernels or {})})
+    state = {name: np.asarray(a) for name, a in _states(totals).items()}
     with _whole_files(path) as (part,):
         _write_npz(part, {"about": np.frombuffer(about.encode(), np.uint8)} | state)
 
@@ -424,8 +523,10 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         return np.lib.format.read_array(f, allow_pickle=False)
 
 
-def _read_stats(path: str | Path, stats: ContextStats) -> list:  # identities of the shards
-    "Load what `save_stats` wrote into `stats`."
+def _read_stats(
+    path: str | Path, totals: _Totals
+) -> tuple[list, _Kernels]:  # identities of the shards
+    "Load what `save_stats` wrote into `totals`."
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {
@@ -436,31 +537,49 @@ def _read_stats(path: str | Path, stats: ContextStats) -> list:  # identities of
         if about["format"] != _FORMAT:
             raise ValueError(f"its format is {about['format']!r}, known is {_FORMAT!r}")
         done = [
-            [str(name), int(rows), [[int(n) for n in p] for p in prints], int(layer)]
-            for name, rows, prints, layer in about["done"]
+            [
+                str(name),
+                int(rows),
+                [[int(n) for n in p] for p in prints],
+                [str(key) for key in keys],
+                int(layer),
+            ]
+            for name, rows, prints, keys, layer in about["done"]
         ]
+        kernels = {str(process): str(kernel) for process, kernel in about["kernels"].items()}
     except Exception as e:  # cut short, a bit that tipped, or a file of something else
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise InputError(f"checkpoint: {path} is damaged, or none of a stream ({why})") from None
     try:
-        stats.load_state_dict(arrays)
+        _load_states(totals, arrays)
     except (TypeError, ValueError) as e:
         raise InputError(f"checkpoint: {path} is of another run ({e})") from None
-    return done
+    return done, kernels
+
+
+def _load_states(totals: _Totals, arrays: Mapping[str, np.ndarray]) -> None:
+    if len(totals) > 1:
+        layers = {name.partition(".")[0] for name in arrays}
+        if layers != {str(layer) for layer in totals}:
+            raise ValueError("it has other layers")
+    for layer, stats in totals.items():
+        start = f"{layer}." if len(totals) > 1 else ""
+        mine = {k.removeprefix(start): a for k, a in arrays.items() if k.startswith(start)}
+        stats.load_state_dict(mine)
 
 
 def load_stats(path: str | Path, dim: _Width, dtype=np.float32) -> ContextStats:
     "The statistics of a checkpoint; an InputError in one line if it is damaged or does not fit."
     stats = ContextStats(dim, dtype)
-    _read_stats(path, stats)
+    _read_stats(path, {0: stats})
     return stats
 
 # %% ../../nbs/streaming/02_reading.ipynb #8d5c9e6c
 def _resume(
-    path: str | Path, stats: ContextStats, todo: Sequence[Shard]
-) -> int:  # how many shards are done
+    path: str | Path, totals: _Totals, todo: Sequence[Shard]
+) -> tuple[int, _Kernels]:  # how many shards are done, and by what
     "Load a checkpoint of the beginning of `todo`."
-    done = _read_stats(path, stats)
+    done, kernels = _read_stats(path, totals)
     if len(done) > len(todo):
         raise InputError(
             f"checkpoint: {path} is of another run: it has {len(done)} shards, here are {len(todo)}"
@@ -483,9 +602,10 @@ def _resume(
                 "remove that, and start again"
             )
     rows = sum(s.rows for s in begun)
-    if rows != stats.count:
-        raise InputError(f"checkpoint: {path} is damaged ({stats.count} rows of {rows})")
-    return len(done)
+    count = sum(stats.count for stats in totals.values())
+    if rows != count:
+        raise InputError(f"checkpoint: {path} is damaged ({count} rows of {rows})")
+    return len(done), kernels
 
 # %% ../../nbs/streaming/02_reading.ipynb #49fd6da1
 @contextmanager
@@ -524,6 +644,28 @@ def _of_pairs(pairs: Iterable, memory, bar) -> ContextStats:
         raise InputError("source: there are no rows in it")
     return total
 
+# %% ../../nbs/streaming/02_reading.ipynb #c40e1209
+def _process() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _kernel() -> str:
+    "What the BLAS of this process calls the processor it is made for."
+    found = (pool.get("architecture") for pool in threadpool_info() if pool["user_api"] == "blas")
+    return next(filter(None, found), "unknown")
+
+
+def _shard_budget(memory: int | str, todo: Sequence[Shard]) -> int:  # bytes
+    "What of a budget is left for one shard after the totals; a ValueError states the least."
+    first, largest = todo[0], max(todo, key=lambda s: s.held)
+    layers = len({s.layer for s in todo})
+    others = (layers - 1) * (_sums_bytes(first.width) // 2)
+    least = _least_bytes(first.width, first.dtype) + largest.held + others
+    more = f", {layers} layers" if layers > 1 else ""
+    if largest.held:
+        more += f", and {largest.held} bytes for chunks of {_place(largest)}"
+    return _check_room(memory, least, first.width, first.dtype, more) - others
+
 # %% ../../nbs/streaming/02_reading.ipynb #9c18d985
 def _check_run(rows: int | None, checkpoint, every: int, resume: bool) -> None:
     "Refuse what cannot work, before any."
@@ -545,45 +687,51 @@ def _rows_bar(rows: int | None, shown: bool):  # a tqdm
     )
 
 
-def _each(left: list[Shard], memory, tick) -> Generator[ContextStats, None, None]:
+_Parts = Generator[tuple[ContextStats, _Kernels], None, None]  # and which process made each
+
+
+def _each(left: list[Shard], memory, tick) -> _Parts:
     "The statistics of one shard after the other, in the same object."
     part = ContextStats(left[0].width, left[0].dtype) if left else None
+    made_by = {_process(): _kernel()}
     for shard in left:
-        yield shard_stats(shard, memory, stats=part, tick=tick)
+        yield shard_stats(shard, memory, stats=part, tick=tick), made_by
 
 # %% ../../nbs/streaming/02_reading.ipynb #ba4dbacd
 def _join_in_order(
     todo: list[Shard],
-    parts: Callable[[list[Shard]], Generator[ContextStats, None, None]],  # of those that are left
+    parts: Callable[[list[Shard]], _Parts],  # of those that are left
     checkpoint,
     every: int,
     resume: bool,
     bar,
-) -> ContextStats:
+) -> tuple[_Totals, _Kernels]:
     "Statistics of shards, joined in order, with checkpoints."
-    total = ContextStats(todo[0].width, todo[0].dtype)
+    totals = {s.layer: ContextStats(s.width, s.dtype) for s in todo}
     done = 0
+    kernels: _Kernels = {}
     if resume and Path(checkpoint).exists():
-        done = _resume(checkpoint, total, todo)
+        done, kernels = _resume(checkpoint, totals, todo)
     saved = done
     whole = True
-    bar.initial = bar.n = total.count
+    bar.initial = bar.n = sum(total.count for total in totals.values())
     try:
         with closing(parts(todo[done:])) as ready:
-            for part in ready:
+            for part, made_by in ready:
                 with _uninterrupted():
                     whole = False  # should the addition fail half-way
-                    total.merge(part)
+                    totals[todo[done].layer].merge(part)
                     whole = True
                     done += 1
+                    kernels |= made_by
                 del part  # before the next one comes
                 if checkpoint is not None and done - saved >= every:
-                    save_stats(checkpoint, total, todo[:done])
+                    save_stats(checkpoint, totals, todo[:done], kernels)
                     saved = done
     finally:  # also when an error or Ctrl-C is on its way out
         if checkpoint is not None and done > saved and whole:
-            save_stats(checkpoint, total, todo[:done])
-    return total
+            save_stats(checkpoint, totals, todo[:done], kernels)
+    return totals, kernels
 
 # %% ../../nbs/streaming/02_reading.ipynb #a0221e18
 def stream(
@@ -594,17 +742,37 @@ def stream(
     every: int = 4,  # shards from one checkpoint to the next
     resume: bool = False,  # go on from the checkpoint, if it is there
     progress: bool = False,  # a bar with rows a second and the time left
-) -> ContextStats:
+) -> Any:  # ContextStats; of shards of several layers a dictionary of these, by layer
     "Statistics of all rows, in bounded memory; resumed with the same `memory`, the same bits."
-    todo = None
     if isinstance(source, list | tuple) and all(isinstance(s, Shard) for s in source):
-        todo = list(source)
-    if todo is None and checkpoint is not None:
+        return _alone(
+            _stream(
+                list(source),
+                memory=memory,
+                checkpoint=checkpoint,
+                every=every,
+                resume=resume,
+                progress=progress,
+            )[0]
+        )
+    if checkpoint is not None:
         raise ValueError("checkpoint: needs shards, which can be found again")
-    rows = None if todo is None else sum(s.rows for s in todo)
+    _check_run(None, checkpoint, every, resume)
+    with _rows_bar(None, progress) as bar:
+        return _of_pairs(source, memory, bar)
+
+
+def _alone(totals: _Totals) -> Any:
+    "The only total, or all."
+    return next(iter(totals.values())) if len(totals) == 1 else dict(totals)
+
+
+def _stream(
+    todo: list[Shard], *, memory="1GB", checkpoint=None, every=4, resume=False, progress=False
+) -> tuple[_Totals, _Kernels]:
+    "Statistics of shards, by layer, and what made them."
+    rows = sum(s.rows for s in todo)
     _check_run(rows, checkpoint, every, resume)
     with _rows_bar(rows, progress) as bar:
-        if todo is None:
-            return _of_pairs(source, memory, bar)
-        parts = functools.partial(_each, memory=memory, tick=bar.update)
+        parts = functools.partial(_each, memory=_shard_budget(memory, todo), tick=bar.update)
         return _join_in_order(todo, parts, checkpoint, every, resume, bar)
