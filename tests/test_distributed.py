@@ -25,7 +25,7 @@ from ctxlab.streaming.distributed import (
     stream_distributed,
 )
 from ctxlab.streaming.moments import ContextStats
-from ctxlab.streaming.reading import _least_bytes, load_stats, shards, stream
+from ctxlab.streaming.reading import _least_bytes, _sums_bytes, load_stats, shards, stream
 
 pytest.importorskip("distributed")
 DIM = 12
@@ -421,7 +421,7 @@ def test_budgets_add_up():
         for dim in (4, 700):
             share = _worker_budget("100GB", workers, dim)
             own = 10**11 - workers * share
-            assert 2 * 8 * dim * dim < own < 2 * 8 * (dim * dim + 8 * dim) + 2**20 + workers
+            assert 2 * 8 * dim * dim < own < _sums_bytes(dim) + 2**20 + workers
             least = own + workers * _least_bytes(dim)
             assert _worker_budget(least, workers, dim) >= _least_bytes(dim)
             with pytest.raises(ValueError, match="needed at least"):

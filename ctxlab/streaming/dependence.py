@@ -41,13 +41,11 @@ def _at_our_frequencies(power: np.ndarray, n: int, F: int) -> np.ndarray:  # (F,
 
 def _add_power(rows: np.ndarray, out: np.ndarray, scale: np.ndarray | None = None) -> None:
     "Add the power of `rows` (n, W), each times `scale` (n,), to `out` (F, W), by frequency."
-    from scipy.fft import rfft
-
     for columns in panels(rows.shape[1], 1, _COLUMNS):
         a = rows[:, columns]
         if scale is not None:
             a = a * scale[:, None]
-        z = rfft(a, axis=0)
+        z = np.fft.rfft(a, axis=0)
         power = np.square(z.real)
         power += np.square(z.imag)
         power = _at_our_frequencies(power, len(rows), len(out))
@@ -144,6 +142,11 @@ class _Dependence:
         self.rows += other.rows
         for i in range(other.filled[3]):
             self._push(3, other.means[2, i], other.weights[2, i])
+
+
+def _dependence_bytes(width: int) -> int:
+    "Bytes that it holds."
+    return 8 * width * (sum(_FREQUENCIES) + 3 * 64) + 8 * (len(_LENGTHS) + 3 * 64 + 4)
 
 # %% ../../nbs/streaming/00_dependence.ipynb #7aa5972f
 def _shares(d: _Dependence, squares: np.ndarray) -> np.ndarray:  # (frequencies, W)

@@ -325,7 +325,10 @@ def _refuse(x: np.ndarray, y: np.ndarray) -> None:
             which, n = _missing(a[rows])
             if n:
                 first = rows.start + int(which.argmax())
-                raise ValueError(f"{name}: row {first} holds values that are not finite")
+                raise ValueError(
+                    f"{name}: row {first} of this chunk holds a value that is not finite, "
+                    "which nan='refuse' does not take"
+                )
 
 
 def _absorb_complete(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:

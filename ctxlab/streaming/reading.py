@@ -25,12 +25,14 @@ from ..data import InputError
 from ..files import _whole_files
 from ..gemm import panels
 from ..reference import _check_array, _check_whole
+from .dependence import _dependence_bytes
 from ctxlab.streaming.moments import (
-    _BLOCK,
+    _BLOCK_ROWS,
     _SAMPLE,
     _SUB_ROWS,
     ContextStats,
     _panel_rows,
+    _parts,
     _state,
     _Width,
     _widths,
@@ -71,9 +73,9 @@ _SPARE = 2**20  # bytes for small things: vectors, headers, the reader's own buf
 
 
 def _sums_bytes(dim: _Width) -> int:
-    "Bytes of two sets of sums: the total, and the part at hand."
+    "Bytes of two sets of sums, the total and the part at hand, and a copy while they are joined."
     Dx, Dy = _widths(dim)
-    return 2 * 8 * (Dx * Dy + 4 * (Dx + Dy))
+    return 2 * 8 * (Dx * Dy + 4 * (Dx + Dy)) + 3 * _dependence_bytes(Dx + Dy)
 
 
 def _fixed_bytes(dim: _Width, dtype) -> int:
@@ -81,9 +83,10 @@ def _fixed_bytes(dim: _Width, dtype) -> int:
     Dx, Dy = _widths(dim)
     p = _panel_rows(dim, dtype)
     item = np.dtype(dtype).itemsize
-    panels_of_rows = p * (item + 8 + 1) + (p // _BLOCK + 2) * (item + 8) + _SAMPLE * 8
+    panels_of_rows = p * (item + 8 + 1) + _parts(p) * (item + 8) + _SAMPLE * 8
+    blocks = _SUB_ROWS // _BLOCK_ROWS * 8
     vectors = 32 * 8
-    scratch = Dx * Dy * item + (Dx + Dy) * (panels_of_rows + vectors) + p * item
+    scratch = Dx * Dy * item + (Dx + Dy) * (panels_of_rows + blocks + vectors) + p * item
     return _sums_bytes(dim) + scratch + _SPARE
 
 # %% ../../nbs/streaming/02_reading.ipynb #f278c219
@@ -120,6 +123,7 @@ class Shard(NamedTuple):
     dtype: str  # 'float32' or 'float64', what it is computed in
     fingerprint: tuple[tuple[int, int], tuple[int, int]]  # bytes, last change in ns; of both files
     layer: int = 0  # l: x is hidden[l - 1], y is hidden[l] of the .npz; 0: arrays x and y
+    nan: str = "zero"  # what to do with entries that are not finite, as for `ContextStats`
 
 
 _READ_AS = {"float16": "float32", "float32": "float32", "float64": "float64"}
@@ -382,17 +386,21 @@ def shard_stats(
 ) -> ContextStats:
     "The statistics of one shard."
     stats = ContextStats(shard.width, shard.dtype) if stats is None else stats
+    stats.nan = shard.nan
     chunk = _chunk_rows(memory, shard.width, shard.dtype)
     stats.reset()
     with stats.workspace.scope(), closing(_read_chunks(shard, chunk, stats.workspace)) as chunks:
         for x, y in chunks:
-            stats.update(x, y)
+            try:
+                stats.update(x, y)
+            except ValueError as e:  # refused, as `nan` asks for
+                raise InputError(f"{shard.x}: {e}") from None
             if tick is not None:
                 tick(len(x))
     return stats
 
 # %% ../../nbs/streaming/02_reading.ipynb #018837da
-_FORMAT = "ctxlab.streaming.moments 2"
+_FORMAT = "ctxlab.streaming.moments 3"
 
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -483,7 +491,7 @@ def _resume(
                 "remove that, and start again"
             )
     rows = sum(s.rows for s in begun)
-    if rows != stats.count:
+    if rows != stats.count + stats.dropped:
         raise InputError(f"checkpoint: {path} is damaged ({stats.count} rows of {rows})")
     return len(done)
 
@@ -561,7 +569,7 @@ def _join_in_order(
     bar,
 ) -> ContextStats:
     "Statistics of shards, joined in order, with checkpoints."
-    total = ContextStats(todo[0].width, todo[0].dtype)
+    total = ContextStats(todo[0].width, todo[0].dtype, nan=todo[0].nan)
     done = 0
     if resume and Path(checkpoint).exists():
         done = _resume(checkpoint, total, todo)
