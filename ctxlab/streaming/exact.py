@@ -63,6 +63,7 @@ def _add_parser(commands) -> argparse.ArgumentParser:  # commands: from `add_sub
     )
     _add_sources(p)
     _add_work(p)
+    _add_meaning(p)
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return p
 
@@ -122,6 +123,24 @@ def _add_work(p: argparse.ArgumentParser) -> None:
         help="go on from the checkpoint of an interrupted run, if there is one",
     )
     p.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+# %% ../../nbs/streaming/05_exact.ipynb #7621b74e
+def _add_meaning(p: argparse.ArgumentParser) -> None:
+    "What counts, and what is shown."
+    p.add_argument(
+        "--nan",
+        choices=("zero", "rows", "refuse"),
+        default="zero",
+        help="what is not finite: counts as 0; its row of x and y is left out; or is an error "
+        "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--top",
+        type=lambda text: _whole(text, 0),
+        metavar="N",
+        default=10,
+        help="list so many of the strongest pairs (default: %(default)s)",
+    )
 
 # %% ../../nbs/streaming/05_exact.ipynb #55e3e952
 def _arrays_of(option: str, name: Path) -> dict[str, Path]:
@@ -322,6 +341,18 @@ def _hinting(checkpoint: Path) -> Iterator[None]:
         raise KeyboardInterrupt(f"no result was written{hint()}") from None
 
 # %% ../../nbs/streaming/05_exact.ipynb #6796bf0e
+def _check_enough(stats: "ContextStats") -> None:
+    "An InputError if no correlation can be told."
+    if stats.count < 2:
+        raise ctxlab.data.InputError(
+            f"--nan: {stats.count} of {stats.count + stats.dropped} rows are complete; "
+            "a correlation needs at least 2"
+        )
+    if stats.constant_x.all() or stats.constant_y.all():
+        name = "x" if stats.constant_x.all() else "y"
+        raise ctxlab.data.InputError(f"{name}: no feature has any variance")
+
+
 def _run(args: argparse.Namespace) -> int:  # exit code
     "The command `context`."
     from ctxlab.files import _whole_files
@@ -333,14 +364,15 @@ def _run(args: argparse.Namespace) -> int:  # exit code
     listed = _listed(args)
     _check_apart((out, image, checkpoint), listed)
     with _hinting(checkpoint):
-        stats = _stats(args, listed, checkpoint)
+        stats = _stats(args, [s._replace(nan=args.nan) for s in listed], checkpoint)
+        _check_enough(stats)
         arrays = _result_arrays(stats, _about(args, listed, time.perf_counter() - start))
-        shown = _picture(arrays["context"], stats.count, float(arrays["noise_floor"]))
+        shown = _picture(arrays, args.top)
         with _whole_files(out, image) as (new, new_image):
             _write_npz(new, arrays)
             new_image.write_bytes(shown)
     checkpoint.unlink(missing_ok=True)
     seconds = time.perf_counter() - start
-    print(_summary(stats, arrays["context"], len(listed), seconds, listed[0].layer))
+    print(_summary(stats, arrays, len(listed), seconds, listed[0].layer, args.top))
     print(f"\n{out} and {image} have the matrix and its picture.")
     return 0
