@@ -149,7 +149,7 @@ def _summary(
 ) -> str:
     "The table that the command prints."
     context, noise = arrays["context"], arrays["noise"]
-    floor = float(arrays["noise_floor"])
+    floor, effective = float(arrays["noise_floor"]), float(arrays["effective_rows"])
     f = _figures_of(context, noise)
     Dx, Dy = context.shape
 
@@ -162,7 +162,7 @@ def _summary(
         "rows": f"{stats.count:,} in {shards} shard{'' if shards == 1 else 's'}",
         "features": f"{Dx if Dx == Dy else f'{Dx} x {Dy}'}, {stats.dtype}",
         "layer": f"{layer}, from hidden[{layer - 1}] to hidden[{layer}]",
-        "effective rows": f"{float(arrays['effective_rows']):,.0f} independent ones have the same noise",
+        "effective rows": f"{effective:,.0f} independent ones have the same noise",
         "noise floor": f"{floor:.4f}",
         "rms off the diagonal": times(f["off"]) if Dx * Dy > 1 else "there is one feature only",
         "rms on the diagonal": times(f["on"]),
@@ -228,11 +228,14 @@ def _thinned(
     return out
 
 # %% ../../nbs/streaming/04a_summary.ipynb #89e52be4
+_LISTED = 12  # pairs beside the picture
+
+
 def _picture(arrays: Mapping[str, Any], top: int = 10) -> bytes:  # PNG
     "The matrix in noise floors, as a heat map, and the strongest pairs beside it."
     from io import BytesIO
 
-    import matplotlib as mpl
+    from matplotlib import colormaps, style
     from matplotlib.figure import Figure
 
     context, noise = arrays["context"], arrays["noise"]
@@ -243,10 +246,10 @@ def _picture(arrays: Mapping[str, Any], top: int = 10) -> bytes:  # PNG
     limit = max(_largest_of(shown.size), float(np.quantile(size, 0.995)) if len(size) else 0)
     step = -(-Dx // len(shown)), -(-Dy // shown.shape[1])
     dots = f" (each dot: strongest of {step[0]} x {step[1]})" if max(step) > 1 else ""
-    with mpl.style.context("ctxlab.notebook"):
+    with style.context("ctxlab.notebook"):
         figure = Figure(figsize=(10.5, 6))
         ax, side = figure.subplots(1, 2, width_ratios=(3, 1.1))
-        cmap = mpl.colormaps["RdBu_r"].copy()
+        cmap = colormaps["RdBu_r"].copy()
         cmap.set_bad("0.75")
         image = ax.imshow(
             shown,
@@ -264,6 +267,7 @@ def _picture(arrays: Mapping[str, Any], top: int = 10) -> bytes:  # PNG
             ylabel="feature of x",
         )
         ax.grid(False)
+        _ring(ax, arrays, top)
         extend = "both" if highest > limit else "neither"
         bar = figure.colorbar(image, ax=ax, extend=extend, shrink=0.85)
         bar.set_label(f"correlation, in noise floors of {float(arrays['noise_floor']):.2g}")
@@ -285,8 +289,19 @@ def _beside(arrays: Mapping[str, Any], top: int) -> str:
         f"beyond 1.96     {found:>12,}",
         f"by chance       {expected:>12,.0f}",
     ]
-    tables = _strongest(arrays["context"], arrays["noise"], min(top, 12))
+    tables = _strongest(arrays["context"], arrays["noise"], min(top, _LISTED))
     for name, rows in tables.items():
         lines += ["", f"strongest, {name}" if rows else "", "    x     y  correl.  floors"]
         lines += [f"{i:5} {j:5}  {r:+7.3f}  {abs(z):6.1f}" for i, j, r, z in rows]
     return "\n".join(lines)
+
+
+def _ring(ax, arrays: Mapping[str, Any], top: int) -> None:
+    "A ring round what is listed off the diagonal and beyond the largest of all by chance."
+    noise = arrays["noise"]
+    chance = _largest_of(max(np.count_nonzero(noise), 1))
+    tables = _strongest(arrays["context"], noise, min(top, _LISTED))
+    listed = [row for name, rows in tables.items() if name != "on the diagonal" for row in rows]
+    at = [(j + 0.5, i + 0.5) for i, j, _, z in listed if abs(z) > chance]
+    if at:
+        ax.scatter(*zip(*at, strict=True), s=60, facecolors="none", edgecolors="k", linewidths=0.8)
