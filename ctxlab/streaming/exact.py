@@ -38,9 +38,12 @@ examples:
   ctxlab context run/ --resume                   go on where an earlier run was interrupted
 
 Numbers may be float16, float32 or float64, of any finite size. The result holds: context, the
-(D, D) tanh of the correlations of all rows of x with y; count, mean_x, mean_y, std_x, std_y,
-constant_x, constant_y (features without variance, whose entries are 0), nonfinite_x, nonfinite_y
-(entries that counted as 0), noise_floor, dim, and about, a JSON text with the files and settings.
+(D, D) tanh of the correlations of all rows of x with y; noise, the (D, D) standard deviations of
+these correlations if x and y were unrelated; effective_rows, so many independent rows have as much
+noise; noise_floor; beyond and beyond_expected, how many correlations are beyond 1.96 times their
+noise, and how many would be by chance; count, dropped (rows left out), mean_x, mean_y, std_x,
+std_y, constant_x, constant_y (features without variance, whose entries are 0), nonfinite_x,
+nonfinite_y (entries that are not finite), dim, and about, a JSON text with the files and settings.
 Until it is complete, the work is kept in a checkpoint beside it.
 """
 
@@ -291,6 +294,7 @@ def _about(args: argparse.Namespace, listed: Sequence["Shard"], seconds: float) 
         scheduler=args.scheduler,
         resumed=args.resume,
         layer=listed[0].layer or None,
+        nan=args.nan,
     )
     return dict(
         ctxlab=ctxlab.__version__,

@@ -422,9 +422,12 @@ class ContextStats:
             )
         if other.nan != self.nan:
             raise ValueError(f"other: has nan={other.nan!r}, this one {self.nan!r}")
-        if other.count or other.dropped:
+        if other.count:
             with np.errstate(under="ignore"):
                 _merge_into(other, self)
+        self.dropped += other.dropped
+        self.nonfinite_x += other.nonfinite_x
+        self.nonfinite_y += other.nonfinite_y
 
     def correlation(self) -> np.ndarray:  # (Dx, Dy), dtype of the pairs, within [-1, 1]
         "Pearson correlation of feature i of x with feature j of y; 0 where one is constant."
@@ -519,9 +522,6 @@ def _merge_into(other: ContextStats, s: ContextStats) -> None:
     mean, rest = np.ldexp(other._mean, by), np.ldexp(other._rest, by)
     _join(s, other.count, mean, rest, np.ldexp(other._m2, 2 * by))
     s._dependence.merge(other._dependence, by)
-    s.dropped += other.dropped
-    s.nonfinite_x += other.nonfinite_x
-    s.nonfinite_y += other.nonfinite_y
 
 
 def _finish(s: ContextStats, tanh: bool) -> np.ndarray:

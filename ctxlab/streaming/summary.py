@@ -84,10 +84,10 @@ def _strongest(
     square = Dx == Dy and Dx > 1
     found: list[tuple[int, int]] = []
     for rows in panels(Dx, Dy * 8):
-        size = np.abs(context[rows])
+        size = np.where(noise[rows] > 0, np.abs(context[rows]), -1)
         if square:
             at = np.arange(rows.start, rows.stop)
-            size[at - rows.start, at] = 0
+            size[at - rows.start, at] = -1
         best = np.argsort(size, axis=None)[::-1][:top]
         found += [(rows.start + int(k) // Dy, int(k) % Dy) for k in best]
     tables = {"off the diagonal" if square else "all": found}
@@ -190,9 +190,10 @@ def _worth(z: np.ndarray, m: np.ndarray) -> np.ndarray:
     from scipy.special import log_ndtr, ndtri_exp
 
     one = np.minimum(log_ndtr(-np.abs(z)) + math.log(2), 0)  # log of its chance
-    with np.errstate(divide="ignore", invalid="ignore"):
+    m = np.maximum(m, 1)
+    with np.errstate(divide="ignore"):
         several = np.log(-np.expm1(m * np.log1p(-np.exp(one))))
-    several = np.where(one < -30, one + np.log(np.maximum(m, 1)), several)
+    several = np.where(one < -30, one + np.log(m), several)
     return np.copysign(np.maximum(-ndtri_exp(several - math.log(2)), 0), z)
 
 
@@ -249,11 +250,9 @@ def _picture(arrays: Mapping[str, Any], top: int = 10) -> bytes:  # PNG
     with style.context("ctxlab.notebook"):
         figure = Figure(figsize=(10.5, 6))
         ax, side = figure.subplots(1, 2, width_ratios=(3, 1.1))
-        cmap = colormaps["RdBu_r"].copy()
-        cmap.set_bad("0.75")
         image = ax.imshow(
             shown,
-            cmap=cmap,
+            cmap=colormaps["RdBu_r"].with_extremes(bad="0.75"),
             vmin=-limit,
             vmax=limit,
             extent=(0, Dy, Dx, 0),
