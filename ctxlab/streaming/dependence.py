@@ -13,7 +13,7 @@ import numpy as np
 from ..gemm import panels
 
 # %% ../../nbs/streaming/00_dependence.ipynb #48d2da18
-_LENGTHS = (256, 64, 64, 64)  # rows of a window, level by level
+_LENGTHS = (256, 32, 32, 32)  # rows of a window, level by level
 _FREQUENCIES = tuple(n // 2 for n in _LENGTHS)  # without that of the mean
 _FIRST = (0, 1, 4, 16)  # blocks of a stream that are transformed
 _EVERY = 64  # of the others, one in so many
@@ -58,8 +58,10 @@ class _Dependence:
     def __init__(self, width: int):
         self.power = np.empty((sum(_FREQUENCIES), width))
         self.rows = np.empty(len(_LENGTHS))  # of each level, in its windows
-        self.means = np.empty((3, 64, width))  # of the windows that are not full, levels 1 to 3
-        self.weights = np.empty((3, 64))  # rows of the stream behind each of them
+        self.means = np.empty(
+            (3, _LENGTHS[1], width)
+        )  # of the windows that are not full, levels 1 to 3
+        self.weights = np.empty((3, _LENGTHS[1]))  # rows of the stream behind each of them
         self.filled = np.empty(4, np.int64)  # blocks of this stream; rows there, levels 1 to 3
         self.reset()
 
@@ -134,19 +136,27 @@ class _Dependence:
 
     def merge(self, other: "_Dependence", by: np.ndarray) -> None:
         "Join another stream, whose columns are to be multiplied by powers of two."
-        other = copy.deepcopy(other)
-        other.rescale(by)
-        other.end()
-        self.end()
-        self.power += other.power
+        part = copy.copy(self)  # what its windows have goes to the same powers
+        part.means = np.ldexp(other.means, by)
+        part.weights, part.filled = other.weights.copy(), other.filled.copy()
         self.rows += other.rows
-        for i in range(other.filled[3]):
-            self._push(3, other.means[2, i], other.weights[2, i])
+        for rows in panels(len(self.power), len(by) * 8):
+            self.power[rows] += np.ldexp(other.power[rows], 2 * by)
+        part.end()
+        self.end()
+        for i in range(part.filled[3]):
+            self._push(3, part.means[2, i], part.weights[2, i])
 
 
 def _dependence_bytes(width: int) -> int:
     "Bytes that it holds."
-    return 8 * width * (sum(_FREQUENCIES) + 3 * 64) + 8 * (len(_LENGTHS) + 3 * 64 + 4)
+    means = 3 * _LENGTHS[1]
+    return 8 * width * (sum(_FREQUENCIES) + means) + 8 * (len(_LENGTHS) + means + 4)
+
+
+def _joining_bytes(width: int) -> int:
+    "Bytes that it takes for a while when another one is joined."
+    return 8 * (width + 2) * 3 * _LENGTHS[1]
 
 # %% ../../nbs/streaming/00_dependence.ipynb #7aa5972f
 def _shares(d: _Dependence, squares: np.ndarray) -> np.ndarray:  # (frequencies, W)

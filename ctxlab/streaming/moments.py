@@ -482,7 +482,7 @@ class ContextStats:
     @property
     def nbytes(self) -> int:
         "Sums and the whole workspace."
-        sums = [self._mean, self._rest, self._m2, self._exponent, self._cross]
+        sums: list[np.ndarray] = [self._mean, self._rest, self._m2, self._exponent, self._cross]
         sums += self._dependence.arrays().values()
         return sum(a.nbytes for a in sums) + self.workspace.nbytes
 

@@ -25,7 +25,7 @@ from ..data import InputError
 from ..files import _whole_files
 from ..gemm import panels
 from ..reference import _check_array, _check_whole
-from .dependence import _dependence_bytes
+from .dependence import _dependence_bytes, _joining_bytes
 from ctxlab.streaming.moments import (
     _BLOCK_ROWS,
     _SAMPLE,
@@ -73,9 +73,11 @@ _SPARE = 2**20  # bytes for small things: vectors, headers, the reader's own buf
 
 
 def _sums_bytes(dim: _Width) -> int:
-    "Bytes of two sets of sums, the total and the part at hand, and a copy while they are joined."
+    "Bytes of two sets of sums: the total, and the part at hand; and what joining them takes."
     Dx, Dy = _widths(dim)
-    return 2 * 8 * (Dx * Dy + 4 * (Dx + Dy)) + 3 * _dependence_bytes(Dx + Dy)
+    return (
+        2 * 8 * (Dx * Dy + 4 * (Dx + Dy)) + 2 * _dependence_bytes(Dx + Dy) + _joining_bytes(Dx + Dy)
+    )
 
 
 def _fixed_bytes(dim: _Width, dtype) -> int:

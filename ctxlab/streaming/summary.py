@@ -298,7 +298,7 @@ def _beside(arrays: Mapping[str, Any], top: int) -> str:
 def _ring(ax, arrays: Mapping[str, Any], top: int) -> None:
     "A ring round what is listed off the diagonal and beyond the largest of all by chance."
     noise = arrays["noise"]
-    chance = _largest_of(max(np.count_nonzero(noise), 1))
+    chance = _largest_of(max(int(np.count_nonzero(noise)), 1))
     tables = _strongest(arrays["context"], noise, min(top, _LISTED))
     listed = [row for name, rows in tables.items() if name != "on the diagonal" for row in rows]
     at = [(j + 0.5, i + 0.5) for i, j, _, z in listed if abs(z) > chance]
