@@ -444,7 +444,7 @@ class ContextStats:
         return np.ldexp(self._cross / max(self.count, 1), power[:split, None] + power[split:])
 
     def noise(self) -> np.ndarray:  # (Dx, Dy), dtype of the pairs
-        "Standard deviation of each correlation if x and y are unrelated; update by 256 rows or more."
+        "Standard deviation of each correlation by chance; hand over 256 rows or more at a time."
         return _noise(self)
 
     @property
