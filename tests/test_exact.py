@@ -86,7 +86,14 @@ def assert_right(got, data):
     assert got["count"] == len(x)
     assert got["dim"] == x.shape[1]
     assert (got["nonfinite_x"], got["nonfinite_y"]) == (1, 1)
-    assert got["noise_floor"] == noise_floor(len(x))
+    assert 0.9 < got["effective_rows"] / len(x) < 1.1  # these rows are independent
+    assert got["noise_floor"] == pytest.approx(
+        noise_floor(int(got["effective_rows"].round())), rel=0.01
+    )
+    assert got["noise"].shape == got["context"].shape
+    assert got["beyond_expected"] == 0.05 * got["context"].size
+    r = np.arctanh(got["context"].astype(np.float64))
+    assert got["beyond"] == np.count_nonzero(np.abs(r) > 1.96 * got["noise"])
 
 
 FORMS = {
@@ -130,7 +137,7 @@ def test_it_says_where_it_comes_from(home):
     assert about["ctxlab"] == ctxlab.__version__
     assert about["numpy"] == np.__version__
     assert about["settings"] == dict(
-        memory="50MB", workers=None, scheduler=None, resumed=False, layer=None
+        memory="50MB", workers=None, scheduler=None, resumed=False, layer=None, nan="zero"
     )
     for i, f in enumerate(about["files"]):
         facts = os.stat(f"run/{i}.npz")
@@ -180,7 +187,7 @@ def test_features_without_variance_are_named(home, capsys):
     x[:, 2], x[:, 4], y[:, 0] = 0.1, 0, np.nan
     np.savez("some.npz", x=x, y=y)
     run("some.npz")
-    said = "2 in x (the first is feature 2), 1 in y (the first is feature 0)"
+    said = "2 in x (2, 4), 1 in y (0)"
     assert f"without variance        {said}\n" in capsys.readouterr().out
     got = result()
     assert got["constant_x"].nonzero()[0].tolist() == [2, 4]
@@ -365,36 +372,186 @@ def test_patterns_in_quotes(home, data):
 # --- the table and the picture ---
 
 
+def made(r, floor=0.1):
+    """A result with these correlations."""
+    context = np.tanh(np.asarray(r))
+    noise = np.full(context.shape, floor)
+    f = summary._figures_of(context, noise)
+    numbers = dict(count=5, effective_rows=5.0, noise_floor=floor, beyond=f["beyond"])
+    return dict(context=context, noise=noise, beyond_expected=0.05 * f["pairs"]) | numbers
+
+
 def test_figures_by_hand():
-    f = summary._figures_of(np.array([[3.0, 0.0], [4.0, 1.0]]), 1.0)
-    assert f == dict(on=5**0.5, off=8**0.5, beyond=0.5)
+    arrays = made([[0.3, 0.0], [-0.4, 0.1]])
+    f = summary._figures_of(arrays["context"], arrays["noise"])
+    assert f == pytest.approx(dict(pairs=4, beyond=2, on=0.05**0.5, off=0.08**0.5))
+    arrays["noise"][1] = 0
+    arrays["context"][1] = 0
+    f = summary._figures_of(arrays["context"], arrays["noise"])
+    assert f == pytest.approx(dict(pairs=2, beyond=1, on=0.3, off=0.0))
+    arrays = made([[0.3, 0.0, 0.4]])
+    f = summary._figures_of(arrays["context"], arrays["noise"])
+    assert f == pytest.approx(
+        dict(pairs=3, beyond=2, on=np.nan, off=(0.25 / 3) ** 0.5), nan_ok=True
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (6, 6), (300, 300), (1, 40), (700, 3)])
+@pytest.mark.parametrize("top", [1, 7])
+def test_the_strongest_pairs(shape, top):
+    r = np.random.default_rng(5).uniform(-0.9, 0.9, shape)
+    arrays = made(r)
+    tables = summary._strongest(arrays["context"], arrays["noise"], top)
+    square = shape[0] == shape[1] > 1
+    assert list(tables) == (["off the diagonal", "on the diagonal"] if square else ["all"])
+    for name, rows in tables.items():
+        size = np.abs(r)
+        if square:
+            eye = np.eye(len(r), dtype=bool)
+            size = np.where(eye == name.startswith("on"), size, -1)
+        want = np.sort(size[size >= 0])[::-1][:top]
+        np.testing.assert_allclose([abs(v) for *_, v, _ in rows], want)
+        for i, j, value, floors in rows:
+            assert value == pytest.approx(r[i, j])
+            assert floors == pytest.approx(10 * r[i, j])
+    assert str(rows[0][0]) in summary._table(tables)
+
+
+def test_what_has_no_variance_is_not_listed():
+    arrays = made(np.zeros((4, 4)))
+    arrays["noise"][:, 1:] = 0
+    tables = summary._strongest(arrays["context"], arrays["noise"], 9)
+    assert [len(rows) for rows in tables.values()] == [3, 1]
 
 
 @pytest.mark.parametrize(
-    ("dim", "dots"), [(1, 512), (512, 512), (513, 512), (7, 3), (9, 3), (100, 7)]
+    ("shape", "dots"), [((1, 1), 512), ((7, 7), 3), ((9, 5), 3), ((100, 41), 7), ((3, 600), 50)]
 )
-def test_a_dot_is_the_strongest_of_its_block(dim, dots):
-    a = np.random.default_rng(dim).standard_normal((dim, dim)).astype(np.float32)
-    got, step = summary._thinned(a, dots), -(-dim // dots)
-    assert len(got) <= dots
-    for i, row in enumerate(got):
-        for j, value in enumerate(row):
-            if (i + j) % 97 == 0:
-                block = a[i * step : (i + 1) * step, j * step : (j + 1) * step]
-                assert value == block.flat[np.argmax(np.abs(block))]
+def test_a_dot_is_what_the_strongest_of_its_block_is_worth(shape, dots):
+    r = np.random.default_rng(shape[0]).standard_normal(shape) * 0.1
+    got = summary._thinned(np.tanh(r), np.full(shape, 0.1), dots)
+    steps = [-(-n // dots) for n in shape]
+    assert max(got.shape) <= dots
+    for (i, j), value in np.ndenumerate(got):
+        block = r[i * steps[0] : (i + 1) * steps[0], j * steps[1] : (j + 1) * steps[1]] / 0.1
+        z = block.flat[np.argmax(np.abs(block))]
+        assert value == pytest.approx(summary._worth(z, np.array(block.size)).item())
 
 
-@pytest.mark.parametrize("context", [np.zeros((3, 3)), np.eye(1), np.eye(1200, dtype=np.float32)])
-def test_pictures_of_extremes(context):
-    assert summary._picture(context, 5, 0.5).startswith(b"\x89PNG")
+def test_noise_looks_like_noise_at_every_size():
+    rng = np.random.default_rng(6)
+    for m in (1, 4, 36, 1000):
+        z = np.abs(rng.standard_normal((4000, m))).max(axis=1)
+        worth = summary._worth(z, np.array(m))
+        assert abs(np.mean(worth > 1.96) - 0.05) < 0.012
+        assert abs(np.mean(worth > 1) - 0.317) < 0.03
+        assert np.median(z) == pytest.approx(summary._largest_of(m), rel=0.03)
+        assert np.all(worth <= z + 1e-9)
+    many = 2.0 * np.log(1e12)
+    assert summary._largest_of(1e12) == pytest.approx(many**0.5, rel=0.05)
+
+
+def test_a_strong_entry_stays_strong():
+    z = np.array([-5.0, 10, 38, 500, 1e6])
+    worth = summary._worth(z, np.array(100))
+    assert np.array_equal(np.sign(worth), np.sign(z))
+    assert np.all(np.diff(np.abs(worth)) > 0)
+    np.testing.assert_allclose(worth[1:], np.sqrt(z[1:] ** 2 - 2 * np.log(100)), rtol=0.01)
+    assert summary._worth(np.zeros(1), np.zeros(1))[0] == 0
+
+
+@pytest.mark.parametrize(
+    "r",
+    [np.zeros((3, 3)), np.ones((1, 1)), np.eye(1200), np.zeros((2, 90)), np.ones((1500, 3)) * 0.9],
+)
+def test_pictures_of_extremes(r):
+    arrays = made(r)
+    assert summary._picture(arrays).startswith(b"\x89PNG")
+    arrays["noise"][:] = 0
+    assert summary._picture(arrays, top=0).startswith(b"\x89PNG")
 
 
 def test_a_picture_leaves_the_plotting_state_alone():
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    summary._picture(np.eye(4), 5, 0.5)
+    summary._picture(made(np.eye(4)))
     assert dict(mpl.rcParams) == before
+
+
+def test_a_picture_in_a_new_process():
+    code = (
+        "import numpy as np; from ctxlab.streaming import ContextStats, summary; "
+        "s = ContextStats(3); s.update(*np.random.default_rng(0).random((2, 9, 3), np.float32)); "
+        "print(len(summary._picture(summary._result_arrays(s, {}))) > 1000)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "True\n"
+
+
+# --- what counts, and what is shown ---
+
+
+def test_noise_that_remembers_is_told_to_be_noise(home, capsys):
+    rng = np.random.default_rng(7)
+    for i in range(3):
+        x, y = rng.standard_normal((2, 900, 60), dtype=np.float32)
+        for t in range(1, 900):
+            x[t] += np.float32(0.9) * x[t - 1]
+            y[t] += np.float32(0.9) * y[t - 1]
+        np.savez(f"slow{i}.npz", x=x, y=y)
+    assert run(*(f"slow{i}.npz" for i in range(3))) == 0
+    got = result()
+    assert 200 < got["effective_rows"] < 400  # of 2,700
+    assert 0.6 < got["beyond"] / got["beyond_expected"] < 1.4
+    assert "by chance 180" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_the_strongest_are_listed(top, home, capsys):
+    run("run", "--top", top)
+    out = capsys.readouterr().out
+    assert ("strongest pairs" in out) == bool(top)
+    assert out.count("+0.") + out.count("-0.") == 2 * top
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_rows_left_out(workers, home, data, capsys):
+    if workers:
+        pytest.importorskip("distributed")
+    run("run", "--nan", "rows", *(["--workers", workers] if workers else []))
+    got = result()
+    keep = np.isfinite(data[0]).all(1) & np.isfinite(data[1]).all(1)
+    want = similarity(data[0][keep], data[1][keep], max_rows=None)
+    np.testing.assert_allclose(got["context"], want, atol=1e-5)
+    assert (got["count"], got["dropped"]) == (498, 2)
+    assert "rows left out           2\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_what_is_not_finite_is_refused_with_its_file(workers, home):
+    if workers:
+        pytest.importorskip("distributed")
+    with pytest.raises(InputError, match=r"^run/0.npz: y: row 3 of this chunk holds|0.npz: y: row"):
+        run("run", "--nan", "refuse", *(["--workers", workers] if workers else []))
+
+
+def test_nothing_but_nan(home):
+    np.savez("none.npz", x=np.full((9, 3), np.nan, np.float32), y=a(9, 3))
+    with pytest.raises(InputError, match=r"^x: no feature has any variance"):
+        run("none.npz", "--out", "a.npz")
+    with pytest.raises(InputError, match=r"^--nan: 0 of 9 rows are complete"):
+        run("none.npz", "--out", "b.npz", "--nan", "rows")
+
+
+def test_another_rule_does_not_go_on(home):
+    good = Path("run/3.npz").read_bytes()
+    Path("run/3.npz").write_bytes(good[:200] + b"?" + good[201:])
+    with pytest.raises(InputError):
+        run("run")
+    Path("run/3.npz").write_bytes(good)
+    with pytest.raises(InputError, match=r"checkpoint: .* is of another run .*nan"):
+        run("run", "--resume", "--nan", "rows")
 
 
 # --- mistakes ---

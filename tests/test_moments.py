@@ -387,7 +387,7 @@ def test_state_and_pickle():
         other.update(x, y)
         assert np.array_equal(other.similarity(), s2.similarity())
     large = stats_of(*related(np.random.default_rng(9), 300, 64, np.float32))
-    assert len(pickle.dumps(large)) < large._cross.nbytes + 9000
+    assert len(pickle.dumps(large)) < large.nbytes - large.workspace.nbytes + 3000
     s.reset()
     assert s.count == 0
     assert not s.similarity().any()
@@ -403,6 +403,11 @@ BAD_STATES = {
     "exponent_x": [np.zeros(5), np.full(5, -1101, np.intc), np.full(5, 1025, np.intc)],
     "cross": [np.zeros((5, 5), np.float32), np.zeros(25), np.full((5, 5), np.nan)],
     "mean_y": [np.full(5, np.nan), None],
+    "nan": [1],
+    "dropped": [-1],
+    "null_power": [np.full((176, 10), -1.0), np.zeros((3, 10))],
+    "null_means": [np.full((3, 32, 10), np.nan)],
+    "null_filled": [np.array([0, 32, 0, 0]), np.array([-1, 0, 0, 0]), np.zeros(4)],
 }
 
 
@@ -448,6 +453,7 @@ def test_bad_input_changes_nothing():
     ("options", "name"),
     [(dict(dim=d), "dim") for d in (0, -1, 2.0, "3", (3,), (3, 0), (1, 2, 3), [3, 4], None)]
     + [(dict(dim=3, floor=f), "floor") for f in (-1e-300, np.nan, np.inf)]
+    + [(dict(dim=3, nan=n), "nan") for n in ("pairs", "", None, 0)]
     + [(dict(dim=3, dtype=np.float16), "dtype"), (dict(dim=3, workspace=3), "workspace")],
 )
 def test_options_that_cannot_be(options, name):
@@ -465,3 +471,106 @@ def test_means_and_spreads():
         assert_equiv(got[f"mean_{name}"] / unit, a.mean(0), depth=50, scale=np.abs(a).max(0))
         assert_equiv(got[f"std_{name}"] / unit, a.std(0), depth=50, scale=a.std(0))
     assert not any(a.any() for a in module._means_and_spreads(ContextStats(3)).values())
+
+
+def test_covariances_are_in_units():
+    x, y = related(np.random.default_rng(32), 70, 3, np.float64)
+    for scale in (1.0, 1e-120, 1e140):
+        s = stats_of(x * scale, y, (20,))
+        want = np.cov(x.T, y.T, ddof=0)[:3, 3:]
+        assert_equiv(
+            s.covariance() / scale, want, depth=70, scale=np.outer(s.std_x, s.std_y) / scale
+        )
+        for name in ("mean_x", "mean_y", "std_x", "std_y"):
+            assert np.array_equal(getattr(s, name), module._means_and_spreads(s)[name])
+    assert not ContextStats(2).covariance().any()
+
+
+# --- missing values ---
+
+
+def test_rows_that_are_not_complete_are_left_out():
+    rng = np.random.default_rng(33)
+    x, y = related(rng, 9000, 6, np.float32)
+    x[rng.integers(9000, size=700), 2] = np.nan
+    y[rng.integers(9000, size=40), 5] = -np.inf
+    keep = np.isfinite(x).all(1) & np.isfinite(y).all(1)
+    s = ContextStats(6, nan="rows")
+    for rows in (slice(0, 5), slice(5, 8700), slice(8700, None)):
+        s.update(x[rows], y[rows])
+    assert (s.count, s.dropped) == (keep.sum(), 9000 - keep.sum())
+    assert s.nonfinite_x == np.count_nonzero(~np.isfinite(x))
+    assert s.nonfinite_y == np.count_nonzero(~np.isfinite(y))
+    np.testing.assert_allclose(
+        s.similarity(), similarity(x[keep], y[keep], max_rows=None, floor=0.0), atol=1e-5
+    )
+    assert s.effective_rows == pytest.approx(keep.sum(), rel=0.1)
+    again = ContextStats(6, nan="rows")
+    again.load_state_dict(s.state_dict())
+    assert same(again, s)
+    again.merge(s)
+    assert again.dropped == 2 * s.dropped
+    for other in (ContextStats(6), ContextStats(6, nan="refuse")):
+        with pytest.raises(ValueError, match=r"^other: has nan="):
+            s.merge(other)
+        with pytest.raises(ValueError, match="nan is"):
+            other.load_state_dict(s.state_dict())
+
+
+def test_no_complete_row():
+    s = ContextStats(3, nan="rows")
+    s.update(np.full((700, 3), np.nan, np.float32), np.ones((700, 3), np.float32))
+    assert (s.count, s.dropped) == (0, 700)
+    assert not s.correlation().any()
+    total = ContextStats(3, nan="rows")
+    total.merge(s)
+    assert total.dropped == 700
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_what_is_not_finite_is_refused(name):
+    x, y = related(np.random.default_rng(34), 900, 3, np.float64)
+    s = ContextStats(3, np.float64, nan="refuse")
+    s.update(x, y)
+    before = s.state_dict()
+    (x if name == "x" else y)[701, 1] = np.inf
+    with pytest.raises(ValueError, match=f"^{name}: row 701 of this chunk"):
+        s.update(x, y)
+    assert same(s, before)
+
+
+# --- CKA ---
+
+
+def three(x, y):
+    return [stats_of(a, b) for a, b in ((x, y), (x, x), (y, y))]
+
+
+def by_grams(x, y):
+    """Kornblith, Norouzi, Lee and Hinton (2019), by centred Gram matrices."""
+    H = np.eye(len(x)) - 1 / len(x)
+    K, L = H @ x @ x.T @ H, H @ y @ y.T @ H
+    return np.sum(K * L) / np.sqrt(np.sum(K * K) * np.sum(L * L))
+
+
+@pytest.mark.parametrize("dims", [(3, 3), (2, 9), (9, 2)])
+@pytest.mark.parametrize("scale", [1, 1e-60, 1e70])
+def test_linear_cka_is_that_of_gram_matrices(dims, scale):
+    rng = np.random.default_rng(35)
+    x = rng.standard_normal((200, dims[0])) + 2
+    y = rng.standard_normal((200, dims[1])) + x[:, :1]
+    got = module.linear_cka(*three(x * scale, y))
+    assert got == pytest.approx(by_grams(x, y), rel=1e-10)
+    rotation = np.linalg.qr(rng.standard_normal((dims[1], dims[1])))[0]
+    assert module.linear_cka(*three(x, 3 * y @ rotation + 5)) == pytest.approx(got, rel=1e-10)
+    assert module.linear_cka(*three(y, y @ rotation)) == pytest.approx(1)
+
+
+def test_linear_cka_needs_the_same_rows():
+    x, y = related(np.random.default_rng(36), 50, 4, np.float64)
+    xy, xx, yy = three(x, y)
+    assert np.isnan(module.linear_cka(*three(x, np.ones((50, 2)))))
+    with pytest.raises(ValueError, match=r"^xx: is of 49 rows"):
+        module.linear_cka(xy, stats_of(x[1:], x[1:]), yy)
+    with pytest.raises(ValueError, match=r"^yy: .* needed 50 rows and 4 features"):
+        module.linear_cka(xy, xx, stats_of(y[:, :3], y[:, :3]))

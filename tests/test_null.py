@@ -37,3 +37,13 @@ def test_permutation_null_is_a_shuffle(shape):
     for bad in (dict(rounds=0), dict(x=x[:1], y=y[:1]), dict(y=y[:-1])):
         with pytest.raises(ValueError, match=r"^(rounds|x|y): "):
             permutation_null(**dict(x=x, y=y) | bad)
+
+
+def test_a_permutation_takes_dependence_away_and_the_noise_keeps_it():
+    x, y = np.random.default_rng(17).standard_normal((2, 600, 40))
+    for t in range(1, 600):
+        x[t] += 0.9 * x[t - 1]
+        y[t] += 0.9 * y[t - 1]
+    permuted = permutation_null(x, y, rounds=3).mean
+    assert permuted == pytest.approx(noise_floor(600), rel=0.05)
+    assert np.sqrt(np.mean(stats_of(x, y).noise() ** 2)) > 2.5 * permuted

@@ -5,6 +5,7 @@ from .. import _face
 _HOMES = {  # name -> the module that defines it
     "ContextStats": "moments",
     "Shard": "reading",
+    "linear_cka": "moments",
     "load_stats": "reading",
     "local_workers": "distributed",
     "noise_floor": "null",

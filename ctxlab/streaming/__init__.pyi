@@ -1,5 +1,6 @@
 "What `__init__.py` loads at its first use, for type checkers."
 
+from ctxlab.streaming import dependence as dependence
 from ctxlab.streaming import distributed as distributed
 from ctxlab.streaming import exact as exact
 from ctxlab.streaming import moments as moments
@@ -9,6 +10,7 @@ from ctxlab.streaming import summary as summary
 from ctxlab.streaming.distributed import local_workers as local_workers
 from ctxlab.streaming.distributed import stream_distributed as stream_distributed
 from ctxlab.streaming.moments import ContextStats as ContextStats
+from ctxlab.streaming.moments import linear_cka as linear_cka
 from ctxlab.streaming.null import noise_floor as noise_floor
 from ctxlab.streaming.null import permutation_null as permutation_null
 from ctxlab.streaming.reading import Shard as Shard

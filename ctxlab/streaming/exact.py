@@ -43,9 +43,12 @@ examples:
 Files are .npy, .npz, .safetensors, .h5 or .zarr; the last three need ctxlab[formats]. Arrays are
 (rows, features) or (batch, steps, features), and x may have other features than y. Numbers are
 float16, bfloat16, float32 or float64, of any finite size. The result holds: context, the
-(D, D) tanh of the correlations of all rows of x with y; count, mean_x, mean_y, std_x, std_y,
-constant_x, constant_y (features without variance, whose entries are 0), nonfinite_x, nonfinite_y
-(entries that counted as 0), noise_floor, dim, and about, a JSON text that tells what was read.
+(Dx, Dy) tanh of the correlations of all rows of x with y; noise, the standard deviations of
+these correlations if x and y were unrelated; effective_rows, so many independent rows have as much
+noise; noise_floor; beyond and beyond_expected, how many correlations are beyond 1.96 times their
+noise, and how many would be by chance; count, dropped (rows left out), mean_x, mean_y, std_x,
+std_y, constant_x, constant_y (features without variance, whose entries are 0), nonfinite_x,
+nonfinite_y (entries that are not finite), dim, and about, a JSON text that tells what was read.
 Until it is complete, the work is kept in a checkpoint beside it.
 """
 
@@ -78,6 +81,7 @@ def _add_parser(commands) -> argparse.ArgumentParser:  # commands: from `add_sub
     )
     _add_sources(p)
     _add_work(p)
+    _add_meaning(p)
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # What is known already when a result of one of several layers is to be written.
     p.set_defaults(listed=None, totals=None, kernels={}, before=0.0)
@@ -146,6 +150,24 @@ def _add_work(p: argparse.ArgumentParser) -> None:
         help="go on from the checkpoint of an interrupted run, if there is one",
     )
     p.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+# %% ../../nbs/streaming/05_exact.ipynb #7621b74e
+def _add_meaning(p: argparse.ArgumentParser) -> None:
+    "What counts, and what is shown."
+    p.add_argument(
+        "--nan",
+        choices=("zero", "rows", "refuse"),
+        default="zero",
+        help="what is not finite: counts as 0; its row of x and y is left out; or is an error "
+        "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--top",
+        type=lambda text: _whole(text, 0),
+        metavar="N",
+        default=10,
+        help="list so many of the strongest pairs (default: %(default)s)",
+    )
 
 # %% ../../nbs/streaming/05_exact.ipynb #55e3e952
 def _arrays_of(option: str, name: Path) -> dict[str, Path]:
@@ -255,7 +277,8 @@ def _listed(args: argparse.Namespace) -> list["Shard"]:
 
     if args.listed is not None:
         return args.listed
-    listed = shards(_sources(args), args.layers, keys=_named_arrays(args), bfloat16=args.bfloat16)
+    found = shards(_sources(args), args.layers, keys=_named_arrays(args), bfloat16=args.bfloat16)
+    listed = [s._replace(nan=args.nan) for s in found]
     seen = set()
     for s in listed:
         place = os.path.realpath(s.x), os.path.realpath(s.y), s.keys, s.layer
@@ -331,6 +354,7 @@ def _about(args: argparse.Namespace, listed: Sequence["Shard"], seconds: float) 
         scheduler=args.scheduler,
         resumed=args.resume,
         layer=listed[0].layer or None,
+        nan=args.nan,
     )
     return dict(
         ctxlab=ctxlab.__version__,
@@ -410,6 +434,18 @@ def _hinting(checkpoint: Path) -> Iterator[None]:
         raise KeyboardInterrupt(f"no result was written{hint()}") from None
 
 # %% ../../nbs/streaming/05_exact.ipynb #6796bf0e
+def _check_enough(stats: "ContextStats") -> None:
+    "An InputError if no correlation can be told."
+    if stats.count < 2:
+        raise ctxlab.data.InputError(
+            f"--nan: {stats.count} of {stats.count + stats.dropped} rows are complete; "
+            "a correlation needs at least 2"
+        )
+    if stats.constant_x.all() or stats.constant_y.all():
+        name = "x" if stats.constant_x.all() else "y"
+        raise ctxlab.data.InputError(f"{name}: no feature has any variance")
+
+
 def _run(args: argparse.Namespace) -> int:  # exit code
     "The command `context`."
     from ctxlab.files import _whole_files
@@ -424,14 +460,15 @@ def _run(args: argparse.Namespace) -> int:  # exit code
     _check_apart((out, image, checkpoint), listed)
     with _hinting(checkpoint):
         stats = _stats(args, listed, checkpoint)
+        _check_enough(stats)
         arrays = _result_arrays(stats, _about(args, listed, time.perf_counter() - start))
-        shown = _picture(arrays["context"], stats.count, float(arrays["noise_floor"]))
+        shown = _picture(arrays, args.top)
         with _whole_files(out, image) as (new, new_image):
             _write_npz(new, arrays)
             new_image.write_bytes(shown)
     checkpoint.unlink(missing_ok=True)
     seconds = time.perf_counter() - start
-    print(_summary(stats, arrays["context"], len(listed), seconds, listed[0].layer))
+    print(_summary(stats, arrays, len(listed), seconds, listed[0].layer, args.top))
     print(f"\n{out} and {image} have the matrix and its picture.")
     return 0
 

@@ -39,12 +39,14 @@ from ctxlab.containers import (
 from ..files import _whole_files
 from ..gemm import panels
 from ..reference import _check_array, _check_whole
+from .dependence import _dependence_bytes, _joining_bytes
 from ctxlab.streaming.moments import (
-    _BLOCK,
+    _BLOCK_ROWS,
     _SAMPLE,
     _SUB_ROWS,
     ContextStats,
     _panel_rows,
+    _parts,
     _state,
     _Width,
     _widths,
@@ -84,9 +86,11 @@ _SPARE = 2**20  # bytes for small things: vectors, headers, the reader's own buf
 
 
 def _sums_bytes(dim: _Width) -> int:
-    "Bytes of two sets of sums: the total, and the part at hand."
+    "Bytes of two sets of sums: the total, and the part at hand; and what joining them takes."
     Dx, Dy = _widths(dim)
-    return 2 * 8 * (Dx * Dy + 4 * (Dx + Dy))
+    return (
+        2 * 8 * (Dx * Dy + 4 * (Dx + Dy)) + 2 * _dependence_bytes(Dx + Dy) + _joining_bytes(Dx + Dy)
+    )
 
 
 def _fixed_bytes(dim: _Width, dtype) -> int:
@@ -94,9 +98,10 @@ def _fixed_bytes(dim: _Width, dtype) -> int:
     Dx, Dy = _widths(dim)
     p = _panel_rows(dim, dtype)
     item = np.dtype(dtype).itemsize
-    panels_of_rows = p * (item + 8 + 1) + (p // _BLOCK + 2) * (item + 8) + _SAMPLE * 8
+    panels_of_rows = p * (item + 8 + 1) + _parts(p) * (item + 8) + _SAMPLE * 8
+    blocks = _SUB_ROWS // _BLOCK_ROWS * 8
     vectors = 32 * 8
-    scratch = Dx * Dy * item + (Dx + Dy) * (panels_of_rows + vectors) + p * item
+    scratch = Dx * Dy * item + (Dx + Dy) * (panels_of_rows + blocks + vectors) + p * item
     return _sums_bytes(dim) + scratch + _SPARE
 
 # %% ../../nbs/streaming/02_reading.ipynb #f278c219
@@ -144,6 +149,7 @@ class Shard(NamedTuple):
     bfloat16: bool = False  # whether two bytes of no known meaning are a bfloat16
     held: int = 0  # bytes that reading holds beside the buffers of rows: chunks of HDF5 and zarr
     verify: bool = True  # whether the checksum of an array of layers is compared: once a file
+    nan: str = "zero"  # what to do with entries that are not finite, as for `ContextStats`
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -460,17 +466,21 @@ def shard_stats(
 ) -> ContextStats:
     "The statistics of one shard."
     stats = ContextStats(shard.width, shard.dtype) if stats is None else stats
+    stats.nan = shard.nan
     chunk = _chunk_rows(memory, shard.width, shard.dtype, shard.held)
     stats.reset()
     with stats.workspace.scope(), closing(_read_chunks(shard, chunk, stats.workspace)) as chunks:
         for x, y in chunks:
-            stats.update(x, y)
+            try:
+                stats.update(x, y)
+            except ValueError as e:  # refused, as `nan` asks for
+                raise InputError(f"{shard.x}: {e}") from None
             if tick is not None:
                 tick(len(x))
     return stats
 
 # %% ../../nbs/streaming/02_reading.ipynb #018837da
-_FORMAT = "ctxlab.streaming.moments 3"
+_FORMAT = "ctxlab.streaming.moments 4"
 
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -602,7 +612,7 @@ def _resume(
                 "remove that, and start again"
             )
     rows = sum(s.rows for s in begun)
-    count = sum(stats.count for stats in totals.values())
+    count = sum(stats.count + stats.dropped for stats in totals.values())
     if rows != count:
         raise InputError(f"checkpoint: {path} is damaged ({count} rows of {rows})")
     return len(done), kernels
@@ -707,7 +717,7 @@ def _join_in_order(
     bar,
 ) -> tuple[_Totals, _Kernels]:
     "Statistics of shards, joined in order, with checkpoints."
-    totals = {s.layer: ContextStats(s.width, s.dtype) for s in todo}
+    totals = {s.layer: ContextStats(s.width, s.dtype, nan=s.nan) for s in todo}
     done = 0
     kernels: _Kernels = {}
     if resume and Path(checkpoint).exists():

@@ -7,150 +7,300 @@ __all__ = []
 
 # %% ../../nbs/streaming/04a_summary.ipynb #5a0c1e04
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..gemm import panels
 
 if TYPE_CHECKING:
     from ctxlab.streaming.moments import ContextStats
 
-# %% ../../nbs/streaming/04a_summary.ipynb #4a0126e7
+# %% ../../nbs/streaming/04a_summary.ipynb #c81c3705
+_BEYOND = 1.96  # noise floors; one correlation in 20 is beyond them by chance
+_BY_CHANCE = 0.05
+
+
+def _correlations(context: np.ndarray, rows: slice) -> np.ndarray:  # float64
+    "Of some rows of a context."
+    return np.arctanh(context[rows], dtype=np.float64)
+
+
+def _figures_of(
+    context: np.ndarray,  # (Dx, Dy)
+    noise: np.ndarray,  # (Dx, Dy), 0 where a feature has no variance
+) -> dict[str, float]:
+    "Pairs, how many are beyond noise, and root mean squares on and off the diagonal."
+    Dx, Dy = context.shape
+    beyond = 0
+    squares = 0.0
+    for rows in panels(Dx, Dy * 8):
+        r = _correlations(context, rows)
+        beyond += int(np.count_nonzero(np.abs(r) > _BEYOND * noise[rows]))
+        squares += float(np.sum(np.square(r)))
+    pairs = int(np.count_nonzero(noise))
+    on = np.flatnonzero(noise.diagonal()) if Dx == Dy else np.empty(0, int)
+    of_on = float(np.sum(np.square(np.arctanh(context.diagonal()[on], dtype=np.float64))))
+    off = pairs - len(on)
+    return dict(
+        pairs=pairs,
+        beyond=beyond,
+        on=math.sqrt(of_on / len(on)) if len(on) else math.nan,
+        off=math.sqrt(max(squares - of_on, 0) / off) if off else math.nan,
+    )
+
+# %% ../../nbs/streaming/04a_summary.ipynb #d1fddb5a
 def _result_arrays(stats: "ContextStats", about: Mapping[str, Any]) -> dict[str, Any]:
     "What goes into the file: arrays by name."
-    import numpy as np
-
     from ctxlab.streaming.moments import _means_and_spreads
-    from ctxlab.streaming.null import noise_floor
 
+    context, noise = stats.similarity(), stats.noise()
+    figures = _figures_of(context, noise)
+    effective = stats.effective_rows
     numbers = dict(
         count=stats.count,
+        dropped=stats.dropped,
         dim=stats.dim,
         nonfinite_x=stats.nonfinite_x,
         nonfinite_y=stats.nonfinite_y,
-        noise_floor=noise_floor(stats.count),
+        effective_rows=effective,
+        noise_floor=1 / math.sqrt(effective - 1),
+        beyond=figures["beyond"],
+        beyond_expected=_BY_CHANCE * figures["pairs"],
     )
     constant = dict(constant_x=stats.constant_x, constant_y=stats.constant_y)
-    result: dict[str, Any] = dict(context=stats.similarity(), about=json.dumps(about))
+    result: dict[str, Any] = dict(context=context, noise=noise, about=json.dumps(about))
     result |= _means_and_spreads(stats) | constant | numbers
     return {name: np.asarray(a) for name, a in result.items()}
 
-# %% ../../nbs/streaming/04a_summary.ipynb #a19d0501
-def _figures_of(context, floor: float) -> dict[str, float]:
-    "Root mean squares on and off the diagonal, and the share of entries beyond two noise floors."
-    D = len(context)
-    squares = context.astype("float64") ** 2
-    on = float(squares.trace())
-    off = max(float(squares.sum()) - on, 0.0)
-    return dict(
-        on=(on / D) ** 0.5,
-        off=(off / (D * D - D)) ** 0.5 if D > 1 else float("nan"),
-        beyond=float((squares > 4 * floor * floor).mean()),
-    )
+# %% ../../nbs/streaming/04a_summary.ipynb #db441284
+def _strongest(
+    context: np.ndarray, noise: np.ndarray, top: int
+) -> dict[str, list[tuple[int, int, float, float]]]:  # x, y, correlation, in floors
+    "The `top` strongest pairs: all, or off and on the diagonal if there is one."
+    Dx, Dy = context.shape
+    square = Dx == Dy and Dx > 1
+    found: list[tuple[int, int]] = []
+    for rows in panels(Dx, Dy * 8):
+        size = np.where(noise[rows] > 0, np.abs(context[rows]), -1)
+        if square:
+            at = np.arange(rows.start, rows.stop)
+            size[at - rows.start, at] = -1
+        best = np.argsort(size, axis=None)[::-1][:top]
+        found += [(rows.start + int(k) // Dy, int(k) % Dy) for k in best]
+    tables = {"off the diagonal" if square else "all": found}
+    if square:
+        tables["on the diagonal"] = [(i, i) for i in range(Dx)]
+    return {name: _listed(context, noise, pairs, top) for name, pairs in tables.items()}
+
+
+def _listed(
+    context: np.ndarray, noise: np.ndarray, pairs: list[tuple[int, int]], top: int
+) -> list[tuple[int, int, float, float]]:
+    "The strongest of some pairs; those without variance are none."
+    pairs = [pair for pair in pairs if noise[pair]]
+    pairs.sort(key=lambda pair: (-abs(float(context[pair])), pair))
+    rows = []
+    for i, j in pairs[:top]:
+        r = float(np.arctanh(np.float64(context[i, j])))
+        rows.append((i, j, r, r / float(noise[i, j])))
+    return rows
+
+
+def _table(tables: dict[str, list[tuple[int, int, float, float]]]) -> str:
+    "As text."
+    lines = []
+    for name, rows in tables.items():
+        lines += ["", f"strongest pairs, {name}", "feature of x  feature of y  correlation  floors"]
+        lines += [f"{i:12,}  {j:12,}  {r:+11.4f}  {abs(z):6.1f}" for i, j, r, z in rows]
+    return "\n".join(lines)
+
+# %% ../../nbs/streaming/04a_summary.ipynb #4cc35a46
+_NAMED = 8  # features
 
 
 def _without_variance(stats: "ContextStats") -> str:
-    "How many features are constant, and the first of them."
+    "How many features are constant, and which."
     told = []
     for name, constant in (("x", stats.constant_x), ("y", stats.constant_y)):
-        which = constant.nonzero()[0]
-        first = f" (the first is feature {which[0]})" if len(which) else ""
-        told.append(f"{len(which):,} in {name}{first}")
+        which = [str(i) for i in constant.nonzero()[0]]
+        named = ", ".join(which[:_NAMED]) + (", ..." if len(which) > _NAMED else "")
+        told.append(f"{len(which):,} in {name}" + (f" ({named})" if which else ""))
     return ", ".join(told)
 
-# %% ../../nbs/streaming/04a_summary.ipynb #e64b4c0d
+
+def _not_finite(stats: "ContextStats") -> dict[str, str]:
+    "What became of entries that are not finite."
+    entries = f"{stats.nonfinite_x:,} in x, {stats.nonfinite_y:,} in y"
+    if stats.nan == "zero":
+        return {"not finite, taken as 0": entries}
+    return {"not finite": entries, "rows left out": f"{stats.dropped:,}"}
+
+# %% ../../nbs/streaming/04a_summary.ipynb #168e6c09
 def _summary(
     stats: "ContextStats",
-    context,  # (D, D) its similarity
+    arrays: Mapping[str, Any],  # from `_result_arrays`
     shards: int,
     seconds: float,
     layer: int = 0,  # of `hidden`; 0: there is none
+    top: int = 0,  # pairs to list
 ) -> str:
     "The table that the command prints."
-    from ctxlab.streaming.null import noise_floor
-
-    floor = noise_floor(stats.count)
-    f = _figures_of(context, floor)
+    context, noise = arrays["context"], arrays["noise"]
+    floor, effective = float(arrays["noise_floor"]), float(arrays["effective_rows"])
+    f = _figures_of(context, noise)
+    Dx, Dy = context.shape
 
     def times(value: float) -> str:
+        if math.isnan(value):
+            return "there is none"
         return f"{value:.4f}, {value / floor:.1f} times the noise floor"
 
     rows = {
         "rows": f"{stats.count:,} in {shards} shard{'' if shards == 1 else 's'}",
-        "features": f"{stats.dim}, {stats.dtype}",
+        "features": f"{Dx if Dx == Dy else f'{Dx} x {Dy}'}, {stats.dtype}",
         "layer": f"{layer}, from hidden[{layer - 1}] to hidden[{layer}]",
+        "effective rows": f"{effective:,.0f} independent ones have the same noise",
         "noise floor": f"{floor:.4f}",
-        "rms off the diagonal": (
-            times(f["off"]) if len(context) > 1 else "there is one feature only"
-        ),
+        "rms off the diagonal": times(f["off"]) if Dx * Dy > 1 else "there is one feature only",
         "rms on the diagonal": times(f["on"]),
-        "beyond 2 noise floors": (
-            f"{f['beyond']:.1%} of all entries (of independent rows 4.6% by chance)"
+        "beyond 1.96 floors": (
+            f"{f['beyond']:,} of {f['pairs']:,} pairs; by chance {_BY_CHANCE * f['pairs']:,.0f}"
         ),
         "without variance": _without_variance(stats),
-        "not finite, taken as 0": f"{stats.nonfinite_x:,} in x, {stats.nonfinite_y:,} in y",
+        **_not_finite(stats),
         "time": f"{seconds:.1f} s",
     }
     if not layer:
         del rows["layer"]
-    return "\n".join(f"{name:24}{value}" for name, value in rows.items())
+    if Dx != Dy:
+        rows["rms"] = rows.pop("rms off the diagonal")
+        del rows["rms on the diagonal"]
+    text = "\n".join(f"{name:24}{value}" for name, value in rows.items())
+    return text + ("\n" + _table(_strongest(context, noise, top)) if top else "")
 
-# %% ../../nbs/streaming/04a_summary.ipynb #371fc7c3
+# %% ../../nbs/streaming/04a_summary.ipynb #03323f63
 _DOTS = 512  # in a picture, along a side
 
 
-def _thinned(context, dots: int = _DOTS):  # (D, D) -> (at most dots, at most dots)
-    "Of each block the entry that is farthest from 0."
-    import numpy as np
+def _worth(z: np.ndarray, m: np.ndarray) -> np.ndarray:
+    "What the largest of `m` entries of noise, `z` floors from 0, is worth as one; with the sign."
+    from scipy.special import log_ndtr, ndtri_exp
 
-    step = -(-len(context) // dots)
-    if step == 1:
-        return context
-    starts = np.arange(0, len(context), step)
-    out = np.empty((len(starts), len(starts)), context.dtype)
-    for row, start in zip(out, starts, strict=True):
-        part = context[start : start + step]
-        high = np.maximum.reduceat(part.max(axis=0), starts)
-        low = np.minimum.reduceat(part.min(axis=0), starts)
-        row[...] = np.where(high >= -low, high, low)
+    one = np.minimum(log_ndtr(-np.abs(z)) + math.log(2), 0)  # log of its chance
+    m = np.maximum(m, 1)
+    with np.errstate(divide="ignore"):
+        several = np.log(-np.expm1(m * np.log1p(-np.exp(one))))
+    several = np.where(one < -30, one + np.log(m), several)
+    return np.copysign(np.maximum(-ndtri_exp(several - math.log(2)), 0), z)
+
+
+def _largest_of(m: float) -> float:
+    "Floors that the largest of `m` entries of noise is beyond with a chance of one half."
+    from scipy.special import ndtri
+
+    return float(-ndtri(-math.expm1(math.log(0.5) / m) / 2))
+
+# %% ../../nbs/streaming/04a_summary.ipynb #558ea1f6
+def _thinned(
+    context: np.ndarray,  # (Dx, Dy)
+    noise: np.ndarray,
+    dots: int = _DOTS,
+) -> np.ndarray:  # at most `dots` along a side; NaN where nothing has variance
+    "What the strongest entry of each block is worth, in noise floors."
+    Dx, Dy = context.shape
+    steps = -(-Dx // dots), -(-Dy // dots)
+    starts = np.arange(0, Dy, steps[1])
+    out = np.empty((-(-Dx // steps[0]), len(starts)))
+    m = np.empty(out.shape)
+    for k in range(len(out)):
+        rows = slice(k * steps[0], (k + 1) * steps[0])
+        there = noise[rows] > 0
+        z = np.zeros(there.shape)
+        np.divide(_correlations(context, rows), noise[rows], out=z, where=there)
+        high = np.maximum.reduceat(z.max(axis=0), starts)
+        low = np.minimum.reduceat(z.min(axis=0), starts)
+        out[k] = np.where(high >= -low, high, low)
+        m[k] = np.add.reduceat(np.count_nonzero(there, axis=0), starts)
+    out = _worth(out, m)
+    out[m == 0] = np.nan
     return out
 
-# %% ../../nbs/streaming/04a_summary.ipynb #1840ed14
-def _picture(context, count: int, floor: float) -> bytes:  # PNG
-    "The matrix as a heat map; colours are symmetric about 0, and the strongest 0.5 % may saturate."
+# %% ../../nbs/streaming/04a_summary.ipynb #89e52be4
+_LISTED = 12  # pairs beside the picture
+
+
+def _picture(arrays: Mapping[str, Any], top: int = 10) -> bytes:  # PNG
+    "The matrix in noise floors, as a heat map, and the strongest pairs beside it."
     from io import BytesIO
 
-    import matplotlib.style
-    import numpy as np
+    from matplotlib import colormaps, style
     from matplotlib.figure import Figure
 
-    D = len(context)
-    shown = _thinned(context)
-    top = float(np.abs(shown).max())
-    limit = min(max(float(np.quantile(np.abs(shown), 0.995)), 3 * floor), 1.0)
-    step = -(-D // len(shown))
-    dots = f" (each dot: strongest of {step} x {step})" if step > 1 else ""
-    with matplotlib.style.context("ctxlab.notebook"):
-        figure = Figure(figsize=(7, 6))
-        ax = figure.subplots()
+    context, noise = arrays["context"], arrays["noise"]
+    Dx, Dy = context.shape
+    shown = _thinned(context, noise)
+    size = np.abs(shown[np.isfinite(shown)])
+    highest = float(size.max(initial=0))
+    limit = max(_largest_of(shown.size), float(np.quantile(size, 0.995)) if len(size) else 0)
+    step = -(-Dx // len(shown)), -(-Dy // shown.shape[1])
+    dots = f" (each dot: strongest of {step[0]} x {step[1]})" if max(step) > 1 else ""
+    with style.context("ctxlab.notebook"):
+        figure = Figure(figsize=(10.5, 6))
+        ax, side = figure.subplots(1, 2, width_ratios=(3, 1.1))
         image = ax.imshow(
             shown,
-            cmap="RdBu_r",
+            cmap=colormaps["RdBu_r"].with_extremes(bad="0.75"),
             vmin=-limit,
             vmax=limit,
-            extent=(0, D, D, 0),
+            extent=(0, Dy, Dx, 0),
+            aspect="equal" if 1 / 3 < Dx / Dy < 3 else "auto",
             interpolation="nearest",
         )
+        grey = "; grey: without variance" if not np.isfinite(shown).all() else ""
         ax.set(
-            title=f"Exact context of {count:,} rows",
+            title=f"Exact context of {int(arrays['count']):,} rows{grey}",
             xlabel=f"feature of y{dots}",
             ylabel="feature of x",
         )
         ax.grid(False)
-        bar = figure.colorbar(
-            image, ax=ax, extend="both" if top > limit else "neither", shrink=0.85
-        )
-        bar.set_label(f"similarity, tanh of correlation (noise floor {floor:.2g})")
+        _ring(ax, arrays, top)
+        extend = "both" if highest > limit else "neither"
+        bar = figure.colorbar(image, ax=ax, extend=extend, shrink=0.85)
+        bar.set_label(f"correlation, in noise floors of {float(arrays['noise_floor']):.2g}")
+        side.axis("off")
+        side.text(0, 1, _beside(arrays, top), va="top", family="monospace", fontsize=8)
         buffer = BytesIO()
         figure.savefig(
             buffer, format="png", dpi=144, bbox_inches="tight", metadata={"Software": None}
         )
     return buffer.getvalue()
+
+
+def _beside(arrays: Mapping[str, Any], top: int) -> str:
+    "The text beside the picture."
+    found, expected = int(arrays["beyond"]), float(arrays["beyond_expected"])
+    lines = [
+        f"rows            {int(arrays['count']):>12,}",
+        f"effective rows  {float(arrays['effective_rows']):>12,.0f}",
+        f"beyond 1.96     {found:>12,}",
+        f"by chance       {expected:>12,.0f}",
+    ]
+    tables = _strongest(arrays["context"], arrays["noise"], min(top, _LISTED))
+    for name, rows in tables.items():
+        lines += ["", f"strongest, {name}" if rows else "", "    x     y  correl.  floors"]
+        lines += [f"{i:5} {j:5}  {r:+7.3f}  {abs(z):6.1f}" for i, j, r, z in rows]
+    return "\n".join(lines)
+
+
+def _ring(ax, arrays: Mapping[str, Any], top: int) -> None:
+    "A ring round what is listed off the diagonal and beyond the largest of all by chance."
+    noise = arrays["noise"]
+    chance = _largest_of(max(int(np.count_nonzero(noise)), 1))
+    tables = _strongest(arrays["context"], noise, min(top, _LISTED))
+    listed = [row for name, rows in tables.items() if name != "on the diagonal" for row in rows]
+    at = [(j + 0.5, i + 0.5) for i, j, _, z in listed if abs(z) > chance]
+    if at:
+        ax.scatter(*zip(*at, strict=True), s=60, facecolors="none", edgecolors="k", linewidths=0.8)
