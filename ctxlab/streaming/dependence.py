@@ -41,11 +41,13 @@ def _at_our_frequencies(power: np.ndarray, n: int, F: int) -> np.ndarray:  # (F,
 
 def _add_power(rows: np.ndarray, out: np.ndarray, scale: np.ndarray | None = None) -> None:
     "Add the power of `rows` (n, W), each times `scale` (n,), to `out` (F, W), by frequency."
+    from scipy.fft import rfft  # of columns, twice as quick as NumPy's
+
     for columns in panels(rows.shape[1], 1, _COLUMNS):
         a = rows[:, columns]
         if scale is not None:
             a = a * scale[:, None]
-        z = np.fft.rfft(a, axis=0)
+        z = rfft(a, axis=0)
         power = np.square(z.real)
         power += np.square(z.imag)
         power = _at_our_frequencies(power, len(rows), len(out))
