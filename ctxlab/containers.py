@@ -126,7 +126,18 @@ def _skip(f: Any, size: int) -> None:
         size -= n
 
 # %% ../nbs/03b_containers.ipynb #25b95cd1
-class _Stream:
+class _Verified:
+    "A reader of what may lie in an archive."
+
+    verify: Callable[[], None] | None  # compares its checksum; None: there is none
+
+    def finish(self) -> None:
+        "Compare the checksum of an archive."
+        if self.verify is not None:
+            self.verify()
+
+
+class _Stream(_Verified):
     "Rows in C order: bytes that follow each other in an open file."
 
     def __init__(self, f: Any, array: "_Array", verify: Callable[[], None] | None = None):
@@ -148,13 +159,8 @@ class _Stream:
             _read_into(self.f, piece[: len(part)])
             _convert(piece[: len(part)], part, stored, self.array.where)
 
-    def finish(self) -> None:
-        "Compare the checksum of an archive."
-        if self.verify is not None:
-            self.verify()
-
 # %% ../nbs/03b_containers.ipynb #d7470e13
-class _Columns:
+class _Columns(_Verified):
     "Rows in Fortran order: parts of columns, which are sought out in an open file."
 
     def __init__(
@@ -194,11 +200,6 @@ class _Columns:
             few = piece[: len(part) * self.layers]
             _read_into(self.f, few)
             _convert(few[self.layer :: self.layers], part, stored, self.array.where)
-
-    def finish(self) -> None:
-        "Compare the checksum of an archive."
-        if self.verify is not None:
-            self.verify()
 
 # %% ../nbs/03b_containers.ipynb #4d9aae57
 class _Blocks:
