@@ -1,6 +1,7 @@
 """What the tests share: one hypothesis profile, and arrays of every kind, made from a seed,
 what a comparison with PyTorch needs, how a workspace refuses, and pages in a browser."""
 
+import gc
 import shutil
 import threading
 import warnings
@@ -79,6 +80,16 @@ def one_thread():
     """These matrices are small: a second thread of BLAS would mostly wait."""
     with threadpool_limits(1, user_api="blas"):
         yield
+
+
+def pytest_collection_finish():
+    """What exists by now stays: no later collection of garbage searches it again.
+
+    An account of memory collects garbage before and after; with hypothesis and matplotlib loaded
+    that took three quarters of its time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
