@@ -93,10 +93,10 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """Whatever takes the fixture `torch` can be chosen with `-m torch`."""
+    """Whatever takes the fixture `torch` or `browser` can be chosen with `-m` and its name."""
     for item in items:
-        if "torch" in getattr(item, "fixturenames", ()):
-            item.add_marker("torch")
+        for name in {"torch", "browser"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(name)
 
 
 @pytest.fixture(scope="module")
