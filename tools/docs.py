@@ -39,6 +39,7 @@ GROUPS = {
 PROJECT = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/manifest.md",
     "LICENSE",
 ]  # with a page each; so has what a notebook links to
 
