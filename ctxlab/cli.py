@@ -81,13 +81,27 @@ def _add_common(p: argparse.ArgumentParser) -> None:
 def _add_report(commands: Any) -> None:
     p = commands.add_parser(
         "report",
-        help="run the ledger of claims; print a table, write a page with plots and a JSON file",
+        help="audit the claims: a table, a page with plots, a JSON file",
         description="Run every claim that can be checked, on real activations and at S = 512, D = "
         "768.\n"
         "Prints a table and writes index.html, the plots and claims.json to a folder.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_measured(p)
+    _add_earlier(p)
+    p.add_argument(
+        "--json",
+        choices=["-"],
+        metavar="-",
+        help="print what claims.json holds, in place of the table",
+    )
+    p.add_argument("--no-progress", action="store_true", help="no progress bar")
+    _add_common(p)
+
+# %% ../nbs/10_cli.ipynb #c1a0b010
+def _add_measured(p: argparse.ArgumentParser) -> None:
+    "What a report measures, for how long, and where it is written."
     p.add_argument(
         "--out",
         metavar="FOLDER",
@@ -105,6 +119,10 @@ def _add_report(commands: Any) -> None:
     times.add_argument(
         "--thorough", action="store_true", help="spend ten minutes on what is hard to decide"
     )
+
+# %% ../nbs/10_cli.ipynb #c1a0b011
+def _add_earlier(p: argparse.ArgumentParser) -> None:
+    "What a report takes from an earlier one."
     p.add_argument(
         "--compare",
         metavar="OLD",
@@ -115,14 +133,6 @@ def _add_report(commands: Any) -> None:
         action="store_true",
         help="go on with an interrupted run of the same settings, trial by trial",
     )
-    p.add_argument(
-        "--json",
-        choices=["-"],
-        metavar="-",
-        help="print what claims.json holds, in place of the table",
-    )
-    p.add_argument("--no-progress", action="store_true", help="no progress bar")
-    _add_common(p)
 
 # %% ../nbs/10_cli.ipynb #11317505
 def _add_claims(commands: Any) -> None:
@@ -165,7 +175,7 @@ def _add_audit(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     p = commands.add_parser(
         "bench",
-        help="time the hot paths rung by rung, in units of one bare matrix product",
+        help="time the hot paths, in units of one bare matrix product",
         description="Check every rung against the reference, then time all of them in turn. Then "
         "PyTorch, JAX, numexpr and numba, where they are installed: one thread, and all cores.",
     )
@@ -208,7 +218,7 @@ exit codes: 0 done, and all that is required holds; 3 results differ, or a requi
             2 something about the input is wrong, 130 interrupted
 """
 
-
+# %% ../nbs/10_cli.ipynb #c1a0b012
 def _add_compare(commands: Any) -> None:
     p = commands.add_parser(
         "compare",
@@ -218,6 +228,16 @@ def _add_compare(commands: Any) -> None:
         epilog=_COMPARE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_versions(p)
+    _add_question(p)
+    p.add_argument("--json", choices=["-"], metavar="-", help="print the findings as JSON")
+    p.add_argument("--plot", metavar="FILE.png", help="write a picture of the intervals")
+    p.add_argument("--no-progress", action="store_true", help="no progress bar")
+    _add_common(p)
+
+# %% ../nbs/10_cli.ipynb #c1a0b013
+def _add_versions(p: argparse.ArgumentParser) -> None:
+    "The two versions, and where they are."
     for name in ("OLD", "NEW"):
         p.add_argument(
             name.lower(),
@@ -236,6 +256,10 @@ def _add_compare(commands: Any) -> None:
     p.add_argument(
         "--repo", metavar="FOLDER", default=".", help="the repository of the revisions (default: .)"
     )
+
+# %% ../nbs/10_cli.ipynb #c1a0b014
+def _add_question(p: argparse.ArgumentParser) -> None:
+    "What is asked of the two versions, and for how long."
     p.add_argument(
         "--require",
         action="append",
@@ -259,10 +283,6 @@ def _add_compare(commands: Any) -> None:
         default="default",
         help="of both versions (default: %(default)s)",
     )
-    p.add_argument("--json", choices=["-"], metavar="-", help="print the findings as JSON")
-    p.add_argument("--plot", metavar="FILE.png", help="write a picture of the intervals")
-    p.add_argument("--no-progress", action="store_true", help="no progress bar")
-    _add_common(p)
 
 # %% ../nbs/10_cli.ipynb #de5cbb8a
 _FILES_OF = {
@@ -309,12 +329,22 @@ class _Completion(argparse.Action):
         parser.exit()
 
 # %% ../nbs/10_cli.ipynb #50c724f3
+_FIRST = """\
+first to try:
+  ctxlab report --quick    half a minute: a table, and a page with plots
+  ctxlab claims lazy       what one claim says, and the rule that judges it
+  ctxlab COMMAND --help    the options of a command
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     "The command line."
     p = argparse.ArgumentParser(
         prog="ctxlab",
-        description="Measure, on this machine, which claims about writing matrix "
-        "products into prepared buffers hold.",
+        description="Measure, on this machine, which claims about writing matrix products\ninto "
+        "prepared buffers hold.",
+        epilog=_FIRST,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=14),
     )
     p.add_argument("--version", action="version", version=f"ctxlab {__version__}")
     p.add_argument(
@@ -324,7 +354,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHELL",
         help="print a completion script for bash, zsh or tcsh",
     )
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = p.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     for add in (_add_report, _add_claims, _add_audit, _add_bench, exact._add_parser, _add_compare):
         add(commands)
     return p
@@ -410,6 +440,21 @@ def _command(args: argparse.Namespace) -> str:
     words += ["--threads", str(args.threads)] if args.threads else []
     return shlex.join(word.encode(errors="replace").decode() for word in words)
 
+# %% ../nbs/10_cli.ipynb #c1a0b017
+def _report_settings(args: argparse.Namespace) -> dict[str, Any]:
+    "What a report says of how it was made."
+    from ctxlab.data import _PACKAGED
+
+    kind = "quick" if args.quick else "thorough" if args.thorough else "default"
+    return dict(
+        seed=args.seed,
+        time=kind,
+        seconds=_TIMES[kind],
+        activations=args.activations or _PACKAGED,
+        threads=args.threads,
+        command=_command(args),
+    )
+
 # %% ../nbs/10_cli.ipynb #aud17a02
 def _report(args: argparse.Namespace) -> int:  # exit code
     "The main job: check everything, measure, then write all of it."
@@ -424,19 +469,11 @@ def _report(args: argparse.Namespace) -> int:  # exit code
     )
     from ctxlab.audit.claims import LEDGER
     from ctxlab.audit.report import _FILES, _as_json, _staging, write_report
-    from ctxlab.data import _PACKAGED, load_pairs
+    from ctxlab.data import load_pairs
 
     old = _read_report(args.compare) if args.compare else None
-    kind = "quick" if args.quick else "thorough" if args.thorough else "default"
-    settings = dict(
-        seed=args.seed,
-        time=kind,
-        seconds=_TIMES[kind],
-        activations=args.activations or _PACKAGED,
-        threads=args.threads,
-        command=_command(args),
-    )
-    out, b = Path(args.out), _bench_of(args, _TIMES[kind])
+    settings = _report_settings(args)
+    out, b = Path(args.out), _bench_of(args, settings["seconds"])
     b.pairs = load_pairs(args.activations)
     b.name = Path(args.activations).name if args.activations else "activations"
     with _staging(out, (*_FILES, _PARTIAL)) as place:
@@ -524,7 +561,7 @@ def _claims(args: argparse.Namespace) -> int:  # exit code
     print(_explained(claim, width, stored) if claim else _claims_list(width, stored))
     return 0
 
-
+# %% ../nbs/10_cli.ipynb #c1a0b018
 def _error_rates(args: argparse.Namespace) -> int:  # exit code
     "Error rate and power of comparisons on this machine."
     from ctxlab.calibration import _calibrate, _rates_table
@@ -565,7 +602,7 @@ def _bench(args: argparse.Namespace) -> int:  # exit code
         _beside_peers(args)
     return 0
 
-
+# %% ../nbs/10_cli.ipynb #c1a0b019
 def _beside_peers(args: argparse.Namespace) -> None:
     "The paths beside other libraries, each in processes of its own."
     from tqdm import tqdm
@@ -713,9 +750,13 @@ def main(argv: list[str] | None = None) -> int:  # exit code
     "Entry point of the command `ctxlab`; an error is one line on standard error."
     try:
         try:
-            args = _parser().parse_args(argv)
+            parser = _parser()
+            args = parser.parse_args(argv)
         except KeyboardInterrupt:
             return 130
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return 2
         code, error, message = _run(args)
         if args.debug and error:
             traceback.print_exception(error)

@@ -1,6 +1,7 @@
 """What the tests share: one hypothesis profile, and arrays of every kind, made from a seed,
 what a comparison with PyTorch needs, how a workspace refuses, and pages in a browser."""
 
+import gc
 import shutil
 import threading
 import warnings
@@ -81,11 +82,21 @@ def one_thread():
         yield
 
 
+def pytest_collection_finish():
+    """What exists by now stays: no later collection of garbage searches it again.
+
+    An account of memory collects garbage before and after; with hypothesis and matplotlib loaded
+    that took three quarters of its time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items):
-    """Whatever takes the fixture `torch` can be chosen with `-m torch`."""
+    """Whatever takes the fixture `torch` or `browser` can be chosen with `-m` and its name."""
     for item in items:
-        if "torch" in getattr(item, "fixturenames", ()):
-            item.add_marker("torch")
+        for name in {"torch", "browser"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(name)
 
 
 @pytest.fixture(scope="module")

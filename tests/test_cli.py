@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,6 +94,30 @@ def matrix(*shape, dtype=np.float64):
 def test_version(tmp_path):
     done = run(tmp_path, "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"ctxlab {__version__}\n", "")
+
+
+MODULE = [sys.executable, "-m", "ctxlab"]
+
+
+@pytest.mark.parametrize("command", [CTXLAB, MODULE], ids=["ctxlab", "python -m ctxlab"])
+def test_alone_it_tells_its_commands_and_what_to_try(command, tmp_path):
+    done = run(tmp_path, "", command=command)
+    # No job was named, so none is done: an error to a script, and help to a reader.
+    assert (done.returncode, done.stdout) == (2, "")
+    listed, first = done.stderr.split("first to try:")
+    told = dict(re.findall(r"^    (\w+) +(\w.*)$", listed.split("COMMAND\n")[1], re.MULTILINE))
+    assert list(told) == ["report", "claims", "audit", "bench", "context", "compare"]
+    assert first.split()[:2] == ["ctxlab", "report"]
+    assert done.stderr == run(tmp_path, "--help").stdout
+    assert max(map(len, done.stderr.splitlines())) <= 80
+    assert not tree(tmp_path)
+
+
+def test_the_module_is_the_command(tmp_path):
+    for words in ("--version", "claims lazy", "claims xyzzy"):
+        done, same = run(tmp_path, words), run(tmp_path, words, command=MODULE)
+        assert (done.returncode, done.stdout) == (same.returncode, same.stdout)
+        assert done.stderr == same.stderr
 
 
 @pytest.mark.parametrize("command", ["report", "audit", "claims"])
@@ -196,7 +221,6 @@ def test_unknown_claims(words, said, tmp_path):
 
 
 WRONG = [
-    "",
     "audit",
     "report --fast",
     "report extra",

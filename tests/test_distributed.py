@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -206,7 +207,10 @@ def when_reading(client, place, name, act):
     watcher.join()
 
 
-@pytest.mark.parametrize("name", ["0.npz", "5.npz", "9.npz"])
+further = partial(pytest.param, marks=pytest.mark.thorough)  # as quick, for further cases
+
+
+@pytest.mark.parametrize("name", [further("0.npz"), "5.npz", further("9.npz")])
 def test_a_killed_worker_changes_nothing(name, listed, tmp_path):
     with local_workers(2) as client:
         killed = []

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import cloudpickle
 import numpy as np
@@ -66,6 +67,7 @@ def test_a_form_of_five_times_the_work():
     assert c.seconds < 60 + measure._GRACE
 
 
+@pytest.mark.thorough
 def test_the_base_may_be_another():
     c = compare({"once": sums, "five": fivefold}, base="five", **SURE)
     assert c["once"].outcome == "faster"
@@ -88,7 +90,12 @@ def test_bytes_and_faults_of_a_call():
     assert c["much"].kept < 10_000
 
 
-@pytest.mark.parametrize("allocator", ["default", "no-trim", "jemalloc", "mimalloc"])
+further = partial(pytest.param, marks=pytest.mark.thorough)  # as quick, for further cases
+
+
+@pytest.mark.parametrize(
+    "allocator", [further("default"), "no-trim", further("jemalloc"), further("mimalloc")]
+)
 def test_the_allocator_is_the_one_that_was_asked_for(allocator):
     if allocator in ("jemalloc", "mimalloc") and _find_allocator(allocator) is None:
         pytest.skip(f"{allocator} is not installed")
@@ -152,11 +159,13 @@ def test_results_that_differ_are_named_before_anything_is_timed(forms, said, mon
         compare(forms, **BRIEF)
 
 
+@pytest.mark.thorough
 def test_results_may_be_left_alone():
     c = compare({"right": sums, "off": off}, agree=None, **BRIEF)
     assert c.agreement == "results not compared"
 
 
+@pytest.mark.thorough
 def test_results_that_are_nothing():
     def nothing(seed):
         return lambda: None
@@ -405,7 +414,9 @@ def test_the_plan_of_a_budget():
         measure._plan(20, 19, 2.0, 0.52)
 
 
-@pytest.mark.parametrize(("seconds", "warm"), [(1e-3, True), (99e-3, True), (0.2, False)])
+@pytest.mark.parametrize(
+    ("seconds", "warm"), [further(1e-3, True), (99e-3, True), further(0.2, False)]
+)
 def test_every_form_is_warmed_up_or_none_whatever_its_calls_in_a_sample(monkeypatch, seconds, warm):
     filled = {"a": (1, seconds), "b": (2, seconds / 2), "c": (1, 3 * seconds)}
     monkeypatch.setattr(measure, "_calls_that_fill", lambda worker, end: filled[worker.name])

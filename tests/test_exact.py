@@ -317,7 +317,10 @@ def test_two_widths_in_batches_of_bfloat16(home):
     np.testing.assert_array_equal(result("npy.npz")["context"], result()["context"])
 
 
-@pytest.mark.parametrize("workers", [[], ["--workers", 2]])
+TWO_WORKERS = pytest.param(["--workers", 2], marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize("workers", [[], TWO_WORKERS])
 def test_several_layers_in_one_run(workers, home, capsys):
     if workers:
         pytest.importorskip("distributed")

@@ -11,8 +11,12 @@ from urllib.request import urlopen
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# peers/01_bench holds hours of measurements, and says so in its front matter.
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "peers/01_bench")
+# Those of peers hold hours of measurements, and say so in their front matter.
+NOTEBOOKS = sorted(
+    p
+    for p in (ROOT / "nbs").rglob("*.ipynb")
+    if p.parent.name != "peers" and ".ipynb_checkpoints" not in p.parts
+)
 
 
 def without_slow(cell):

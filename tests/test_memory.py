@@ -510,17 +510,32 @@ def marked(name):
     return pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", [marked(name) for name in TABLE])
-@settings(
-    max_examples=200,
+each = pytest.mark.parametrize("name", [marked(name) for name in TABLE])
+drawn = settings(
     phases=[Phase.explicit, Phase.generate],  # what is drawn is small as it is
     suppress_health_check=list(HealthCheck),
 )
-@given(data=st.data())
-def test_what_does_not_fit_is_refused_and_nothing_else_is_written(name, data):
+
+
+def fits_or_is_refused(name, data):
     placed = data.draw(situations(TABLE[name]))
     fault = verdict(TABLE[name], placed)
     assert fault is None, f"{fault}; {describe(placed)}"
+
+
+@each
+@settings(drawn, max_examples=40)
+@given(data=st.data())
+def test_what_does_not_fit_is_refused_and_nothing_else_is_written(name, data):
+    fits_or_is_refused(name, data)
+
+
+@pytest.mark.thorough
+@each
+@settings(drawn, max_examples=300)
+@given(data=st.data())
+def test_more_of_what_does_not_fit_is_refused(name, data):
+    fits_or_is_refused(name, data)
 
 
 GUESTS = [  # an array of numbers of tokens or of a mask, and one that is written to

@@ -39,6 +39,7 @@ NUMBER_MUTANTS = {
 }
 ARRAY_MUTANTS = NUMBER_MUTANTS | {"transpose": transposed, "one entry": one_entry}
 SIZES = {"small": (40, 40), "large": (512, 768)}
+rest = partial(pytest.param, marks=pytest.mark.mutants)  # what the quick tests leave out
 
 
 def mutants_of(a):
@@ -49,7 +50,7 @@ def mutants_of(a):
     return {name: b for name, b in spoilt.items() if not np.array_equal(a, b, equal_nan=True)}
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=["small", rest("large")])
 def ladder(request):
     "Inputs of one size, and every rung of every path on them."
     data = _inputs(*SIZES[request.param])
@@ -149,6 +150,14 @@ CHECKS = [
 ]
 
 
+def sampled(checks):
+    "The checks as parameters: the first of each notebook is quick, all others are the rest."
+    seen = set()
+    for check in checks:
+        yield rest(*check) if check[0] in seen else pytest.param(*check)
+        seen.add(check[0])
+
+
 def cells(notebook):
     "Sources of the code cells that compute, without those that plot, export or take long."
     stored = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -193,7 +202,7 @@ def owner_of(names, function):
     return getattr(names[kind], method), partial(setattr, names[kind], method)
 
 
-@pytest.mark.parametrize(("notebook", "function", "text", "place"), CHECKS)
+@pytest.mark.parametrize(("notebook", "function", "text", "place"), [*sampled(CHECKS)])
 def test_a_notebook_finds_every_mutant(notebook, function, text, place):
     names, source = before_check(notebook, text)
     right, replace = owner_of(names, function)

@@ -1,7 +1,9 @@
 """The web site: it builds without a warning, every link leads somewhere, no network."""
 
+import html
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -192,6 +194,31 @@ def test_one_page_tells_every_public_name_in_a_line(pages):
     assert all(len(cells) == 3 and len(cells[1]) > 5 for cells in texts if cells[0] != "name")
 
 
+@pytest.mark.parametrize("package", ["ctxlab", "ctxlab.models", "ctxlab.streaming", "ctxlab.audit"])
+def test_the_face_shows_what_a_package_offers(package, pages):
+    module, page = importlib.import_module(package), pages["api/face.html"]
+    shown = re.sub(r"<[^>]*>", "", page.text)
+    for name, home in module._HOMES.items():
+        value = getattr(module, name)
+        signature = r"\(" if inspect.isfunction(value) else ""
+        assert re.search(rf"(?<![\w.]){package}\.{name}{signature}", shown), name
+        # On a page of its own it has a table of its parameters.
+        where = f"{package.removeprefix('ctxlab').lstrip('.')}.{home}".lstrip(".")
+        full = f"ctxlab.{where}.{name}"
+        assert f"{where.removeprefix('api/')}.html#{full}" in page.links
+
+
+def test_every_claim_has_a_heading_with_its_rule(pages):
+    from ctxlab.audit.claims import LEDGER
+
+    page = pages["claims.html"]
+    assert [claim.id for claim in LEDGER if claim.id not in page.ids] == []
+    words = " ".join(html.unescape(re.sub(r"<[^>]*>", "", page.text)).split())
+    for claim in LEDGER:
+        assert f"{claim.notebook}.html" in page.links
+        assert claim.rule.split(";")[0].split("'")[0].split("|")[0] in words, claim.id
+
+
 def test_the_sidebar_leads_to_every_notebook_and_to_the_reference(pages):
     leads = {link.removeprefix("./") for link in pages["index.html"].links}
     assert {page_of(path) for path in NOTEBOOKS if path.stem != "index"} <= leads
@@ -312,6 +339,30 @@ def test_the_search_finds(start, tab, served, site):
     ):  # a page opened as a file may not read others: there it finds without excerpts
         tab.wait_for_selector("ul.search li p")
         assert not tab.faults
+
+
+@pytest.mark.parametrize("id", ["site-cov", "pow2", "all-archs"])
+def test_the_search_finds_a_claim_by_its_id(id, tab, served):
+    tab.goto(f"{served}search.html?q={id}")
+    tab.wait_for_selector("ul.search li a")
+    found = tab.eval_on_selector_all("ul.search li a", "all => all.map(a => a.href)")
+    assert any(f"claims.html#{id}" in url for url in found), found
+
+
+@pytest.mark.parametrize("width", [820, 1440])
+def test_the_longest_lines_of_code_fit(width, tab, served, pages):
+    longest = {}
+    for path in NOTEBOOKS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        lengths = [len(line) for source in sources for line in source.splitlines()]
+        longest[page_of(path)] = max(n for n in lengths if n <= 100)  # that of the formatter
+    tab.set_viewport_size({"width": width, "height": 900})
+    wide = """all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)
+        .filter(text => Math.max(...text.split('\\n').map(line => line.length)) <= 100)"""
+    for name in sorted(longest, key=longest.get)[-5:]:
+        tab.goto(served + name)
+        assert tab.eval_on_selector_all("div.cell_input pre", wide) == [], name
 
 
 def test_what_nobody_wrote_is_not_found(tab, served):

@@ -198,6 +198,7 @@ def test_a_resolution_that_is_none(value, capsys):
     assert "is not a share between 0% and 100%" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_module_beside_the_reader(sums, capsys, quickly):
     code, out, _ = run(
         capsys, "sums:slow", "sums:fast", "--setup", "sums:arguments", "--seconds", "60"
@@ -214,7 +215,7 @@ def git(*words):
     subprocess.run(["git", *who, *words], check=True, capture_output=True)
 
 
-@pytest.fixture(params=["", "src"])
+@pytest.fixture(params=["", pytest.param("src", marks=pytest.mark.thorough)])
 def repository(tmp_path, request, monkeypatch):
     """A package with a helper of its own, at two revisions, and another state on disk."""
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ from ctxlab import __version__
 pytestmark = pytest.mark.release
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "ctxlab").rglob("[a-z]*.py")

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, PACKAGE, CONFIG = ROOT / "nbs", ROOT / "ctxlab", ROOT / "docs"
 INDEX = NOTEBOOKS / "index.ipynb"
 
+ROOMS = ("models", "streaming", "audit")  # packages in the package
 # The sidebar: a group for each folder of notebooks, the lowest room first.
 GROUPS = {
     "Foundations": ".",
@@ -38,6 +39,7 @@ GROUPS = {
 PROJECT = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/manifest.md",
     "LICENSE",
 ]  # with a page each; so has what a notebook links to
 
@@ -407,6 +409,33 @@ class Reference:
         pages = [f"/{source.page}" for source in sources]
         return "\n".join([*lines, toctree("", pages)]) + "\n"
 
+    def face(self) -> str:
+        """The names to find first: those of the package and of its rooms, with their signatures."""
+        lines = [
+            "# The face\n",
+            "> What the package and its rooms offer by name, with signatures\n",
+            "These few names are enough to begin with. Each is loaded when it is first used. "
+            "[Every public name](index.md) has a page of its own.\n",
+        ]
+        for package in ("ctxlab", *(f"ctxlab.{room}" for room in ROOMS)):
+            module = importlib.import_module(package)
+            says = self.link(escape(inspect.getdoc(module).partition("\n")[0]), None)
+            lines += [f"## `{package}`\n", f"{says}\n"]
+            for name, home in sorted(module._HOMES.items()):
+                lines += self.offer(f"{package}.{name}", self.sources[f"{package}.{home}"])
+        return "\n".join(lines) + "\n"
+
+    def offer(self, full: str, source: Source) -> Iterator[str]:
+        """A name of the face: its signature, what it is, and where all about it stands."""
+        name = full.rpartition(".")[2]
+        node, kind, signature = source.definition(name), "data", ""
+        if isinstance(node, ast.ClassDef):
+            kind, signature = "class", self.constructor(name, source)[1]
+        elif isinstance(node, ast.FunctionDef):
+            kind, signature = "function", self.signature(node, source)
+        yield f"`````{{py:{kind}}} {full}{signature}\n:no-index:\n"
+        yield f"{self.summary(name, source)} More: {{py:obj}}`{source.name}.{name}`\n`````"
+
 
 # ---- Notebooks and other files as pages
 
@@ -432,8 +461,28 @@ def sidebar(notebooks: list[Path], project: list[str]) -> str:
     groups: dict[str, list[str]] = {name: [] for name in GROUPS}
     for path in sorted(notebooks, key=place):
         groups[list(GROUPS)[place(path)[0]]].append(path.with_suffix("").as_posix())
-    groups |= {"Reference": ["api/index"], "Project": project}
+    groups |= {"Reference": ["api/face", "api/index", "claims"], "Project": project}
     return "\n\n".join(toctree(name, pages) for name, pages in groups.items() if pages)
+
+
+def claims() -> str:
+    """A page with every claim under its id, so that the search finds an id."""
+    from ctxlab.audit.claims import LEDGER
+
+    lines = [
+        "# Claims\n",
+        "> Every claim that `ctxlab report` audits, under the id that the report gives it\n",
+    ]
+    for claim in LEDGER:
+        notebook = f"[{claim.notebook}]({claim.notebook}.ipynb)"
+        lines += [
+            f"## {claim.id}\n",
+            f"{escape(claim.says)}\n",
+            f"- The rule: {escape(claim.rule)}.",
+            f"- It stands in: {escape(claim.where)}.",
+            f"- Explained in {notebook}, under {escape(claim.section)}.\n",
+        ]
+    return "\n".join(lines)
 
 
 def split_directives(source: str) -> tuple[dict[str, str], str]:
@@ -575,6 +624,8 @@ class Site:
         for source in self.reference.sources.values():
             files[source.page] = self.reference.page(source)
         files["api/index"] = self.reference.contents()
+        files["api/face"] = self.reference.face()
+        files["claims"] = claims()
         if self.faults:
             raise Fault("\n".join(self.faults))
         paths = [path.relative_to(NOTEBOOKS) for path in self.notebooks]
