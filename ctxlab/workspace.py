@@ -78,6 +78,10 @@ _GROWTH: dict[str, Callable[[int, int], int]] = {
 }
 
 # %% ../nbs/06_workspace.ipynb #4ebf7a67
+def _given_away(name: str) -> str:
+    return f"the plan gave its memory to {name!r}; record the lifetimes anew"
+
+
 class _Lease:
     "The right to use a buffer, until the workspace takes it back."
 
@@ -87,13 +91,16 @@ class _Lease:
         generation: int,
         flat: np.ndarray,
         clock: Iterator[int] | None = None,  # notes uses
+        before: "_Lease | None" = None,  # of the buffer in whose place this one lies
     ):
         self.name, self.generation, self.clock = name, generation, clock
+        self.before = before
+        self.begun: int | None = None  # time of the first use
         self.over = ""  # why the right has ended
         self.memory = range(flat.ctypes.data, flat.ctypes.data + len(flat))
         self.first = self.last = 0 if clock is None else next(clock)
 
-    def use(self) -> None:
+    def look(self) -> None:
         "A RuntimeError when the right has ended."
         if self.over:
             raise RuntimeError(
@@ -101,6 +108,14 @@ class _Lease:
             )
         if self.clock is not None:
             self.last = next(self.clock)
+
+    def use(self) -> None:
+        "`look`; the first use ends the right to what lay here before."
+        self.look()
+        if self.begun is None:
+            self.begun = self.last
+            if self.before is not None:
+                self.before.over = _given_away(self.name)
 
 # %% ../nbs/06_workspace.ipynb #96a9c9c6
 def _lease(a: object) -> _Lease | None:
@@ -180,11 +195,11 @@ class _Watched(np.ndarray):
     def __array_ufunc__(
         self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple[Any, ...] = (), **options: Any
     ) -> Any:
+        plain = [_plain(a) for a in inputs]  # before `out`, which may take the place of one
+        options = {k: _plain(v) for k, v in options.items()}
         if out:
             options["out"] = tuple(map(_plain, out))
-        result = getattr(ufunc, method)(
-            *map(_plain, inputs), **{k: _plain(v) for k, v in options.items()}
-        )
+        result = getattr(ufunc, method)(*plain, **options)
         if not out:
             return result
         if len(out) == 1:
@@ -220,6 +235,7 @@ class _Buffer:
     generation: int = 0  # that it was last taken in; 0: given back
     asked: Any = _NEVER  # dtype as the caller wrote it, compared by identity
     lease: _Lease | None = None
+    reuses: str | None = None  # the name in whose place it lies in an arena
 
 
 _NOTHING = np.empty(0, np.uint8)
@@ -675,18 +691,23 @@ def _lend(ws: Workspace, b: _Buffer) -> None:
             f"buffer {b.name!r} was written to after generation {b.lease.generation} had given it "
             "back, through a view that escaped (np.asarray, a C pointer, or an ordinary array)"
         )
+    before = None
     if not b.held:
         for other in ws._buffers.values():
             if other.generation == ws.generation and np.may_share_memory(other.flat, b.flat):
-                _end(other, f"the plan gave its memory to {b.name!r}; record the lifetimes anew")
-        b.flat.fill(_POISON)
-    b.lease = _Lease(b.name, ws.generation, b.flat, getattr(ws, "clock", None))
+                if other.name == b.reuses and other.lease is not None and not other.lease.over:
+                    before = other.lease  # still to be read, until `b` is used
+                else:
+                    _end(other, _given_away(b.name))
+        if before is None:
+            b.flat.fill(_POISON)
+    b.lease = _Lease(b.name, ws.generation, b.flat, getattr(ws, "clock", None), before)
 
 
 def _watched(b: _Buffer) -> _Watched:
     "The view of a debug workspace."
     assert b.lease is not None
-    b.lease.use()
+    b.lease.look()
     view = np.ndarray.__new__(_Watched, b.shape, b.dtype, b.flat)
     _set_lease(view, b.lease)
     return view
@@ -699,6 +720,7 @@ class _Lifetime(NamedTuple):
     dtype: DTypeLike
     first: int  # step of the first use
     last: int  # step of the last use
+    reuses: str | None = None  # the request in whose place it lies from that one's last step on
 
 
 @dataclass(frozen=True)
@@ -733,7 +755,8 @@ def _arrange(ws: Workspace, plan: _Plan) -> None:
     except (MemoryError, ValueError):
         raise MemoryError(f"plan: no memory for {plan.nbytes} bytes") from None
     ws._buffers = {
-        n: _Buffer(n, arena[at : at + plan.size(n)], 0) for n, at in plan.offsets.items()
+        n: _Buffer(n, arena[at : at + plan.size(n)], 0, reuses=plan.requests[n].reuses)
+        for n, at in plan.offsets.items()
     }
     ws._arena, ws._allocations = arena, ws._allocations + 1
 
