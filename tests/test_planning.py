@@ -835,7 +835,7 @@ REUSES = {f"a{i}": f"z{i}" for i in range(3)}
 def test_recorded_lifetimes_reuse_what_they_may():
     plain, reused = record(stages), record(stages, reuses=REUSES)
     wide, narrow = 8 * 16 * 8, 8 * 4 * 8
-    assert plan(plain).nbytes == 2 * wide
+    assert plan(plain).nbytes >= plan(plain).bound == 2 * wide
     assert plan(reused).nbytes == wide + narrow
     assert {n: plan(reused).offsets[n] for n in REUSES} == {
         n: plan(reused).offsets[z] for n, z in REUSES.items()
