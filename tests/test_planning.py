@@ -879,3 +879,14 @@ def test_a_place_whose_owner_was_given_back_is_poisoned():
     assert np.isnan(y).all()
     with pytest.raises(RuntimeError, match="'x' of generation 1 is stale"):
         x[0]
+
+
+def test_a_place_that_was_reused_is_poisoned_when_it_is_taken_again():
+    ws = Workspace(debug=True)
+    ws.arrange(plan({"x": ((4,), f8, 0, 1), "y": ((4,), f8, 1, 2, "x")}))
+    x = ws.take("x", (4,), f8)
+    x[...] = 1
+    with ws.scope():
+        assert np.array_equal(np.tanh(x, out=ws.take("y", (4,), f8)), np.tanh(np.ones(4)))
+    with ws.scope():
+        assert np.isnan(ws.take("y", (4,), f8)).all()
