@@ -10,7 +10,7 @@ import bisect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +31,12 @@ class _Item(NamedTuple):
 
 def _items(requests: Mapping[str, _Lifetime]) -> list[_Item]:
     return [
-        _Item(i, _rounded(_check_request(name, r.shape, r.dtype)[2]), r.first, r.last)
-        for i, (name, r) in enumerate(requests.items())
+        _Item(i, _rounded(_nbytes(r)), r.first, r.last) for i, r in enumerate(requests.values())
     ]
+
+
+def _nbytes(r: _Lifetime) -> int:
+    return math.prod(r.shape) * np.dtype(r.dtype).itemsize
 
 
 def _live_curve(
@@ -41,8 +44,9 @@ def _live_curve(
 ) -> dict[int, int]:  # step -> bytes, where it changes
     "Bytes that are alive from each step on, sizes rounded up to the alignment."
     change: dict[int, int] = {}
-    for item in _items(requests):
-        change[item.first] = change.get(item.first, 0) + item.size
+    for item, r in zip(_items(requests), requests.values(), strict=True):
+        first = item.first + (r.reuses is not None)  # until then it is what it reuses that counts
+        change[first] = change.get(first, 0) + item.size
         change[item.last + 1] = change.get(item.last + 1, 0) - item.size
     steps = sorted(change)
     return dict(zip(steps, itertools.accumulate(change[t] for t in steps), strict=True))
@@ -50,17 +54,18 @@ def _live_curve(
 # %% ../nbs/06a_planning.ipynb #c4dc8664
 def _neighbours(
     items: list[_Item],
-) -> list[list[int]]:  # for each item the others that are alive with it
+) -> dict[int, frozenset[int]]:  # for each item the others that are alive with it
     rank = {t: k for k, t in enumerate(sorted({t for i in items for t in (i.first, i.last)}))}
+    numbers = np.array([i.number for i in items])
     first = np.array([rank[i.first] for i in items])
     last = np.array([rank[i.last] for i in items])
-    return [
-        np.flatnonzero((first <= b) & (last >= a)).tolist()
-        for a, b in zip(first, last, strict=True)
-    ]
+    return {
+        i.number: frozenset(numbers[(first <= b) & (last >= a)].tolist())
+        for i, a, b in zip(items, first, last, strict=True)
+    }
 
 
-def _place(size: int, occupied: list[tuple[int, int]], tight: bool) -> int:  # offset
+def _place(size: int, occupied: Iterable[tuple[int, int]], tight: bool) -> int:  # offset
     "Where `size` bytes fit among sorted (start, end): the smallest gap (tight), or the lowest."
     best = -1
     smallest = math.inf
@@ -70,20 +75,35 @@ def _place(size: int, occupied: list[tuple[int, int]], tight: bool) -> int:  # o
             best, smallest = top, start - top
             if not tight:
                 break
-        top = max(top, end)
+        if end > top:
+            top = end
     return top if best < 0 else best
 
-
+# %% ../nbs/06a_planning.ipynb #c4dc8665
 _Packing = tuple[int, dict[int, tuple[int, int]]]  # bytes in all; item -> (start, end)
 
 
-def _pack(order: list[_Item], meets: list[list[int]], tight: bool = True) -> _Packing:
+def _pack(
+    order: list[_Item],  # in which they are placed
+    meets: Mapping[int, frozenset[int]],
+    tight: bool = True,
+    limit: float = math.inf,  # bytes that are too many
+) -> _Packing | None:  # None: not below the limit
     "Place items one after the other: the total, and (start, end) of each."
     spans: dict[int, tuple[int, int]] = {}
+    starts: dict[int, int] = {}
+    placed: set[int] = set()
+    height = 0
     for i, size, *_ in order:
-        at = _place(size, sorted(spans[j] for j in meets[i] if j in spans), tight)
+        near = sorted(meets[i] & placed, key=starts.__getitem__)
+        at = _place(size, map(spans.__getitem__, near), tight)
+        height = max(height, at + size)
+        if height >= limit:
+            return None
+        placed.add(i)
+        starts[i] = at
         spans[i] = at, at + size
-    return max((end for _, end in spans.values()), default=0), spans
+    return height, spans
 
 # %% ../nbs/06a_planning.ipynb #b14f0980
 _Order = Callable[[list[_Item], Mapping[int, int]], list[_Item]]  # items, live curve -> in order
@@ -115,7 +135,9 @@ _ORDERS: dict[str, _Order] = {"size": _by_size, "breadth": _by_breadth, "length"
 _EXACT = 7  # requests up to which the optimum is searched for
 
 
-def _search(items: list[_Item], meets: list[list[int]], known: _Packing, bound: int) -> _Packing:
+def _search(
+    items: list[_Item], meets: Mapping[int, frozenset[int]], known: _Packing, bound: int
+) -> _Packing:
     "The best packing: all orders, lowest place first, cut off at the best total so far."
     best, seen = known, set()
 
@@ -139,7 +161,10 @@ def _search(items: list[_Item], meets: list[list[int]], known: _Packing, bound: 
     return best
 
 # %% ../nbs/06a_planning.ipynb #06a0e102
-def _solved(items: list[_Item], meets: list[list[int]], seconds: float) -> _Packing:
+_SEARCHES = 12  # omnimalloc's three orders, each below four limits at a time
+
+
+def _solved(items: list[_Item], meets: Mapping[int, frozenset[int]], seconds: float) -> _Packing:
     "The packing that omnimalloc finds in about so many seconds."
     try:
         from omnimalloc import Allocation, allocate
@@ -148,8 +173,9 @@ def _solved(items: list[_Item], meets: list[list[int]], seconds: float) -> _Pack
         raise ImportError(
             "seconds: needs omnimalloc; run pip install 'ctxlab[planning]', or leave it at 0"
         ) from None
-    asked = [Allocation(id=i, size=n, start=a, end=b + 1) for i, n, a, b in items if n]
-    found = {a.id: a.offset for a in allocate(asked, SupermallocAllocator(timeout=seconds))}
+    asked = [Allocation(id=i, size=n, start=a, end=b + 1) for i, n, a, b in items]
+    solver = SupermallocAllocator(timeout=seconds, num_threads=_SEARCHES)
+    found = {a.id: a.offset for a in allocate(asked, solver)}
     starts = {item.number: found.get(item.number) or 0 for item in items}
     spans = {i: (starts[i], starts[i] + size) for i, size, *_ in items}
     for i, start in starts.items():
@@ -157,8 +183,10 @@ def _solved(items: list[_Item], meets: list[list[int]], seconds: float) -> _Pack
             raise RuntimeError("seconds: omnimalloc gave a packing in which buffers do not fit")
     return max((end for _, end in spans.values()), default=0), spans
 
-
-def _apart(i: int, meets: list[list[int]], spans: Mapping[int, tuple[int, int]]) -> bool:
+# %% ../nbs/06a_planning.ipynb #06a0e105
+def _apart(
+    i: int, meets: Mapping[int, frozenset[int]], spans: Mapping[int, tuple[int, int]]
+) -> bool:
     "Whether an item lies apart from all that are alive with it."
     start, end = spans[i]
     others = (spans[j] for j in meets[i] if j != i)
@@ -172,6 +200,8 @@ def _check_lifetime(name: str, request: Any) -> _Lifetime:
         raise TypeError(
             f"requests: {name!r} is {request!r}, needed (shape, dtype, first, last)"
         ) from None
+    if not isinstance(r.reuses, str | None):
+        raise TypeError(f"requests: {name!r} reuses {r.reuses!r}, needed the name of a request")
     try:
         first, last = operator.index(r.first), operator.index(r.last)
     except TypeError:
@@ -182,11 +212,97 @@ def _check_lifetime(name: str, request: Any) -> _Lifetime:
         raise ValueError(
             f"requests: {name!r} ends at step {last}, before its first use at step {first}"
         )
-    return _Lifetime(_check_request(name, r.shape, r.dtype)[0], r.dtype, first, last)
+    shape, dtype, _ = _check_request(name, r.shape, r.dtype)
+    return _Lifetime(shape, dtype, first, last, r.reuses)
+
+# %% ../nbs/06a_planning.ipynb #06a0e201
+def _check_reuses(requests: Mapping[str, _Lifetime]) -> None:
+    "A ValueError where a request cannot lie in the place that it reuses."
+    taken: dict[str, str] = {}
+    before: set[str] = set()
+    for name, r in requests.items():
+        if r.reuses is not None:
+            if r.reuses not in before:
+                raise ValueError(
+                    f"requests: {name!r} reuses {r.reuses!r}, needed the name of an earlier request"
+                )
+            _check_reuse(name, r, requests[r.reuses])
+            if r.reuses in taken:
+                raise ValueError(
+                    f"requests: {taken[r.reuses]!r} and {name!r} both reuse {r.reuses!r}; one can"
+                )
+            taken[r.reuses] = name
+        before.add(name)
+
+
+def _check_reuse(name: str, new: _Lifetime, old: _Lifetime) -> None:
+    if old.last != new.first:
+        raise ValueError(
+            f"requests: {name!r} begins at step {new.first}, needed the last step of "
+            f"{new.reuses!r}, which it reuses: {old.last}"
+        )
+    if _nbytes(new) > _nbytes(old):
+        raise ValueError(
+            f"requests: {name!r} has {_nbytes(new)} bytes, needed at most the {_nbytes(old)} "
+            f"of {new.reuses!r}, which it reuses"
+        )
+
+# %% ../nbs/06a_planning.ipynb #06a0e202
+def _places(
+    requests: Mapping[str, _Lifetime],
+) -> tuple[list[_Item], list[int]]:  # places, as items; for each request the number of its place
+    "A request that reuses another one's place makes that place live longer."
+    number = {name: i for i, name in enumerate(requests)}
+    found: dict[int, _Item] = {}
+    place_of: list[int] = []
+    for item, r in zip(_items(requests), requests.values(), strict=True):
+        place = item.number if r.reuses is None else place_of[number[r.reuses]]
+        place_of.append(place)
+        found[place] = found.get(place, item)._replace(last=item.last)
+    return list(found.values()), place_of
+
+# %% ../nbs/06a_planning.ipynb #06a0e203
+def _greedy(
+    items: list[_Item],
+    live: Mapping[int, int],
+    meets: Mapping[int, frozenset[int]],
+    bound: int,  # bytes that no packing can beat
+    order: str | None,  # None: the best of all
+) -> _Packing:
+    "The first of the best packings by these orders, in the smallest gap and in the lowest."
+    best: _Packing | None = None
+    for name in _ORDERS if order is None else (order,):
+        ordered = _ORDERS[name](items, live)
+        for tight in (True, False) if order is None else (True,):
+            limit = math.inf if best is None else best[0]
+            if limit > bound:
+                best = _pack(ordered, meets, tight, limit) or best
+    assert best is not None
+    return best
+
+
+def _packed(
+    items: list[_Item],  # none of size 0
+    live: Mapping[int, int],
+    bound: int,
+    order: str | None,
+    seconds: float,
+) -> _Packing:
+    "The best packing that the orders, a search of all of them, or a solver finds."
+    if not items:
+        return 0, {}
+    meets = _neighbours(items)
+    best = _greedy(items, live, meets, bound, order)
+    if order is None and len(items) <= _EXACT:  # few enough for the optimum
+        best = _search(items, meets, best, bound)
+    if seconds and best[0] > bound:
+        best = min(best, _solved(items, meets, seconds), key=operator.itemgetter(0))
+    return best
 
 # %% ../nbs/06a_planning.ipynb #55ae8b77
 def plan(
-    requests: Mapping[str, tuple[Any, ...]],  # name -> (shape, dtype, first, last)
+    requests: Mapping[str, tuple[Any, ...]],  # name -> (shape, dtype, first, last), or these and
+    # the name of an earlier request in whose place it lies; that one's last is its first step
     order: str | None = None,  # 'size', 'breadth' or 'length'; None: the best of all
     *,
     seconds: float = 0.0,  # to look for a better one than these; needs the extra `planning`
@@ -199,27 +315,18 @@ def plan(
     if order is not None and (not isinstance(order, str) or order not in _ORDERS):
         raise ValueError(f"order: {order!r}, needed one of {', '.join(map(repr, _ORDERS))}")
     checked = {name: _check_lifetime(name, r) for name, r in requests.items()}
-    items = _items(checked)
+    _check_reuses(checked)
     live = _live_curve(checked)
-    meets = _neighbours(items)
     bound = max(live.values(), default=0)
-    orders = [_ORDERS[o](items, live) for o in ([order] if order else _ORDERS)]
-    fits = (True,) if order else (True, False)
-    packings = (_pack(o, meets, tight) for o in orders for tight in fits)
-    best = min(packings, key=operator.itemgetter(0))
-    if order is None and len(items) <= _EXACT:  # few enough for the optimum
-        best = _search(items, meets, best, bound)
-    if seconds and best[0] > bound:
-        best = min(best, _solved(items, meets, seconds), key=operator.itemgetter(0))
-    nbytes, spans = best
-    offsets = {name: spans[i][0] for i, name in enumerate(checked)}
+    items, place_of = _places(checked)
+    solid = [item for item in items if item.size]
+    nbytes, spans = _packed(solid, live, bound, order, seconds)
+    offsets = {
+        name: spans[i][0] if i in spans else 0 for name, i in zip(checked, place_of, strict=True)
+    }
     return _Plan(checked, offsets, nbytes, bound)
 
 # %% ../nbs/06a_planning.ipynb #1fdb8fc5
-def _nbytes(r: _Lifetime) -> int:
-    return math.prod(r.shape) * np.dtype(r.dtype).itemsize
-
-
 class _Recorder(Workspace):
     "A debug workspace with a clock: every take and every later use of a buffer is one tick."
 
@@ -241,7 +348,9 @@ class _Recorder(Workspace):
             self._leases.append((b.lease, b.shape, b.dtype))
         return view
 
-    def requests(self) -> dict[str, _Lifetime]:  # for `plan`
+    def requests(
+        self, reuses: Mapping[str, str] | None = None
+    ) -> dict[str, _Lifetime]:  # for `plan`
         "Each name with its largest shape, from its first take to its last use."
         found: dict[str, _Lifetime] = {}
         for lease, shape, dtype in self._leases:
@@ -250,11 +359,38 @@ class _Recorder(Workspace):
             found[lease.name] = max(old, new, key=_nbytes)._replace(
                 first=min(old.first, new.first), last=max(old.last, new.last)
             )
+        for name, place in (reuses or {}).items():
+            _let_reuse(found, name, place, self._begun(name))
         return found
 
+    def _begun(self, name: str) -> int:
+        "Time of the first use of a buffer that was taken; of the take, if it was not used."
+        begun = [
+            lease.last if lease.begun is None else lease.begun
+            for lease, *_ in self._leases
+            if lease.name == name
+        ]
+        return min(begun, default=0)
+
 # %% ../nbs/06a_planning.ipynb #f0a9fe4c
-def record(fn: Callable[[Workspace], Any]) -> dict[str, _Lifetime]:  # for `plan`
+def _let_reuse(found: dict[str, _Lifetime], new: str, old: str, begun: int) -> None:
+    "Note that `new` lies in the place of `old`; a ValueError if `old` is used too late for that."
+    for name in (new, old):
+        if name not in found:
+            raise ValueError(f"reuses: {name!r} was not taken, needed one of {', '.join(found)}")
+    if found[old].last > begun:
+        raise ValueError(
+            f"reuses: {old!r} is used after the first use of {new!r}, which cannot lie in its place"
+        )
+    found[new] = found[new]._replace(first=found[old].last, reuses=old)
+
+
+def record(
+    fn: Callable[[Workspace], Any],
+    *,
+    reuses: Mapping[str, str] | None = None,  # name -> the name whose place it may have: its input
+) -> dict[str, _Lifetime]:  # for `plan`
     "Run `fn` once on a workspace that notes the lifetime of every buffer."
     recorder = _Recorder()
     _ask(fn(recorder))  # what is returned is needed until the end
-    return recorder.requests()
+    return recorder.requests(reuses)

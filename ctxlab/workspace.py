@@ -30,45 +30,6 @@ from .gemm import _ALIGNMENT, aligned_empty
 from .reference import _check_whole
 from .witness import _megabytes
 
-# %% ../nbs/06_workspace.ipynb #bac8cf9e
-def _check_shape(name: str, shape: Any) -> tuple[int, ...]:
-    try:
-        dims = tuple(operator.index(n) for n in (shape if np.iterable(shape) else (shape,)))
-    except TypeError:
-        raise TypeError(f"shape: {shape!r} of {name!r} is not made of integers") from None
-    if any(n < 0 for n in dims):
-        raise ValueError(f"shape: {dims} of {name!r} has a negative dimension")
-    if len(dims) > 64:
-        raise ValueError(f"shape: {name!r} has {len(dims)} dimensions; at most 64 are possible")
-    return dims
-
-
-def _check_dtype(name: str, dtype: Any) -> np.dtype:
-    try:
-        found: np.dtype = np.dtype(dtype)
-    except (TypeError, ValueError, SyntaxError, DeprecationWarning):
-        raise TypeError(f"dtype: {dtype!r} of {name!r} is no NumPy dtype") from None
-    abstract = isinstance(dtype, type) and issubclass(dtype, np.generic) and found.type != dtype
-    if abstract or dtype is None or found.hasobject or not found.itemsize or found.subdtype:
-        raise TypeError(
-            f"dtype: {dtype} of {name!r} has no plain bytes to reuse; "
-            "use numbers, bool or a record of them"
-        )
-    return found
-
-
-def _check_request(
-    name: str, shape: Any, dtype: Any
-) -> tuple[tuple[int, ...], np.dtype, int]:  # shape, dtype, bytes
-    if not isinstance(name, str):
-        raise TypeError(f"name: {name!r} is not a string")
-    shape, dtype = _check_shape(name, shape), _check_dtype(name, dtype)
-    # NumPy's own rule: even an empty array has countable strides.
-    size = math.prod(max(n, 1) for n in shape) * dtype.itemsize
-    if size > sys.maxsize:
-        raise ValueError(f"shape: {shape} of {name!r} is more than {sys.maxsize} bytes")
-    return shape, dtype, math.prod(shape) * dtype.itemsize
-
 # %% ../nbs/06_workspace.ipynb #34a9a0a9
 # Policy -> (bytes needed, bytes held) -> bytes to hold.
 _GROWTH: dict[str, Callable[[int, int], int]] = {
@@ -76,131 +37,6 @@ _GROWTH: dict[str, Callable[[int, int], int]] = {
     "pow2": lambda needed, held: 1 << max(needed - 1, 0).bit_length(),
     "geometric": lambda needed, held: max(needed, held + held // 2),
 }
-
-# %% ../nbs/06_workspace.ipynb #4ebf7a67
-class _Lease:
-    "The right to use a buffer, until the workspace takes it back."
-
-    def __init__(
-        self,
-        name: str,
-        generation: int,
-        flat: np.ndarray,
-        clock: Iterator[int] | None = None,  # notes uses
-    ):
-        self.name, self.generation, self.clock = name, generation, clock
-        self.over = ""  # why the right has ended
-        self.memory = range(flat.ctypes.data, flat.ctypes.data + len(flat))
-        self.first = self.last = 0 if clock is None else next(clock)
-
-    def use(self) -> None:
-        "A RuntimeError when the right has ended."
-        if self.over:
-            raise RuntimeError(
-                f"buffer {self.name!r} of generation {self.generation} is stale: {self.over}"
-            )
-        if self.clock is not None:
-            self.last = next(self.clock)
-
-# %% ../nbs/06_workspace.ipynb #96a9c9c6
-def _lease(a: object) -> _Lease | None:
-    return object.__getattribute__(a, "__dict__").get("lease") if isinstance(a, _Watched) else None
-
-
-def _set_lease(a: "_Watched", lease: _Lease) -> None:
-    object.__getattribute__(a, "__dict__")["lease"] = lease
-
-
-def _inherit(view: "_Watched", source: object) -> None:
-    "Pass the lease on, if the memory is that of the buffer."
-    lease = _lease(source)
-    if (
-        lease is not None
-        and np.ndarray.__array_interface__.__get__(view)["data"][0] in lease.memory
-    ):
-        _set_lease(view, lease)
-
-
-def _ask(a: object) -> None:
-    "Check the lease of `a`, if it has one, and of what lists, tuples and dicts hold."
-    lease = _lease(a)
-    if lease is not None:
-        lease.use()
-    elif isinstance(a, list | tuple | dict):
-        for item in a.values() if isinstance(a, dict) else a:
-            _ask(item)
-
-# %% ../nbs/06_workspace.ipynb #5b39a25b
-def _plain(a: Any) -> Any:
-    "The same memory as an ordinary array, after a look at the lease."
-    _ask(a)
-    return np.ndarray.view(a, np.ndarray) if isinstance(a, _Watched) else a
-
-
-def _asking(name: str) -> Callable[..., Any]:
-    "A method of `np.ndarray` that looks at the leases first."
-    method = getattr(np.ndarray, name)
-
-    def asking(self: np.ndarray, *args: Any) -> Any:
-        _ask([self, *args])
-        return method(self, *args)
-
-    return asking
-
-# %% ../nbs/06_workspace.ipynb #748c8406
-class _Watched(np.ndarray):
-    "What a debug workspace hands out: every use checks first that the buffer is still on loan."
-
-    def __array_finalize__(self, source: np.ndarray | None) -> None:
-        "Views inherit the lease, copies do not."
-        _ask(source)
-        _inherit(self, source)
-
-    def __getattribute__(self, name: str) -> Any:
-        if name != "__class__":
-            _ask(self)
-        return np.ndarray.__getattribute__(self, name)
-
-    def view(self, *args: Any, **options: Any) -> Any:
-        "As `np.ndarray.view`, but never a plain array, which would be out of sight."
-        if args == (np.ndarray,) and not options:
-            return self[...]
-        return np.ndarray.view(self, *args, **options)
-
-    __getitem__, __setitem__, __setattr__ = map(
-        _asking, ("__getitem__", "__setitem__", "__setattr__")
-    )
-    __float__, __int__, __bool__, __index__, __complex__ = map(
-        _asking, ("__float__", "__int__", "__bool__", "__index__", "__complex__")
-    )
-    __len__, __iter__, __contains__, __format__ = map(
-        _asking, ("__len__", "__iter__", "__contains__", "__format__")
-    )
-
-    def __array_ufunc__(
-        self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple[Any, ...] = (), **options: Any
-    ) -> Any:
-        if out:
-            options["out"] = tuple(map(_plain, out))
-        result = getattr(ufunc, method)(
-            *map(_plain, inputs), **{k: _plain(v) for k, v in options.items()}
-        )
-        if not out:
-            return result
-        if len(out) == 1:
-            return out[0]
-        return tuple(r if o is None else o for o, r in zip(out, result, strict=True))
-
-    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        _ask([args, kwargs])
-        result = super().__array_function__(func, types, args, kwargs)
-        if type(result) is not np.ndarray:
-            return result
-        # Some functions make their views without asking the class.
-        view = np.ndarray.view(result, _Watched)
-        for a in args:
-            _inherit(view, a)
-        return result if _lease(view) is None else view
 
 # %% ../nbs/06_workspace.ipynb #c1fadf6e
 _NEVER = object()  # no dtype: the next request takes the slower path
@@ -219,7 +55,8 @@ class _Buffer:
     used: int = 0  # bytes of the view
     generation: int = 0  # that it was last taken in; 0: given back
     asked: Any = _NEVER  # dtype as the caller wrote it, compared by identity
-    lease: _Lease | None = None
+    lease: "_Lease | None" = None
+    reuses: str | None = None  # the name in whose place it lies in an arena
 
 
 _NOTHING = np.empty(0, np.uint8)
@@ -370,6 +207,21 @@ def _overlap(new: object, scope: _Scope | None) -> RuntimeError:
         "so give each task or generator a workspace of its own"
     )
 
+
+def _awake(scope: _Scope | None, name: object) -> _Scope | None:
+    "The innermost open scope that is not suspended; an error if a suspended one holds `name`."
+    found, later = None, None
+    while scope is not None:
+        asleep = scope.suspended()
+        if later is not None and later.slept and not (asleep or scope.over):
+            raise _overlap(scope, later)
+        if asleep and any(b.name == name for b in scope.taken):
+            raise RuntimeError(f"name: {name!r} is in use in {scope}, which is suspended")
+        if not (asleep or scope.over) and found is None:
+            found = scope
+        later, scope = scope, scope.parent
+    return found
+
 # %% ../nbs/06_workspace.ipynb #c0a1d5e2
 _claims = threading.RLock()  # held while a workspace changes hands
 
@@ -428,16 +280,8 @@ class _Owned(_Storage):
         if here is not top:
             raise _overlap(new or here or "a request from outside of scopes", top)
         self._here.set(here)
-        self._taken, later, scope = self._base, None, top
-        while scope is not None:
-            asleep = scope.suspended()
-            if later is not None and later.slept and not (asleep or scope.over):
-                raise _overlap(scope, later)
-            if asleep and any(b.name == name for b in scope.taken):
-                raise RuntimeError(f"name: {name!r} is in use in {scope}, which is suspended")
-            if not (asleep or scope.over) and self._taken is self._base:
-                self._taken = scope.taken
-            later, scope = scope, scope.parent
+        inner = _awake(top, name)
+        self._taken = self._base if inner is None else inner.taken
 
     def _close(self) -> None:
         "Give back what was taken in scopes that have been left, unless a later one is still open."
@@ -454,6 +298,45 @@ class _Owned(_Storage):
     def _disown(self) -> None:
         if not self._base and self._innermost is None:
             self._owner = None
+
+# %% ../nbs/06_workspace.ipynb #bac8cf9e
+def _check_shape(name: str, shape: Any) -> tuple[int, ...]:
+    try:
+        dims = tuple(operator.index(n) for n in (shape if np.iterable(shape) else (shape,)))
+    except TypeError:
+        raise TypeError(f"shape: {shape!r} of {name!r} is not made of integers") from None
+    if any(n < 0 for n in dims):
+        raise ValueError(f"shape: {dims} of {name!r} has a negative dimension")
+    if len(dims) > 64:
+        raise ValueError(f"shape: {name!r} has {len(dims)} dimensions; at most 64 are possible")
+    return dims
+
+
+def _check_dtype(name: str, dtype: Any) -> np.dtype:
+    try:
+        found: np.dtype = np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError, DeprecationWarning):
+        raise TypeError(f"dtype: {dtype!r} of {name!r} is no NumPy dtype") from None
+    abstract = isinstance(dtype, type) and issubclass(dtype, np.generic) and found.type != dtype
+    if abstract or dtype is None or found.hasobject or not found.itemsize or found.subdtype:
+        raise TypeError(
+            f"dtype: {dtype} of {name!r} has no plain bytes to reuse; "
+            "use numbers, bool or a record of them"
+        )
+    return found
+
+
+def _check_request(
+    name: str, shape: Any, dtype: Any
+) -> tuple[tuple[int, ...], np.dtype, int]:  # shape, dtype, bytes
+    if not isinstance(name, str):
+        raise TypeError(f"name: {name!r} is not a string")
+    shape, dtype = _check_shape(name, shape), _check_dtype(name, dtype)
+    # NumPy's own rule: even an empty array has countable strides.
+    size = math.prod(max(n, 1) for n in shape) * dtype.itemsize
+    if size > sys.maxsize:
+        raise ValueError(f"shape: {shape} of {name!r} is more than {sys.maxsize} bytes")
+    return shape, dtype, math.prod(shape) * dtype.itemsize
 
 # %% ../nbs/06_workspace.ipynb #9a46f5c6
 class Workspace(_Owned):
@@ -486,7 +369,7 @@ class Workspace(_Owned):
     ) -> np.ndarray:  # uninitialised, C order; the same memory throughout a generation
         "A view of exactly this shape; allocates only when the name has never been as large."
         if self._owner is not current_thread():
-            return self._take_new(name, shape, dtype)
+            return _take_new(self, name, shape, dtype)
         quick = self._quick
         if quick is not None and self._here.get() is not quick:
             self._look(name)
@@ -501,59 +384,13 @@ class Workspace(_Owned):
                 return view
         except (KeyError, TypeError):
             pass  # what is wrong is said outside, so that the error stands alone
-        return self._take_new(name, shape, dtype)
-
-    def _take_new(
-        self, name: str, shape: Any, dtype: Any
-    ) -> np.ndarray:  # whatever is not a repetition
-        shape, found, needed = _check_request(name, shape, dtype)
-        self._claim(name)
-        try:
-            b = self._buffers.get(name)
-            if b is None or b.generation != self._generation:
-                if b is None or len(b.flat) < needed:
-                    b = _grow(self, {name: needed})[name]
-                if self.debug:
-                    _lend(self, b)
-                self._taken.append(b)
-                b.shape, b.dtype, b.used, b.generation = shape, found, needed, self._generation
-                self._used += needed
-            elif (b.shape, b.dtype) != (shape, found):
-                raise ValueError(
-                    f"name: {name!r} is {b.shape} {b.dtype} in this generation, "
-                    f"asked for as {shape} {found}; use another name, or a scope"
-                )
-        finally:
-            self._disown()
-        if self.debug:
-            return _watched(b)
-        constant = isinstance(dtype, type | np.dtype | str)  # a list could change
-        b.asked = dtype if constant else _NEVER
-        return np.ndarray(shape, found, b.flat)
+        return _take_new(self, name, shape, dtype)
 
     def ensure_capacity(
         self, requests: Mapping[str, tuple[Any, Any]]
     ) -> None:  # name -> (shape, dtype)
         "Grow every name to what it will be asked for, or raise and leave all as it was."
-        for name, request in requests.items():
-            if not isinstance(request, list | tuple) or len(request) != 2:
-                raise TypeError(f"requests: {name!r} is {request!r}, needed (shape, dtype)")
-        needed = {name: _check_request(name, *request)[2] for name, request in requests.items()}
-        self._claim()
-        try:
-            small = {}
-            for name, size in needed.items():
-                b = self._buffers.get(name)
-                if b is not None and len(b.flat) >= size:
-                    continue
-                if b is not None and b.generation == self._generation:
-                    raise RuntimeError(
-                        f"requests: {name!r} is handed out in this generation and cannot grow now"
-                    )
-                small[name] = size
-            _grow(self, small)
-        finally:
-            self._disown()
+        _ensure(self, requests)
 
     def scope(
         self,
@@ -598,6 +435,58 @@ class Workspace(_Owned):
             if self._base:
                 raise RuntimeError("arrange: buffers are handed out; call next_generation() first")
             _arrange(self, plan)
+
+# %% ../nbs/06_workspace.ipynb #9a46f5c7
+def _take_new(
+    ws: Workspace, name: str, shape: Any, dtype: Any
+) -> np.ndarray:  # whatever is not a repetition
+    shape, found, needed = _check_request(name, shape, dtype)
+    ws._claim(name)
+    try:
+        b = ws._buffers.get(name)
+        if b is None or b.generation != ws._generation:
+            if b is None or len(b.flat) < needed:
+                b = _grow(ws, {name: needed})[name]
+            if ws.debug:
+                _lend(ws, b)
+            ws._taken.append(b)
+            b.shape, b.dtype, b.used, b.generation = shape, found, needed, ws._generation
+            ws._used += needed
+        elif (b.shape, b.dtype) != (shape, found):
+            raise ValueError(
+                f"name: {name!r} is {b.shape} {b.dtype} in this generation, "
+                f"asked for as {shape} {found}; use another name, or a scope"
+            )
+    finally:
+        ws._disown()
+    if ws.debug:
+        return _watched(b)
+    constant = isinstance(dtype, type | np.dtype | str)  # a list could change
+    b.asked = dtype if constant else _NEVER
+    return np.ndarray(shape, found, b.flat)
+
+# %% ../nbs/06_workspace.ipynb #9a46f5c8
+def _ensure(ws: Workspace, requests: Mapping[str, tuple[Any, Any]]) -> None:
+    "All of it, or nothing."
+    for name, request in requests.items():
+        if not isinstance(request, list | tuple) or len(request) != 2:
+            raise TypeError(f"requests: {name!r} is {request!r}, needed (shape, dtype)")
+    needed = {name: _check_request(name, *request)[2] for name, request in requests.items()}
+    ws._claim()
+    try:
+        small = {}
+        for name, size in needed.items():
+            b = ws._buffers.get(name)
+            if b is not None and len(b.flat) >= size:
+                continue
+            if b is not None and b.generation == ws._generation:
+                raise RuntimeError(
+                    f"requests: {name!r} is handed out in this generation and cannot grow now"
+                )
+            small[name] = size
+        _grow(ws, small)
+    finally:
+        ws._disown()
 
 # %% ../nbs/06_workspace.ipynb #0e51aa06
 def _given_or_new(workspace: Workspace | None) -> Workspace:
@@ -658,6 +547,146 @@ def _start_again(ws: Workspace) -> None:
     _give_back(ws, ws._base, f"the workspace is in generation {ws.generation + 1}; take it again")
     ws._generation += 1
 
+# %% ../nbs/06_workspace.ipynb #4ebf7a67
+def _given_away(name: str) -> str:
+    return f"the plan gave its memory to {name!r}; record the lifetimes anew"
+
+
+class _Lease:
+    "The right to use a buffer, until the workspace takes it back."
+
+    def __init__(
+        self,
+        name: str,
+        generation: int,
+        flat: np.ndarray,
+        clock: Iterator[int] | None = None,  # notes uses
+        before: "_Lease | None" = None,  # of the buffer in whose place this one lies
+    ):
+        self.name, self.generation, self.clock = name, generation, clock
+        self.before = before
+        self.begun: int | None = None  # time of the first use
+        self.over = ""  # why the right has ended
+        self.memory = range(flat.ctypes.data, flat.ctypes.data + len(flat))
+        self.first = self.last = 0 if clock is None else next(clock)
+
+    def look(self) -> None:
+        "A RuntimeError when the right has ended."
+        if self.over:
+            raise RuntimeError(
+                f"buffer {self.name!r} of generation {self.generation} is stale: {self.over}"
+            )
+        if self.clock is not None:
+            self.last = next(self.clock)
+
+    def use(self) -> None:
+        "`look`; the first use ends the right to what lay here before."
+        self.look()
+        if self.begun is None:
+            self.begun = self.last
+            if self.before is not None:
+                self.before.over = _given_away(self.name)
+
+# %% ../nbs/06_workspace.ipynb #96a9c9c6
+def _lease(a: object) -> _Lease | None:
+    return object.__getattribute__(a, "__dict__").get("lease") if isinstance(a, _Watched) else None
+
+
+def _set_lease(a: "_Watched", lease: _Lease) -> None:
+    object.__getattribute__(a, "__dict__")["lease"] = lease
+
+
+def _inherit(view: "_Watched", source: object) -> None:
+    "Pass the lease on, if the memory is that of the buffer."
+    lease = _lease(source)
+    if (
+        lease is not None
+        and np.ndarray.__array_interface__.__get__(view)["data"][0] in lease.memory
+    ):
+        _set_lease(view, lease)
+
+
+def _ask(a: object) -> None:
+    "Check the lease of `a`, if it has one, and of what lists, tuples and dicts hold."
+    lease = _lease(a)
+    if lease is not None:
+        lease.use()
+    elif isinstance(a, list | tuple | dict):
+        for item in a.values() if isinstance(a, dict) else a:
+            _ask(item)
+
+# %% ../nbs/06_workspace.ipynb #5b39a25b
+def _plain(a: Any) -> Any:
+    "The same memory as an ordinary array, after a look at the lease."
+    _ask(a)
+    return np.ndarray.view(a, np.ndarray) if isinstance(a, _Watched) else a
+
+
+def _asking(name: str) -> Callable[..., Any]:
+    "A method of `np.ndarray` that looks at the leases first."
+    method = getattr(np.ndarray, name)
+
+    def asking(self: np.ndarray, *args: Any) -> Any:
+        _ask([self, *args])
+        return method(self, *args)
+
+    return asking
+
+# %% ../nbs/06_workspace.ipynb #748c8406
+class _Watched(np.ndarray):
+    "What a debug workspace hands out: every use checks first that the buffer is still on loan."
+
+    def __array_finalize__(self, source: np.ndarray | None) -> None:
+        "Views inherit the lease, copies do not."
+        _ask(source)
+        _inherit(self, source)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name != "__class__":
+            _ask(self)
+        return np.ndarray.__getattribute__(self, name)
+
+    def view(self, *args: Any, **options: Any) -> Any:
+        "As `np.ndarray.view`, but never a plain array, which would be out of sight."
+        if args == (np.ndarray,) and not options:
+            return self[...]
+        return np.ndarray.view(self, *args, **options)
+
+    __getitem__, __setitem__, __setattr__ = map(
+        _asking, ("__getitem__", "__setitem__", "__setattr__")
+    )
+    __float__, __int__, __bool__, __index__, __complex__ = map(
+        _asking, ("__float__", "__int__", "__bool__", "__index__", "__complex__")
+    )
+    __len__, __iter__, __contains__, __format__ = map(
+        _asking, ("__len__", "__iter__", "__contains__", "__format__")
+    )
+
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple[Any, ...] = (), **options: Any
+    ) -> Any:
+        plain = [_plain(a) for a in inputs]  # before `out`, which may take the place of one
+        options = {k: _plain(v) for k, v in options.items()}
+        if out:
+            options["out"] = tuple(map(_plain, out))
+        result = getattr(ufunc, method)(*plain, **options)
+        if not out:
+            return result
+        if len(out) == 1:
+            return out[0]
+        return tuple(r if o is None else o for o, r in zip(out, result, strict=True))
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        _ask([args, kwargs])
+        result = super().__array_function__(func, types, args, kwargs)
+        if type(result) is not np.ndarray:
+            return result
+        # Some functions make their views without asking the class.
+        view = np.ndarray.view(result, _Watched)
+        for a in args:
+            _inherit(view, a)
+        return result if _lease(view) is None else view
+
 # %% ../nbs/06_workspace.ipynb #1265d448
 def _end(b: _Buffer, why: str) -> None:
     "End a lease. An arena is not poisoned here: a neighbour in time may own the place by now."
@@ -675,18 +704,23 @@ def _lend(ws: Workspace, b: _Buffer) -> None:
             f"buffer {b.name!r} was written to after generation {b.lease.generation} had given it "
             "back, through a view that escaped (np.asarray, a C pointer, or an ordinary array)"
         )
+    before = None
     if not b.held:
         for other in ws._buffers.values():
             if other.generation == ws.generation and np.may_share_memory(other.flat, b.flat):
-                _end(other, f"the plan gave its memory to {b.name!r}; record the lifetimes anew")
-        b.flat.fill(_POISON)
-    b.lease = _Lease(b.name, ws.generation, b.flat, getattr(ws, "clock", None))
+                if other.name == b.reuses and other.lease is not None and not other.lease.over:
+                    before = other.lease  # still to be read, until `b` is used
+                else:
+                    _end(other, _given_away(b.name))
+        if before is None:
+            b.flat.fill(_POISON)
+    b.lease = _Lease(b.name, ws.generation, b.flat, getattr(ws, "clock", None), before)
 
 
 def _watched(b: _Buffer) -> _Watched:
     "The view of a debug workspace."
     assert b.lease is not None
-    b.lease.use()
+    b.lease.look()
     view = np.ndarray.__new__(_Watched, b.shape, b.dtype, b.flat)
     _set_lease(view, b.lease)
     return view
@@ -699,6 +733,7 @@ class _Lifetime(NamedTuple):
     dtype: DTypeLike
     first: int  # step of the first use
     last: int  # step of the last use
+    reuses: str | None = None  # the request in whose place it lies from that one's last step on
 
 
 @dataclass(frozen=True)
@@ -733,7 +768,8 @@ def _arrange(ws: Workspace, plan: _Plan) -> None:
     except (MemoryError, ValueError):
         raise MemoryError(f"plan: no memory for {plan.nbytes} bytes") from None
     ws._buffers = {
-        n: _Buffer(n, arena[at : at + plan.size(n)], 0) for n, at in plan.offsets.items()
+        n: _Buffer(n, arena[at : at + plan.size(n)], 0, reuses=plan.requests[n].reuses)
+        for n, at in plan.offsets.items()
     }
     ws._arena, ws._allocations = arena, ws._allocations + 1
 

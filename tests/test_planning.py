@@ -29,7 +29,7 @@ def as_numbers(requests):
     """(size, first, last) by name, without the planner's help."""
     return {
         n: (units(math.prod(s) * np.dtype(d).itemsize), a, b)
-        for n, (s, d, a, b) in requests.items()
+        for n, (s, d, a, b, *_) in requests.items()
     }
 
 
@@ -169,7 +169,8 @@ def test_plans_of_little():
         (((3,), f4, 0.5, 4), TypeError, "^requests: steps 0.5 and 4 of 'x' are not integers$"),
         (((3,), f4, 0, None), TypeError, "^requests: steps 0 and None of 'x'"),
         (((3,), f4, 0), TypeError, "^requests: 'x' is .* needed "),
-        (((3,), f4, 0, 1, 2), TypeError, "^requests: 'x' is .* needed "),
+        (((3,), f4, 0, 1, 2), TypeError, "^requests: 'x' reuses 2, needed the name of a request$"),
+        (((3,), f4, 0, 1, "fine", 2), TypeError, "^requests: 'x' is .* needed "),
         (((3,), f4), TypeError, "^requests: 'x' is .* needed "),
         (7, TypeError, "^requests: 'x' is 7, needed "),
         (None, TypeError, "^requests: 'x' is None, needed "),
@@ -419,6 +420,63 @@ def test_a_place_is_the_smallest_gap_or_the_lowest(size, tight, lowest):
     assert planning._place(size, occupied, False) == lowest
     assert planning._place(size, [(9, 20)], True) == 0
     assert planning._place(size, [], False) == 0
+
+
+def clear_place(size, taken, tight):
+    """The lowest of the free places, or of the smallest ones; `taken` are (start, end)."""
+    ends = sorted({0, *(end for _, end in taken)})
+    free = []  # size of the gap, where it begins
+    for at in ends:
+        ahead = [start for start, end in taken if end > at]
+        if all(start >= at for start in ahead):
+            gap = min(ahead, default=math.inf) - at
+            if gap >= size:
+                free.append((gap, at))
+    return min(free)[1] if tight else min(at for _, at in free)
+
+
+def clear_packing(order, tight):
+    """Offsets of items, each against all that were placed before."""
+    placed = []
+    for item in order:
+        meeting = [
+            (at, at + other.size)
+            for other, at in placed
+            if other.first <= item.last and item.first <= other.last
+        ]
+        placed.append((item, clear_place(item.size, meeting, tight)))
+    height = max(at + item.size for item, at in placed)
+    return height, {item.number: at for item, at in placed}
+
+
+def clear_plan(requests):
+    """The first of the best packings."""
+    lifetimes = {name: planning._Lifetime(*r) for name, r in requests.items()}
+    items, live = planning._items(lifetimes), _live_curve(lifetimes)
+    found = [clear_packing(o(items, live), t) for o in _ORDERS.values() for t in (True, False)]
+    height, places = min(found, key=lambda packing: packing[0])
+    return height, {name: places[i] for i, name in enumerate(requests)}
+
+
+def many(seed, n=60, steps=40, length=15):
+    """Requests of few sizes, so that places are of equal merit, or of many."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 6 if seed % 2 else 10**6, n).tolist()
+    first = rng.integers(-steps, steps, n).tolist()
+    last = [a + int(rng.integers(0, length)) for a in first]
+    rows = zip(sizes, first, last, strict=True)
+    return {f"r{i}": ((size,), f4, a, b) for i, (size, a, b) in enumerate(rows)}
+
+
+@few
+@given(st.integers(0, 2**32 - 1), st.integers(_EXACT + 1, 60), st.integers(1, 60))
+def test_the_quick_orders_are_the_clear_ones(seed, n, length):
+    requests = many(seed, n, length=length)
+    p = plan(requests)
+    assert_valid(p, requests)
+    height, offsets = clear_plan(requests)
+    assert p.nbytes == height
+    assert p.offsets == offsets
 
 
 def test_the_orders_of_the_planner():
@@ -680,3 +738,155 @@ def test_steps_may_be_any_integers():
         }
     )
     assert p.nbytes == p.bound == 64
+
+
+# --- a place that is reused ---
+
+
+def in_line(*more):
+    """A chain whose second and third buffers lie in the place of the first, and more."""
+    chain = {
+        "a": ((64,), u1, 0, 2),
+        "b": ((64,), u1, 2, 4, "a"),
+        "c": ((16,), u1, 4, 6, "b"),
+    }
+    return chain | dict(more)
+
+
+def test_a_request_lies_in_the_place_that_it_reuses():
+    alone = {name: r[:4] for name, r in in_line().items()}
+    assert plan(alone).nbytes == 128
+    p = plan(in_line())
+    assert p.offsets == {"a": 0, "b": 0, "c": 0}
+    assert p.nbytes == p.bound == 64
+
+
+def test_a_reused_place_is_free_of_others_for_as_long_as_it_is_used():
+    requests = in_line(("d", ((128,), u1, 6, 6)), ("e", ((64,), u1, 3, 3)))
+    p = plan(requests)
+    assert p.offsets["a"] == p.offsets["b"] == p.offsets["c"]
+    place = range(p.offsets["a"], p.offsets["a"] + 64)
+    assert p.offsets["d"] not in place
+    assert p.offsets["e"] not in place
+    assert p.bound == 192  # d and the place, which c needs at step 6
+    assert p.nbytes == 192
+
+
+REFUSED = {
+    "begins before": ({"b": ((64,), u1, 1, 4, "a")}, "'b' begins at step 1, needed the last step"),
+    "begins after": ({"b": ((64,), u1, 3, 4, "a")}, "'b' begins at step 3, needed the last step"),
+    "larger": ({"b": ((65,), u1, 2, 4, "a")}, "'b' has 65 bytes, needed at most the 64 of 'a'"),
+    "unknown": ({"b": ((64,), u1, 2, 4, "z")}, "'b' reuses 'z', needed the name of an earlier"),
+    "itself": ({"b": ((64,), u1, 2, 2, "b")}, "'b' reuses 'b', needed the name of an earlier"),
+    "later": ({"a": ((64,), u1, 2, 2, "b")}, "'a' reuses 'b', needed the name of an earlier"),
+    "twice": ({"z": ((64,), u1, 2, 2, "a")}, "'b' and 'z' both reuse 'a'"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), REFUSED.values(), ids=REFUSED)
+def test_a_reuse_that_cannot_be_is_named(change, match):
+    requests = in_line() | change
+    if "z" not in change:
+        del requests["c"]
+    with pytest.raises(ValueError, match=f"^requests: {match}") as caught:
+        plan(requests)
+    assert "\n" not in str(caught.value)
+
+
+@few
+@given(requests_up_to(12), st.data())
+def test_plans_with_reuse_are_valid(requests, data):
+    """What reuses a place begins where the other ends; all else that is alive lies apart."""
+    place_of = {name: name for name in requests}
+    for name, (shape, dtype, _, last) in list(requests.items()):
+        if data.draw(st.booleans()):
+            new = f"{name} again"
+            place_of[new] = name
+            requests[new] = shape, dtype, last, last + data.draw(st.integers(0, 5)), name
+    p = plan(requests)
+    sizes = {n: units(math.prod(r[0]) * np.dtype(r[1]).itemsize) for n, r in requests.items()}
+    assert all(p.offsets[n] == p.offsets[place] for n, place in place_of.items())
+    assert p.bound <= p.nbytes
+    for a, b in itertools.combinations(requests, 2):
+        meet = requests[a][2] <= requests[b][3] and requests[b][2] <= requests[a][3]
+        if meet and place_of[a] != place_of[b] and sizes[a] and sizes[b]:
+            low, high = sorted((a, b), key=p.offsets.get)
+            assert p.offsets[low] + sizes[low] <= p.offsets[high]
+    plain = plan({n: r[:4] for n, r in requests.items()})
+    assert p.bound <= plain.bound
+
+
+def stages(ws, late=False):
+    """Layers with a wide middle, whose activation may lie in the place of its input."""
+    h = np.linspace(-1, 1, 32).reshape(8, 4)
+    total = 0.0
+    for i in range(3):
+        z = np.matmul(h, np.ones((4, 16)) / 4, out=ws.take(f"z{i}", (8, 16), f8))
+        a = np.tanh(z, out=ws.take(f"a{i}", (8, 16), f8))
+        h = np.matmul(a, np.eye(16, 4) + i, out=ws.take(f"h{i}", (8, 4), f8))
+        if late:
+            total += float(np.sum(z))
+    return h + total
+
+
+REUSES = {f"a{i}": f"z{i}" for i in range(3)}
+
+
+def test_recorded_lifetimes_reuse_what_they_may():
+    plain, reused = record(stages), record(stages, reuses=REUSES)
+    wide, narrow = 8 * 16 * 8, 8 * 4 * 8
+    assert plan(plain).nbytes >= plan(plain).bound == 2 * wide
+    assert plan(reused).nbytes == wide + narrow
+    assert {n: plan(reused).offsets[n] for n in REUSES} == {
+        n: plan(reused).offsets[z] for n, z in REUSES.items()
+    }
+
+
+@debugging
+def test_a_run_in_reused_places_gives_the_same_bits(debug):
+    ws = Workspace(debug=debug)
+    ws.arrange(plan(record(stages, reuses=REUSES)))
+    ws._arena.fill(0xFF)  # NaN
+    want = stages(Workspace(growth="exact"))
+    for _ in range(3):
+        assert np.array_equal(stages(ws), want)
+        ws.next_generation()
+
+
+def test_what_is_read_after_its_place_was_reused_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^reuses: 'z0' is used after the first use of 'a0'"):
+        record(lambda ws: stages(ws, late=True), reuses=REUSES)
+    with pytest.raises(ValueError, match=r"^reuses: 'x' was not taken, needed one of z0, a0, h0"):
+        record(stages, reuses={"x": "z0"})
+    with pytest.raises(ValueError, match=r"^reuses: 'x' was not taken"):
+        record(stages, reuses={"a0": "x"})
+
+
+def test_a_rehearsal_finds_what_is_read_after_its_place_was_reused():
+    ws = Workspace(debug=True)
+    ws.arrange(plan(record(stages, reuses=REUSES)))
+    with pytest.raises(RuntimeError, match=r"'z0' of generation 1 is stale: the plan gave its"):
+        stages(ws, late=True)
+
+
+def test_a_place_whose_owner_was_given_back_is_poisoned():
+    ws = Workspace(debug=True)
+    ws.arrange(plan({"x": ((4,), f8, 0, 1), "y": ((4,), f8, 1, 2, "x")}))
+    with ws.scope():
+        x = ws.take("x", (4,), f8)
+        x[...] = 1
+    y = ws.take("y", (4,), f8)
+    assert np.isnan(y).all()
+    with pytest.raises(RuntimeError, match="'x' of generation 1 is stale"):
+        x[0]
+
+
+def test_a_place_that_was_reused_is_poisoned_when_it_is_taken_again():
+    ws = Workspace(debug=True)
+    ws.arrange(plan({"x": ((4,), f8, 0, 1), "y": ((4,), f8, 1, 2, "x")}))
+    x = ws.take("x", (4,), f8)
+    x[...] = 1
+    with ws.scope():
+        assert np.array_equal(np.tanh(x, out=ws.take("y", (4,), f8)), np.tanh(np.ones(4)))
+    with ws.scope():
+        assert np.isnan(ws.take("y", (4,), f8)).all()

@@ -461,7 +461,7 @@ def test_an_equal_shape_of_another_dtype_is_another_request(kinds):
 def test_a_repetition_is_not_checked_again(dtype, monkeypatch):
     ws = Workspace()
     ws.take("x", (3,), dtype)
-    monkeypatch.setattr(Workspace, "_take_new", no_memory)
+    monkeypatch.setattr(workspace, "_take_new", no_memory)
     assert ws.take("x", (3,), dtype).shape == (3,)
     with pytest.raises(MemoryError):
         ws.take("x", (4,), dtype)
