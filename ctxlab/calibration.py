@@ -57,7 +57,7 @@ class _Rate:
         ci = binomtest(found, runs).proportion_ci(method="exact")
         return Interval(found / runs, float(ci.low), float(ci.high))
 
-
+# %% ../nbs/02a_calibration.ipynb #c6172844
 def _calibrate(
     percents: Iterable[int],  # true slowdowns, in percent
     runs: int,  # comparisons for each
@@ -91,7 +91,7 @@ def _plot_rates(rates: Iterable[_Rate], ax: Any, label: str = "", marker: str = 
     ax.errorbar(x, middle, reach, marker=marker, capsize=3, label=label)
     ax.set(xlabel="true slowdown, %", ylabel="share told apart", ylim=(-0.03, 1.03))
 
-
+# %% ../nbs/02a_calibration.ipynb #a28b1563
 def _rates_table(rates: Iterable[_Rate]) -> str:
     "A line for each slowdown."
     lines = ["slower by   told apart            same     not told apart   s   blocks"]

@@ -106,7 +106,7 @@ def _replace_files(
     for folder in {target.parent for target in targets.values()}:
         _sync_folder(folder)
 
-
+# %% ../nbs/04a_files.ipynb #f1547686
 def _put_back(placed: list[Path], old: dict[Path, Path], parts: dict[Path, Path]) -> None:
     "Undo renames, the last of which may have failed."
     for target in placed:
@@ -136,7 +136,7 @@ def _whole_files(
         for part in parts:
             part.unlink(missing_ok=True)
 
-
+# %% ../nbs/04a_files.ipynb #6f7d28f3
 def _write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     "Write a file, whole or not at all; text in UTF-8."
     data = content.encode() if isinstance(content, str) else content

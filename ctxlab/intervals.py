@@ -65,7 +65,7 @@ def _sequential_ranks(
         ranks.append(k)
     return ranks
 
-
+# %% ../nbs/01b_intervals.ipynb #8990cf5d
 def _sequential_interval(
     samples: ArrayLike,  # (n,) independent measurements so far
     ranks: list[int],  # from `_sequential_ranks`, for at least n looks

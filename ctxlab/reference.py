@@ -182,7 +182,7 @@ def _tanh_correlation(
     bounded: np.ndarray = np.tanh(np.divide(c, d, out=np.zeros_like(c), where=norms > floor))
     return bounded
 
-
+# %% ../nbs/03_reference.ipynb #b5764265
 def similarity(
     x: np.ndarray,  # (S, D) a layer's input
     y: np.ndarray,  # (S, D) its output, same dtype

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -72,7 +72,7 @@ def _git(repository: Path, *arguments: str) -> bytes:
         raise InputError(f"{repository}: {words[-1].removeprefix('fatal: ')}")
     return done.stdout
 
-
+# %% ../nbs/04b_versions.ipynb #35135c7c
 @contextmanager
 def _checked_out(repository: Path, revision: str) -> Iterator[Path]:
     "The files of a revision; '.' is the working tree as it is."
@@ -90,17 +90,53 @@ def _checked_out(repository: Path, revision: str) -> Iterator[Path]:
             files.extractall(folder, filter="data")
         yield Path(folder)
 
-
+# %% ../nbs/04b_versions.ipynb #77ead28d
 def _place(folder: Path) -> dict[str, Any]:
     "Where a worker of that version runs, and looks for modules."
     first = [str(p) for p in (folder, folder / "src") if p.is_dir()]
     return dict(folder=str(folder), path=[*first, *sys.path])
+
+# %% ../nbs/04b_versions.ipynb #de558fc6
+@contextmanager
+def _places(
+    names: tuple[str, str], function: str | None, repository: Path
+) -> Iterator[Mapping[str, Mapping[str, Any]]]:
+    "Where the workers of both versions run."
+    if function is None:
+        yield dict.fromkeys(names, _place(Path.cwd()))
+        return
+    with _checked_out(repository, names[0]) as old, _checked_out(repository, names[1]) as new:
+        yield {names[0]: _place(old), names[1]: _place(new)}
 
 # %% ../nbs/04b_versions.ipynb #249d23a8
 def _resolved(target: str) -> str:
     "A file's name in full, since its worker may run in another folder."
     place, name = _split_target(target)
     return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else target
+
+
+def _forms(
+    names: tuple[str, str],  # of the versions
+    function: str | None,  # the function, where the names are revisions
+    setup: str | None,  # a function that makes the arguments
+) -> dict[str, tuple[str, str | None]]:
+    "The forms of both versions, by name."
+    if function is None:
+        targets = {name: _resolved(name) for name in names}
+    else:
+        _split_target(function)
+        targets = dict.fromkeys(names, function)
+    return {name: (target, setup and _resolved(setup)) for name, target in targets.items()}
+
+# %% ../nbs/04b_versions.ipynb #59430e0e
+def _until(required: list[_Requirement], resolution: float) -> Callable[[str, str, Interval], bool]:
+    "Of a form, its outcome and ratio so far: need it be measured no more?"
+
+    def decided(form: str, outcome: str, ratio: Interval) -> bool:
+        settled = all(r.settled(ratio, resolution) for r in required)
+        return outcome != "not told apart" and settled
+
+    return decided
 
 # %% ../nbs/04b_versions.ipynb #5803f58b
 def compare_versions(
@@ -127,39 +163,13 @@ def compare_versions(
         raise InputError(f"OLD and NEW are both {old!r}; needed two")
     _check_comparison({old: "", new: ""}, old, budget, resolution, threads, 0.05)
     required = [_Requirement(text) for text in require]
-    question = _Question(
-        budget=budget,
-        resolution=resolution,
-        error=0.05,
-        seed=seed,
-        agree=_agree,
-        progress=progress,
-        decided=lambda form, outcome, ratio: (
-            outcome != "not told apart" and all(r.settled(ratio, resolution) for r in required)
-        ),
-    )
-    if function is None:
-        targets = {name: _resolved(name) for name in (old, new)}
-    else:
-        _split_target(function)
-        targets = dict.fromkeys((old, new), function)
-    forms = {name: (target, setup and _resolved(setup)) for name, target in targets.items()}
+    decided = _until(required, resolution)
+    question = _Question(budget, resolution, 0.05, seed, _agree, progress, decided)
+    forms = _forms((old, new), function, setup)
     with _places((old, new), function, Path(repository)) as places:
         setting = _Setting(forms, old, threads, allocator, places=places)
         result = _compare(setting, question)
     return result, [r.text for r in required if not r.met(result, old, new)]
-
-# %% ../nbs/04b_versions.ipynb #de558fc6
-@contextmanager
-def _places(
-    names: tuple[str, str], function: str | None, repository: Path
-) -> Iterator[Mapping[str, Mapping[str, Any]]]:
-    "Where the workers of both versions run."
-    if function is None:
-        yield dict.fromkeys(names, _place(Path.cwd()))
-        return
-    with _checked_out(repository, names[0]) as old, _checked_out(repository, names[1]) as new:
-        yield {names[0]: _place(old), names[1]: _place(new)}
 
 # %% ../nbs/04b_versions.ipynb #aa4993c4
 def _plot_comparison(c: Comparison, ax: Any) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+    from subprocess import Popen
 
 # %% ../nbs/01c_workers.ipynb #9e7f2b51
 # A factory by its name or pickled, or the names of a function and of one that makes its arguments.
@@ -111,7 +112,7 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
-
+# %% ../nbs/01c_workers.ipynb #97e9b0de
 def _bound(
     function: Callable[..., Any],
     arguments: Any,  # a tuple, a mapping of names, one value alone; None: no arguments
@@ -123,7 +124,7 @@ def _bound(
         return partial(function, **arguments)
     return partial(function, *(arguments if isinstance(arguments, tuple) else (arguments,)))
 
-# %% ../nbs/01c_workers.ipynb #97e9b0de
+
 def _make_call(order: Mapping[str, Any]) -> Callable[[], Any]:
     "The call that a form makes."
     form = order["form"]
@@ -138,13 +139,13 @@ def _make_call(order: Mapping[str, Any]) -> Callable[[], Any]:
         )
     return call
 
-
+# %% ../nbs/01c_workers.ipynb #b57775dc
 def _line(error: BaseException) -> str:
     "An error in one line."
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
-# %% ../nbs/01c_workers.ipynb #b57775dc
+
 def _portable(result: Any) -> Any:
     "A result, if it can be sent to the parent."
     try:
@@ -157,6 +158,15 @@ def _portable(result: Any) -> Any:
     return result
 
 # %% ../nbs/01c_workers.ipynb #6715e893
+def _set_up(order: Mapping[str, Any]) -> tuple[Callable[[], Any], bytearray]:
+    "The call of a form, and a pad to be held, which moves what the heap gives out next."
+    sys.path[:] = order["path"]
+    os.chdir(order["folder"])
+    _limit_memory(order["limit_bytes"])
+    pad = bytearray(order["pad"])
+    return _make_call(order), pad
+
+
 def _serve(connection: "Connection") -> None:
     "Answer orders until there are no more: the life of a worker."
     me = os.getpid()
@@ -169,11 +179,7 @@ def _serve(connection: "Connection") -> None:
             return
         try:
             if what == "start":
-                sys.path[:] = order["path"]
-                os.chdir(order["folder"])
-                _limit_memory(order["limit_bytes"])
-                pad = bytearray(order["pad"])  # noqa: F841  moves what the heap gives out next
-                call = _make_call(order)
+                call, _pad = _set_up(order)  # the pad stays as long as this function runs
                 start = time.perf_counter()
                 result = call()
                 answer = time.perf_counter() - start
@@ -277,6 +283,52 @@ def _this_file() -> str:
     assert spec.origin is not None
     return spec.origin
 
+
+def _environment(
+    threads: int,  # of BLAS
+    variables: Mapping[str, str] | None,  # more of the environment
+    pad: int,  # bytes by which the stack is moved
+) -> dict[str, str]:
+    "The environment of a worker: this process's, with the number of threads and a pad."
+    environment = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads))}
+    return environment | {**(variables or {}), "CTXLAB_PAD": "x" * pad}
+
+# %% ../nbs/01c_workers.ipynb #e1503c5d
+def _spawn(
+    command: tuple[str, ...],  # the interpreter
+    descriptor: int,  # of the worker's end of the pipe
+    stderr: Any,  # the file that takes what it says on stderr
+    environment: Mapping[str, str],
+) -> "Popen[bytes]":
+    "Start the process of a worker."
+    import subprocess  # what a mere import of this module should not load
+
+    return subprocess.Popen(
+        [*command, "-c", _START, _this_file(), str(descriptor)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        env=environment,
+        pass_fds=[descriptor],
+        start_new_session=True,  # Ctrl-C is for the parent, which ends the whole group
+    )
+
+
+def _how_it_died(process: "Popen[bytes]", stderr: Any) -> str:
+    "How a process ended, and the last line that it said."
+    code = process.wait()
+    how = f"ended with code {code}" if code >= 0 else f"died of {signal.Signals(-code).name}"
+    stderr.seek(0)
+    said = stderr.read().decode(errors="replace").strip().splitlines()
+    return f"its process {how}" + (f"; it said: {said[-1]}" if said else "")
+
+
+def _pin(pid: int, cores: list[int]) -> None:
+    "Let a process use these cores alone, where the system can do that (Linux)."
+    with suppress(OSError):  # there is no such folder, or a thread has just ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            os.sched_setaffinity(int(thread), cores)
+
 # %% ../nbs/01c_workers.ipynb #2dae6c30
 class _Worker:
     """A process that makes one form's calls.
@@ -301,28 +353,17 @@ class _Worker:
         path: list[str] | None = None,  # where it looks for modules; default: as here
     ):
         # What a mere import of this module should not load.
-        import subprocess
         import tempfile
         from multiprocessing import Pipe
 
-        self.name = name
-        environment = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads))}
-        environment |= {**(variables or {}), "CTXLAB_PAD": "x" * pad}
+        self.name, self.deadline = name, deadline
+        environment = _environment(threads, variables, pad)
         self.connection, theirs = Pipe()
         self.stderr = tempfile.TemporaryFile()
         try:
-            self.process = subprocess.Popen(
-                [*command, "-c", _START, _this_file(), str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self.stderr,
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for the parent, which ends the whole group
-            )
+            self.process = _spawn(command, theirs.fileno(), self.stderr, environment)
         finally:
             theirs.close()
-        self.deadline = deadline
         order = dict(
             form=form,
             seed=seed,
@@ -346,17 +387,11 @@ class _Worker:
                 raise TimeoutError(f"form {self.name!r}: a call did not end in the time it had")
             kind, answer = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            raise WorkerError(f"form {self.name!r}: {self._how_it_died()}") from None
+            died = _how_it_died(self.process, self.stderr)
+            raise WorkerError(f"form {self.name!r}: {died}") from None
         if kind == "failed":
             raise WorkerError(f"form {self.name!r}: {answer}")
         return answer
-
-    def _how_it_died(self) -> str:
-        code = self.process.wait()
-        how = f"ended with code {code}" if code >= 0 else f"died of {signal.Signals(-code).name}"
-        self.stderr.seek(0)
-        said = self.stderr.read().decode(errors="replace").strip().splitlines()
-        return f"its process {how}" + (f"; it said: {said[-1]}" if said else "")
 
     def ask(self, what: str, order: Any = None, *, deadline: float | None = None) -> Any:
         "An order and its answer."
@@ -369,9 +404,7 @@ class _Worker:
 
     def pin(self, cores: list[int]) -> None:
         "Let it use these cores alone, where the system can do that (Linux)."
-        with suppress(OSError):  # there is no such folder, or a thread has just ended
-            for thread in os.listdir(f"/proc/{self.process.pid}/task"):
-                os.sched_setaffinity(int(thread), cores)
+        _pin(self.process.pid, cores)
 
     def signal(self, which: signal.Signals) -> None:
         "Send a signal to the process and all that it started."
