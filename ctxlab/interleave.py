@@ -701,7 +701,7 @@ class _Container(_Contents):
         "Put stand-ins in the place of what lies here."
         _adopt_items(self._raw, partial(self._schedule.wrap, name=self._name))
 
-
+# %% ../nbs/08_interleave.ipynb #6016a615
 def _adopt_items(raw: Any, wrap: Callable[[Any], Any]) -> None:
     if isinstance(raw, set):
         for item in raw:
@@ -1296,7 +1296,7 @@ def _watch(outside: _Outside, name: str, value: Any) -> None:
     else:
         outside._values(name, value, partial(_attributes, value))
 
-
+# %% ../nbs/08_interleave.ipynb #067d35c0
 def _watch_items(outside: _Outside, name: str, value: Any) -> None:
     if isinstance(value, dict):
         outside._values(name, value, value.copy)
