@@ -39,7 +39,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from .reference import _check_whole
 
-# %% ../nbs/08_interleave.ipynb #c3d067b2
+# %% ../nbs/08_interleave.ipynb #9877f5d5
 class _Step(NamedTuple):
     "One shared access."
 
@@ -68,7 +68,7 @@ class _Step(NamedTuple):
 def _letter(thread: int) -> str:
     return f"{chr(65 + thread % 26)}{thread // 26 or ''}"
 
-
+# %% ../nbs/08_interleave.ipynb #3bf3fed0
 class Deadlock(Exception):
     "Every thread that has not ended waits for a lock."
 
@@ -88,18 +88,11 @@ class Endless(RuntimeError):
 class _Abandoned(BaseException):
     "Ends a thread whose run is of no more interest."
 
-
+# %% ../nbs/08_interleave.ipynb #68c43ef8
 class _Made(tuple[Any, ...]):
     "The name of something that a thread has made."
 
 
-def _closed() -> threading.Lock:
-    "A gate that the next `release` opens for one `acquire`."
-    gate = threading.Lock()
-    gate.acquire()
-    return gate
-
-# %% ../nbs/08_interleave.ipynb #68c43ef8
 class _Labels:
     "What stands for values, so that situations of different runs can be compared."
 
@@ -114,24 +107,9 @@ class _Labels:
             return ("thread", self._idents[value]) if value in self._idents else value
         if value is None or kind is str:
             return value
-        if kind in (bool, float, complex, bytes, range):
-            return kind.__name__, repr(value)  # True is not 1
-        if isinstance(value, tuple) or kind in (list, deque):
-            return (kind.__qualname__, *map(self._label, value))
-        if kind in (set, frozenset):
-            return (kind.__name__, *sorted(map(self._label, value), key=repr))
-        if kind in (dict, defaultdict, types.MappingProxyType):
-            return (kind.__name__, *((self._label(k), self._label(v)) for k, v in value.items()))
-        if isinstance(value, np.generic) or kind is np.ndarray:
-            return kind.__name__, value.dtype.str, value.shape, value.tobytes()
-        if isinstance(value, enum.Enum):
-            return kind.__qualname__, value.name
-        if isinstance(value, BaseException):
-            return kind.__qualname__, self._label(value.args)
-        if kind.__module__ in _VALUES:
-            return kind.__qualname__, repr(value)
-        if _frozen(kind):
-            return kind.__qualname__, self._label(_attributes(value))
+        content = _label_of_content(value, kind, self._label)
+        if content is not None:
+            return content
         shared = _OF.get(id(value))
         if shared is not None:
             return shared[1]
@@ -139,21 +117,87 @@ class _Labels:
             return value._label
         if isinstance(value, _NAMED) and _by_name(value) is value:
             return kind.__name__, value.__module__, value.__qualname__
+        return self._label_of_identity(value, kind)
+
+    def _label_of_identity(self, value: Any, kind: type) -> Any:
         if id(value) not in self._labels:
             name = kind.__name__, len(self._labels)
             label = _Made(("made", *name)) if self._started else ("given", *name)
             self._labels[id(value)] = value, label
             if isinstance(value, types.FunctionType) and self._started:
-                held = [
-                    part for _, cell in _variables(value) for part in _contents_of(cell).values()
-                ]
-                self._labels[id(value)] = value, (label, *map(self._label, held))
+                cells = [_contents_of(cell) for _, cell in _variables(value)]
+                held = [self._label(part) for parts in cells for part in parts.values()]
+                self._labels[id(value)] = value, (label, *held)
         return self._labels[id(value)][1]
 
+# %% ../nbs/08_interleave.ipynb #015179a8
+def _label_of_content(
+    value: Any,
+    kind: type,
+    label: Callable[[Any], Any],  # of a part
+) -> tuple[Any, ...] | None:  # None: told apart by its identity
+    if kind in (bool, float, complex, bytes, range):
+        return kind.__name__, repr(value)  # True is not 1
+    if isinstance(value, tuple) or kind in (list, deque):
+        return (kind.__qualname__, *map(label, value))
+    if kind in (set, frozenset):
+        return (kind.__name__, *sorted(map(label, value), key=repr))
+    if kind in (dict, defaultdict, types.MappingProxyType):
+        return (kind.__name__, *((label(k), label(v)) for k, v in value.items()))
+    if isinstance(value, np.generic) or kind is np.ndarray:
+        return kind.__name__, value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, enum.Enum):
+        return kind.__qualname__, value.name
+    if isinstance(value, BaseException):
+        return kind.__qualname__, label(value.args)
+    if kind.__module__ in _VALUES:
+        return kind.__qualname__, repr(value)
+    if _frozen(kind):
+        return kind.__qualname__, label(_attributes(value))
+    return None
+
+# %% ../nbs/08_interleave.ipynb #733a84f1
+@lru_cache(maxsize=100_000)
+def _names_made(x: Any) -> bool:  # whether there is the name of something made in it
+    return isinstance(x, _Made) or (isinstance(x, tuple) and any(map(_names_made, x)))
+
+
+def _situation(history: list[tuple[Any, ...]], shared: dict[Any, dict[str, Any]]) -> Any:
+    "What the threads know and what lies in the shared places that they can reach; comparable."
+    numbers: dict[_Made, int] = {}
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, _Made):
+            return "#", numbers.setdefault(x, len(numbers))
+        return tuple(map(plain, x)) if _names_made(x) else x
+
+    def lying(label: Any) -> Any:
+        return plain(tuple(sorted(shared.get(label, {}).items(), key=_part)))
+
+    known = tuple(tuple(map(plain, steps)) for steps in history)
+    roots = sorted((label for label in shared if not isinstance(label, _Made)), key=repr)
+    lies: list[Any] = [(label, lying(label)) for label in roots]
+    for number in range(sys.maxsize):
+        if number == len(numbers):  # more may turn up on the way
+            return known, tuple(lies)
+        lies.append((number, lying(list(numbers)[number])))
+
+
+def _part(item: tuple[str, Any]) -> str:
+    return item[0]
+
 # %% ../nbs/08_interleave.ipynb #c4e8c9e1
+_Body = Callable[[], Any]  # what a thread does
 _Pick = Callable[
     [int | None, list[int], int], int
 ]  # who moved, who can move, steps made: who moves
+
+
+def _closed() -> threading.Lock:
+    "A gate that the next `release` opens for one `acquire`."
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
 
 # %% ../nbs/08_interleave.ipynb #47c65130
 class _Schedule(_Labels):
@@ -197,54 +241,21 @@ class _Schedule(_Labels):
         "Call `check` when all threads have ended; a run in which it raises has failed."
         self._checks.append(check)
 
-    def run(self, bodies: Iterable[Callable[[], Any]]) -> "_Schedule":  # itself
+    def run(self, bodies: Iterable[_Body]) -> "_Schedule":  # itself
         "Start a thread for every body, and let them move one at a time until all have ended."
         ready = self._prepared(bodies)
         self._history = [() for _ in ready]
         self._turn, self._ended = [_closed() for _ in ready], [_closed() for _ in ready]
-        self._started, deadline = True, time.monotonic() + self.seconds
+        self._started = True
         try:
-            for i, body in enumerate(ready):  # each runs up to its first step
-                start_new_thread(self._body, (i, body))
-                self._await(self._done, deadline)
-            self._next(None)
-            for gate in (self._done, *self._ended):
-                self._await(gate, deadline)
+            _start_and_await(self, ready)
         except BaseException as e:  # as Ctrl-C
             self._finish(e)
-            self._interrupt()
+            _interrupt(self)
             raise
         if self._problem is not None:
             raise self._problem
         return self
-
-    def _prepared(self, bodies: Iterable[Callable[[], Any]]) -> list[Callable[[], Any]]:
-        return list(bodies)
-
-    def _await(self, gate: threading.Lock, deadline: float) -> None:
-        if not gate.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise Endless(f"seconds: {self.seconds} were not enough for one run; {self._where()}")
-
-    def _where(self) -> str:  # for a reader
-        "What the threads do that do not wait for their turn."
-        frames, places = sys._current_frames(), []
-        for ident, me in list(self._who.items()):
-            frame = frames.get(ident)
-            if frame is not None and frame.f_code.co_filename not in _OURS:
-                line = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-                places.append(f"thread {_letter(me)} is at {line}, in {frame.f_code.co_name}")
-        return "; ".join(places) or "the machine may be too busy"
-
-    def _waiting(self) -> str:  # for a reader
-        "What the threads wait to do that have not ended."
-        steps = [self._asked[thread] for thread in sorted(self._ready)]
-        return "; ".join(f"{step} ({step.line})" for step in steps)
-
-    def _interrupt(self) -> None:
-        "End threads that compute without a step. Those that wait in the system cannot be reached."
-        for ident in list(self._who):
-            set_error = ctypes.pythonapi.PyThreadState_SetAsyncExc
-            set_error(ctypes.c_ulong(ident), ctypes.py_object(_Abandoned))
 
     def settle(self, at: Any) -> None:  # at: what this thread has still to do
         "Say that what this thread does from here on depends on `at`, and on nothing loaded before."
@@ -265,109 +276,14 @@ class _Schedule(_Labels):
     ) -> Any:  # the result
         "Wait for the turn, then act; outside of the threads, only act."
         me = self._who.get(get_ident())
-        if me is None and self._started and not self._over and self._checker != get_ident():
-            with suppress(Refused):
-                self._refuse(f"{name}: a thread that is no body of the scenario asks for it")
-            raise SystemExit  # ends that thread without a word
+        _refuse_stranger(self, me, name)
         if me is None or self._over:
-            return self._unwinding(me, act)
-        first, self._ready[me] = me not in self._ready, ready
-        self._asked[me] = _Step(me, name, what, "", _under_test())
-        if first:
-            self._done.release()  # `run` waits for this
-        if first or self._next(me) != me:
-            self._turn[me].acquire()
-        if self._over:
-            raise _Abandoned
-        error: Exception | None = None
-        value: Any = None
-        try:
-            value = act()
-            seen = self._label(value)
-        except Exception as e:  # it tells the thread something, too
-            error, seen = e, ("raised", type(e).__name__, self._label(e.args))
-        self._history[me] += ((place, what, seen),)
-        if what != "load" and (lies is not None or error is None):
-            label, part = place
-            self._shared.setdefault(label, {})[part] = seen if lies is None else lies()
-        shown = "" if what in ("acquire", "release") else _short(value)
-        shown = f"raises {seen[1]}" if error else shown
-        self.steps.append(self._asked[me]._replace(value=shown))
-        if error is not None:
-            raise error
-        return value
+            return _unwinding(self, me, act)
+        _await_turn(self, me, _Step(me, name, what, "", _under_test()), ready)
+        return _act(self, me, place, what, act, lies)
 
-    def _unwinding(self, me: int | None, act: Callable[[], Any]) -> Any:
-        "A step of a thread of an abandoned run, or of no thread."
-        if me is not None:
-            self._late += 1
-            if self._late > self.most_steps:
-                raise _Abandoned
-        return act()
-
-    def _next(self, me: int | None) -> int | None:  # who moves
-        "Choose the next thread, and wake it where it is not the one that asks."
-        able = [t for t, ready in self._ready.items() if ready()]
-        at, key = len(self.path), self._key(me, able) if self.prune else None
-        if able:
-            self._link(key)
-        known = at >= len(self.prefix) and self.prune and key in self.graph
-        chosen = self._choice(me, able, at)
-        if known or chosen != me:  # another thread may see what this one has done
-            problem = self._unseen()
-            if problem is not None:
-                return self._stop(problem)
-        if not able:
-            if not self._ready:
-                self._complete()
-            waits = Deadlock(f"every thread waits: {self._waiting()}")
-            self._finish(waits if self._ready else self.failure)
-            return None
-        if at < len(self.prefix) and self.prune and key not in self.graph:
-            text = (
-                f"scenario: not the same in every run; differs at step {at}, {self._waiting()}; "
-                "needed no clock, no chance and no array that is not filled, as of `np.empty`"
-            )
-            return self._stop(Refused(text))
-        if chosen is None or chosen not in able:
-            text = f"path: thread {chosen} cannot make step {at}; able: {able}"
-            return self._stop(_Impossible(text))
-        if at == self.most_steps:
-            text = f"steps: {at} were not enough for one run; still to come: {self._waiting()}"
-            return self._stop(Endless(text))
-        if known:
-            self._finish(None, key)
-            return None
-        if self.prune:
-            self.graph.setdefault(key, {})
-            self._before = key, chosen
-        if at >= len(self.prefix) and self._pick is None and self._may_turn(me, able):
-            self.branches += [(*self.path, t) for t in able if t != chosen]
-        self.preemptions += me in able and chosen != me
-        self.path.append(chosen)
-        if chosen != me:
-            self._turn[chosen].release()
-        return chosen
-
-    def _key(self, me: int | None, able: list[int]) -> Any:
-        "The situation, and with a bound on preemptions what is left of it."
-        situation = _situation(self._history, self._shared)
-        if self.most_preemptions is None:
-            return situation
-        return situation, me if me in able else None, self.preemptions
-
-    def _choice(self, me: int | None, able: list[int], at: int) -> int | None:
-        "Who makes the step of that number."
-        if at < len(self.prefix):
-            return self.prefix[at]
-        if self._pick is not None and able:
-            return self._pick(me, able, at)
-        return me if me in able else min(able, default=None)
-
-    def _may_turn(self, me: int | None, able: list[int]) -> bool:
-        "Whether another thread may move than the one that moved before."
-        most = self.most_preemptions
-        return me not in able or most is None or self.preemptions < most
+    def _prepared(self, bodies: Iterable[_Body]) -> list[_Body]:
+        return list(bodies)
 
     def _unseen(self) -> Exception | None:
         "What has changed without a step."
@@ -382,62 +298,76 @@ class _Schedule(_Labels):
         except BaseException as e:
             self.failure = self.failure or e
 
+    def _next(self, me: int | None) -> int | None:  # who moves
+        "Choose the next thread, and wake it where it is not the one that asks."
+        return _next_of(self, me)
+
     def _refuse(self, text: str) -> None:
         if self._over:  # who unwinds makes no steps
             raise _Abandoned
         self._problem = self._problem or Refused(text)
         raise self._problem
 
-    def _stop(self, problem: Exception) -> int | None:  # nobody moves
-        "End a run that says nothing."
-        self._problem = self._problem or problem
-        self._finish(problem)
-        return None
-
-    def _link(self, key: Any) -> None:
-        if self._before is not None:
-            self.graph.setdefault(self._before[0], {})[self._before[1]] = key
-
     def _finish(self, failure: BaseException | None, key: Any = None) -> None:
-        "End the run: no more turns, whoever waits is let go."
+        "End the run, or leave it at a known situation: whoever waits for a turn is let go."
         if self._over:
             return
         if key is None:
-            self._link(None)
+            _link(self, None)
         self.failure, self._over = self.failure or failure, True
         for turn in self._turn:
             if turn.locked():
                 turn.release()
         self._done.release()
 
-    def _body(self, me: int, body: Callable[[], Any]) -> None:
-        self._who[get_ident()] = self._idents[get_ident()] = me
-        try:
-            _refuse_suspended(me, body())
-        except _Abandoned:
-            pass
-        except BaseException as e:
-            if isinstance(e, TypeError) and _for_c(str(e)):
-                e = Refused(f"{e}: a function in C cannot be given what stands in its place")
-            if isinstance(e, Refused):
-                self._problem = self._problem or e
-            if not self._over:  # what is raised while a run is given up happened in no order
-                self.failure = self.failure or e
-        finally:
-            self._who.pop(get_ident())
-        if self._ready.pop(me, None) is None:
-            if not self._over:
-                self._problem = self._problem or self._unseen()
-                self._done.release()  # ended without a step
-        elif self._over:
-            pass
-        elif self.failure is not None:
-            self._finish(self.failure)
-        else:
-            self._next(me)
-        self._ended[me].release()
+# %% ../nbs/08_interleave.ipynb #4e06c355
+def _start_and_await(run: _Schedule, ready: Sequence[_Body]) -> None:
+    deadline = time.monotonic() + run.seconds
+    for i, body in enumerate(ready):  # each runs up to its first step
+        start_new_thread(_live, (run, i, body))
+        _await(run, run._done, deadline)
+    run._next(None)
+    for gate in (run._done, *run._ended):
+        _await(run, gate, deadline)
+
+
+def _await(run: _Schedule, gate: threading.Lock, deadline: float) -> None:
+    if not gate.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise Endless(f"seconds: {run.seconds} were not enough for one run; {_where(run)}")
+
+# %% ../nbs/08_interleave.ipynb #238f6148
+def _live(run: _Schedule, me: int, body: _Body) -> None:
+    run._who[get_ident()] = run._idents[get_ident()] = me
+    try:
+        _refuse_suspended(me, body())
+    except _Abandoned:
+        pass
+    except BaseException as e:
+        _note_failure(run, e)
+    finally:
+        run._who.pop(get_ident())
+    if run._ready.pop(me, None) is None:
+        if not run._over:
+            run._problem = run._problem or run._unseen()
+            run._done.release()  # ended without a step
+    elif run._over:
+        pass
+    elif run.failure is not None:
+        run._finish(run.failure)
+    else:
+        run._next(me)
+    run._ended[me].release()
 
 # %% ../nbs/08_interleave.ipynb #6721e7c9
+def _note_failure(run: _Schedule, error: BaseException) -> None:
+    if isinstance(error, TypeError) and _for_c(str(error)):
+        error = Refused(f"{error}: a function in C cannot be given what stands in its place")
+    if isinstance(error, Refused):
+        run._problem = run._problem or error
+    if not run._over:  # what is raised while a run is given up happened in no order
+        run.failure = run.failure or error
+
+
 def _for_c(text: str) -> bool:
     "Whether an error asks for what it says it was given, as 'must be list, not list'."
     return re.search(r"must be (\w+), not \1\b", text) is not None
@@ -452,60 +382,186 @@ def _refuse_suspended(me: int, result: Any) -> None:
             "needed a plain function"
         )
 
-# %% ../nbs/08_interleave.ipynb #733a84f1
-@lru_cache(maxsize=100_000)
-def _names_made(x: Any) -> bool:  # whether there is the name of something made in it
-    return isinstance(x, _Made) or (isinstance(x, tuple) and any(map(_names_made, x)))
+# %% ../nbs/08_interleave.ipynb #fa103345
+def _await_turn(run: _Schedule, me: int, step: _Step, ready: Callable[[], bool]) -> None:
+    first, run._ready[me] = me not in run._ready, ready
+    run._asked[me] = step
+    if first:
+        run._done.release()  # `run` waits for this
+    if first or run._next(me) != me:
+        run._turn[me].acquire()
+    if run._over:
+        raise _Abandoned
 
 
-def _situation(history: list[tuple[Any, ...]], shared: dict[Any, dict[str, Any]]) -> Any:
-    "What the threads know and what lies in the shared places that they can reach; comparable."
-    numbers: dict[_Made, int] = {}
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, _Made):
-            return "#", numbers.setdefault(x, len(numbers))
-        return tuple(map(plain, x)) if _names_made(x) else x
-
-    def lying(label: Any) -> Any:
-        return plain(tuple(sorted(shared.get(label, {}).items(), key=_part)))
-
-    known = tuple(tuple(map(plain, steps)) for steps in history)
-    roots = sorted((label for label in shared if not isinstance(label, _Made)), key=repr)
-    lies: list[Any] = [(label, lying(label)) for label in roots]
-    for number in range(sys.maxsize):
-        if number == len(numbers):  # more may turn up on the way
-            return known, tuple(lies)
-        lies.append((number, lying(list(numbers)[number])))
+def _refuse_stranger(run: _Schedule, me: int | None, name: str) -> None:
+    "Threads that are no bodies may ask before and after a run, and in its checks."
+    if me is None and run._started and not run._over and run._checker != get_ident():
+        with suppress(Refused):
+            run._refuse(f"{name}: a thread that is no body of the scenario asks for it")
+        raise SystemExit  # ends that thread without a word
 
 
-def _part(item: tuple[str, Any]) -> str:
-    return item[0]
+def _unwinding(run: _Schedule, me: int | None, act: Callable[[], Any]) -> Any:
+    "A step of a thread of an abandoned run, or of no thread."
+    if me is not None:
+        run._late += 1
+        if run._late > run.most_steps:
+            raise _Abandoned
+    return act()
 
-# %% ../nbs/08_interleave.ipynb #002f8c48
-_NAMED = type, types.FunctionType, types.BuiltinFunctionType
+# %% ../nbs/08_interleave.ipynb #6176c12b
+def _act(
+    run: _Schedule,
+    me: int,
+    place: tuple[Any, str],
+    what: str,
+    act: Callable[[], Any],
+    lies: Callable[[], Any] | None,
+) -> Any:  # the arguments and the result of `step`
+    error: Exception | None = None
+    value: Any = None
+    try:
+        value = act()
+        seen = run._label(value)
+    except Exception as e:  # it tells the thread something, too
+        error, seen = e, ("raised", type(e).__name__, run._label(e.args))
+    run._history[me] += ((place, what, seen),)
+    if what != "load" and (lies is not None or error is None):
+        label, part = place
+        run._shared.setdefault(label, {})[part] = seen if lies is None else lies()
+    shown = "" if what in ("acquire", "release") else _short(value)
+    shown = f"raises {seen[1]}" if error else shown
+    run.steps.append(run._asked[me]._replace(value=shown))
+    if error is not None:
+        raise error
+    return value
+
+# %% ../nbs/08_interleave.ipynb #5f5643e9
+def _next_of(run: _Schedule, me: int | None) -> int | None:  # who moves
+    able = [thread for thread, ready in run._ready.items() if ready()]
+    at, key = len(run.path), _key(run, me, able) if run.prune else None
+    if able:
+        _link(run, key)
+    known = at >= len(run.prefix) and run.prune and key in run.graph
+    chosen = _choice(run, me, able, at)
+    # Another thread may see what this one has done.
+    problem = run._unseen() if known or chosen != me else None
+    if problem is None and able:
+        problem = _wrong_turn(run, key, chosen, able)
+    if problem is not None:
+        _stop(run, problem)
+    elif not able:
+        _end(run)
+    elif known:
+        run._finish(None, key)
+    else:
+        _move(run, me, chosen, able, key)
+        return chosen
+    return None
+
+
+def _end(run: _Schedule) -> None:
+    if run._ready:
+        run._finish(Deadlock(f"every thread waits: {_waiting(run)}"))
+        return
+    run._complete()
+    run._finish(run.failure)
+
+
+def _stop(run: _Schedule, problem: Exception) -> None:
+    "End a run that says nothing."
+    run._problem = run._problem or problem
+    run._finish(problem)
+
+# %% ../nbs/08_interleave.ipynb #f4a98536
+def _choice(run: _Schedule, me: int | None, able: list[int], at: int) -> int | None:
+    "Who makes the step of that number."
+    if at < len(run.prefix):
+        return run.prefix[at]
+    if run._pick is not None and able:
+        return run._pick(me, able, at)
+    return me if me in able else min(able, default=None)
+
+
+def _wrong_turn(
+    run: _Schedule,
+    key: Any,  # the situation
+    chosen: int | None,
+    able: list[int],
+) -> Exception | None:
+    at = len(run.path)
+    if at < len(run.prefix) and run.prune and key not in run.graph:
+        return Refused(
+            f"scenario: not the same in every run; differs at step {at}, {_waiting(run)}; "
+            "needed no clock, no chance and no array that is not filled, as of `np.empty`"
+        )
+    if chosen is None or chosen not in able:
+        return _Impossible(f"path: thread {chosen} cannot make step {at}; able: {able}")
+    if at == run.most_steps:
+        text = f"steps: {at} were not enough for one run; still to come: {_waiting(run)}"
+        return Endless(text)
+    return None
+
+# %% ../nbs/08_interleave.ipynb #ec006247
+def _move(run: _Schedule, me: int | None, chosen: Any, able: list[int], key: Any) -> None:
+    at = len(run.path)
+    if run.prune:
+        run.graph.setdefault(key, {})
+        run._before = key, chosen
+    if at >= len(run.prefix) and run._pick is None and _may_turn(run, me, able):
+        run.branches += [(*run.path, thread) for thread in able if thread != chosen]
+    run.preemptions += me in able and chosen != me
+    run.path.append(chosen)
+    if chosen != me:
+        run._turn[chosen].release()
+
+
+def _may_turn(run: _Schedule, me: int | None, able: list[int]) -> bool:
+    "Whether another thread may move than the one that moved before."
+    most = run.most_preemptions
+    return me not in able or most is None or run.preemptions < most
+
+# %% ../nbs/08_interleave.ipynb #b42eb04f
+def _key(run: _Schedule, me: int | None, able: list[int]) -> Any:
+    "The situation, and with a bound on preemptions what is left of it."
+    situation = _situation(run._history, run._shared)
+    if run.most_preemptions is None:
+        return situation
+    return situation, me if me in able else None, run.preemptions
+
+
+def _link(run: _Schedule, key: Any) -> None:
+    if run._before is not None:
+        situation, chosen = run._before
+        run.graph.setdefault(situation, {})[chosen] = key
+
+# %% ../nbs/08_interleave.ipynb #48b799e9
+def _where(run: _Schedule) -> str:  # for a reader
+    "What the threads do that do not wait for their turn."
+    frames, places = sys._current_frames(), []
+    for ident, me in list(run._who.items()):
+        frame = frames.get(ident)
+        if frame is not None and frame.f_code.co_filename not in _OURS:
+            line = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+            places.append(f"thread {_letter(me)} is at {line}, in {frame.f_code.co_name}")
+    return "; ".join(places) or "the machine may be too busy"
+
+
+def _waiting(run: _Schedule) -> str:  # for a reader
+    "What the threads wait to do that have not ended."
+    steps = [run._asked[thread] for thread in sorted(run._ready)]
+    return "; ".join(f"{step} ({step.line})" for step in steps)
+
+
+def _interrupt(run: _Schedule) -> None:
+    "End threads that compute without a step. Those that wait in the system cannot be reached."
+    for ident in list(run._who):
+        set_error = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        set_error(ctypes.c_ulong(ident), ctypes.py_object(_Abandoned))
+
+# %% ../nbs/08_interleave.ipynb #ffdb2275
 _OF: dict[int, tuple[Any, Any, Any]] = {}  # identity of a shared object -> schedule, label, itself
-
-
-def _by_name(value: Any) -> Any:  # what lies under the name that a function or class says it has
-    found: Any = sys.modules.get(value.__module__ or "")
-    for part in value.__qualname__.split("."):
-        found = getattr(found, part, None)
-    return found
-
-
-def _short(value: Any) -> str:  # the same in every run
-    if isinstance(value, _Contents):
-        value = value._raw
-    if isinstance(value, (list, dict, set, deque)):
-        return f"[{len(value)}]"
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_short, value))})"
-    return type(value).__name__
 
 
 class _Traced:
@@ -519,6 +575,15 @@ class _Traced:
         return self._schedule.step((self._label, ""), self._name, what, act, **options)
 
 
+class _End(enum.Enum):
+    "What follows the last item."
+
+    END = 0
+
+
+_END = _End.END
+
+# %% ../nbs/08_interleave.ipynb #002f8c48
 _R = TypeVar("_R")
 
 
@@ -559,16 +624,31 @@ class _Contents(_Traced):
                 return
             yield found
 
-
-class _End(enum.Enum):
-    "What follows the last item."
-
-    END = 0
+# %% ../nbs/08_interleave.ipynb #ff08eaa3
+_NAMED = type, types.FunctionType, types.BuiltinFunctionType
 
 
-_END = _End.END
+def _by_name(value: Any) -> Any:  # what lies under the name that a function or class says it has
+    found: Any = sys.modules.get(value.__module__ or "")
+    for part in value.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found
 
-# %% ../nbs/08_interleave.ipynb #74d4d60d
+
+def _short(value: Any) -> str:  # the same in every run
+    if isinstance(value, _Contents):
+        value = value._raw
+    if isinstance(value, (list, dict, set, deque)):
+        return f"[{len(value)}]"
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    return type(value).__name__
+
+# %% ../nbs/08_interleave.ipynb #d4fe8865
 _STORES: dict[Any, str] = {
     list: "__setitem__ __delitem__ __iadd__ __imul__ append extend insert pop remove clear sort "
     "reverse",
@@ -584,7 +664,7 @@ _SPECIAL = {
     *("__iter__", "__reversed__", "__class_getitem__", "keys", "values", "items"),
 } - {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__repr__"}
 
-
+# %% ../nbs/08_interleave.ipynb #74d4d60d
 class _Container(_Contents):
     "A stand-in for a list, a dict, a set or a deque."
 
@@ -619,19 +699,22 @@ class _Container(_Contents):
 
     def _adopt_items(self) -> None:
         "Put stand-ins in the place of what lies here."
-        raw, wrap = self._raw, partial(self._schedule.wrap, name=self._name)
-        if isinstance(raw, set):
-            for item in raw:
-                wrap(item)
-            return
-        for key, item in list(raw.items() if isinstance(raw, dict) else enumerate(raw)):
-            new = wrap(item)
-            if isinstance(raw, dict):
-                wrap(key)
-            if new is not item:
-                raw[key] = new
+        _adopt_items(self._raw, partial(self._schedule.wrap, name=self._name))
 
+# %% ../nbs/08_interleave.ipynb #6016a615
+def _adopt_items(raw: Any, wrap: Callable[[Any], Any]) -> None:
+    if isinstance(raw, set):
+        for item in raw:
+            wrap(item)
+        return
+    for key, item in list(raw.items() if isinstance(raw, dict) else enumerate(raw)):
+        new = wrap(item)
+        if isinstance(raw, dict):
+            wrap(key)
+        if new is not item:
+            raw[key] = new
 
+# %% ../nbs/08_interleave.ipynb #8a42f607
 class _View:
     "A stand-in for `keys`, `values` or `items` of a dict."
 
@@ -647,7 +730,7 @@ class _View:
     def __contains__(self, item: Any) -> bool:
         return self._owner._load(lambda: item in self._raw)
 
-
+# %% ../nbs/08_interleave.ipynb #1d4f3770
 def _operation(kind: type, name: str, stores: bool) -> Callable[..., Any]:
     def operation(self: _Container, *args: Any, **options: Any) -> Any:
         raw, method = self._raw, getattr(kind, name)
@@ -682,13 +765,13 @@ def _container(kind: type) -> type[_Container]:
 
 _CONTAINERS: dict[Any, type[_Container]] = {kind: _container(kind) for kind in _STORES}
 
-# %% ../nbs/08_interleave.ipynb #7c55a155
+# %% ../nbs/08_interleave.ipynb #bd3002a2
 _VIEWS = {"T", "real", "imag", "reshape", "transpose", "view", "ravel", "squeeze", "swapaxes"}
 _FILLS = {"fill", "sort", "put", "partition"}
 _WRITERS = {np.copyto, np.put, np.place, np.putmask, np.fill_diagonal, np.put_along_axis}
 _SHAPES = {"shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides", "flags"}
 
-
+# %% ../nbs/08_interleave.ipynb #7c55a155
 class _Array(NDArrayOperatorsMixin, _Contents):
     """A stand-in for an array. A view of it is one, too; whatever else reads it gets a copy.
 
@@ -776,59 +859,13 @@ class _Array(NDArrayOperatorsMixin, _Contents):
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         if method == "at":
             raise Refused(f"{self._name}: {ufunc.__name__}.at cannot be divided into steps")
-        out = options.pop("out", ())
-        read = [_plain_arrays(each) for each in inputs]
-        where = options.get("where", True) is not True
-        fresh = [_room(each, where) for each in out]
-        if out:
-            options["out"] = tuple(fresh)
-        result = getattr(ufunc, method)(*read, **options)
-        for target, made in zip(out, fresh, strict=True):
-            if isinstance(target, _Array):
-                target[...] = made
-        return result if not out else out[0] if len(out) == 1 else out
+        return _call_ufunc(getattr(ufunc, method), inputs, options)
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if func in _WRITERS and args and isinstance(args[0], _Array):
-            rest, named = _plain_arrays(args[1:]), _plain_arrays(kwargs)
-            return args[0]._fill(lambda: func(args[0]._raw, *rest, **named))
-        out = kwargs.pop("out", None)
-        copies: list[tuple[_Array, weakref.ref[np.ndarray]]] = []
-
-        def copied(array: _Array) -> np.ndarray:
-            found = array._copy()
-            copies.append((array, weakref.ref(found)))
-            return found
-
-        result = func(*_plain_arrays(args, copied), **_plain_arrays(kwargs, copied))
-        for array, each in copies:  # those that the result is a view of are still there
-            array._give(each)
-        if out is None:
-            return result
-        out[...] = result
-        return out
+        return _call_function(func, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _SHAPES:
-            return getattr(self._raw, name)
-        if name.startswith("__"):  # what NumPy looks for to get at the memory itself
-            raise AttributeError(name)
-        found = getattr(np.ndarray, name)
-        if not callable(found):
-            if name not in _VIEWS:
-                raise Refused(f"{self._name}: the explorer does not see through .{name}")
-            return self._read(lambda: getattr(self._raw, name))
-        if name in ("resize", "setflags", "setfield", "byteswap", "getfield"):
-            raise Refused(f"{self._name}: the explorer does not see through .{name}")
-
-        def method(*args: Any, **options: Any) -> Any:
-            args, options = _plain_arrays(args), _plain_arrays(options)
-            call = partial(found, self._raw, *args, **options)
-            if name in _FILLS:
-                return self._fill(call)
-            return self._read(call) if name in _VIEWS else self._load(call)
-
-        return method
+        return _attribute_of_array(self, name)
 
     def __bool__(self) -> bool:
         return bool(self._copy())
@@ -842,7 +879,7 @@ class _Array(NDArrayOperatorsMixin, _Contents):
     def __repr__(self) -> str:
         return repr(self._copy())
 
-
+# %% ../nbs/08_interleave.ipynb #07651a47
 def _plain_arrays(value: Any, copy: Callable[[_Array], np.ndarray] = _Array._copy) -> Any:
     "The same with copies in place of shared arrays."
     if isinstance(value, _Array):
@@ -853,11 +890,69 @@ def _plain_arrays(value: Any, copy: Callable[[_Array], np.ndarray] = _Array._cop
         return {key: _plain_arrays(part, copy) for key, part in value.items()}
     return value
 
+# %% ../nbs/08_interleave.ipynb #d68e3b5e
+def _call_ufunc(call: Any, inputs: Any, options: dict[str, Any]) -> Any:
+    out = options.pop("out", ())
+    read = [_plain_arrays(each) for each in inputs]
+    where = options.get("where", True) is not True
+    fresh = [_room(each, where) for each in out]
+    if out:
+        options["out"] = tuple(fresh)
+    result = call(*read, **options)
+    for target, made in zip(out, fresh, strict=True):
+        if isinstance(target, _Array):
+            target[...] = made
+    return result if not out else out[0] if len(out) == 1 else out
+
 
 def _room(target: Any, kept: bool) -> Any:  # for a result; kept: with what lies in the target
     if not isinstance(target, _Array):
         return target
     return target._copy().copy() if kept else np.empty_like(target._raw)
+
+# %% ../nbs/08_interleave.ipynb #b11aebe8
+def _call_function(func: Any, args: Any, kwargs: Any) -> Any:
+    if func in _WRITERS and args and isinstance(args[0], _Array):
+        rest, named = _plain_arrays(args[1:]), _plain_arrays(kwargs)
+        return args[0]._fill(lambda: func(args[0]._raw, *rest, **named))
+    out = kwargs.pop("out", None)
+    copies: list[tuple[_Array, weakref.ref[np.ndarray]]] = []
+
+    def copied(array: _Array) -> np.ndarray:
+        found = array._copy()
+        copies.append((array, weakref.ref(found)))
+        return found
+
+    result = func(*_plain_arrays(args, copied), **_plain_arrays(kwargs, copied))
+    for array, each in copies:  # those that the result is a view of are still there
+        array._give(each)
+    if out is None:
+        return result
+    out[...] = result
+    return out
+
+# %% ../nbs/08_interleave.ipynb #be0218b5
+def _attribute_of_array(array: _Array, name: str) -> Any:
+    if name in _SHAPES:
+        return getattr(array._raw, name)
+    if name.startswith("__"):  # what NumPy looks for to get at the memory itself
+        raise AttributeError(name)
+    found = getattr(np.ndarray, name)
+    if not callable(found):
+        if name not in _VIEWS:
+            raise Refused(f"{array._name}: the explorer does not see through .{name}")
+        return array._read(lambda: getattr(array._raw, name))
+    if name in ("resize", "setflags", "setfield", "byteswap", "getfield"):
+        raise Refused(f"{array._name}: the explorer does not see through .{name}")
+
+    def method(*args: Any, **options: Any) -> Any:
+        args, options = _plain_arrays(args), _plain_arrays(options)
+        call = partial(found, array._raw, *args, **options)
+        if name in _FILLS:
+            return array._fill(call)
+        return array._read(call) if name in _VIEWS else array._load(call)
+
+    return method
 
 # %% ../nbs/08_interleave.ipynb #ba7e8394
 class _Lock(_Traced):
@@ -910,7 +1005,7 @@ class _Lock(_Traced):
     def __exit__(self, *_: Any) -> None:
         self.release()
 
-
+# %% ../nbs/08_interleave.ipynb #43feca63
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
 
 
@@ -921,61 +1016,71 @@ def _constant(value: Any) -> bool:  # what nobody stores to once it is there
 @lru_cache(maxsize=256)
 def _stepping(cls: type) -> type:
     "`cls`, with every access to an instance's attributes as a step."
-
-    def __getattribute__(self: Any, name: str) -> Any:
-        known = _OF.get(id(self))
-        if known is None or (name.startswith("__") and name != "__dict__"):
-            return object.__getattribute__(self, name)
-        schedule, label, _ = known
-        if name == "__dict__":
-            own = object.__getattribute__(self, name)
-            return _Names(self, own) if schedule._moving() else own
-        held, steps = _held(self, name)
-        if not steps or _constant(held):
-            return object.__getattribute__(self, name)
-        act = partial(object.__getattribute__, self, name)
-        return schedule.step((label, name), f"{cls.__name__}.{name}", "load", act)
-
-    def __setattr__(self: Any, name: str, value: Any) -> None:
-        known = _OF.get(id(self))
-        if known is None or (name != "__dict__" and _by_descriptor(self, name, "__set__")):
-            return object.__setattr__(self, name, value)
-        schedule, label, _ = known
-        full = f"{cls.__name__}.{name}"
-        if name == "__dict__":
-            schedule._refuse(f"{full}: is replaced; needed stores to the attributes")
-        value = schedule.wrap(value, full)
-        if schedule._moving() and (_constant(value) or _constant(_held(self, name)[0])):
-            schedule._refuse(
-                f"{full}: a thread stores a function or a lock, or over one; "
-                "loads of those are no steps"
-            )
-
-        def store() -> Any:
-            object.__setattr__(self, name, value)
-            schedule._kept[id(self)].parts[name] = value
-            return value
-
-        schedule.step((label, name), full, "store", store)
-
-    def __delattr__(self: Any, name: str) -> None:
-        known = _OF.get(id(self))
-        if known is None or _by_descriptor(self, name, "__delete__"):
-            return object.__delattr__(self, name)
-        schedule, label, _ = known
-
-        def delete() -> str:
-            object.__delattr__(self, name)
-            del schedule._kept[id(self)].parts[name]
-            return "deleted"
-
-        schedule.step((label, name), f"{cls.__name__}.{name}", "store", delete)
-
     names = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    overridden = (__getattribute__, __setattr__, __delattr__)
-    return type(cls)(cls.__name__, (cls,), names | {f.__name__: f for f in overridden})
+    access = {
+        "__getattribute__": _load_attribute,
+        "__setattr__": _store_attribute,
+        "__delattr__": _delete_attribute,
+    }
+    return type(cls)(cls.__name__, (cls,), names | access)
 
 
+def _full_name(instance: Any, name: str) -> str:  # as 'Counter.n'
+    return f"{type(instance).__name__}.{name}"
+
+# %% ../nbs/08_interleave.ipynb #4f4b6e5f
+def _load_attribute(self: Any, name: str) -> Any:
+    known = _OF.get(id(self))
+    if known is None or (name.startswith("__") and name != "__dict__"):
+        return object.__getattribute__(self, name)
+    schedule, label, _ = known
+    if name == "__dict__":
+        own = object.__getattribute__(self, name)
+        return _Names(self, own) if schedule._moving() else own
+    held, steps = _held(self, name)
+    if not steps or _constant(held):
+        return object.__getattribute__(self, name)
+    act = partial(object.__getattribute__, self, name)
+    return schedule.step((label, name), _full_name(self, name), "load", act)
+
+# %% ../nbs/08_interleave.ipynb #d468b3f8
+def _store_attribute(self: Any, name: str, value: Any) -> None:
+    known = _OF.get(id(self))
+    if known is None or (name != "__dict__" and _by_descriptor(self, name, "__set__")):
+        return object.__setattr__(self, name, value)
+    schedule, label, _ = known
+    full = _full_name(self, name)
+    if name == "__dict__":
+        schedule._refuse(f"{full}: is replaced; needed stores to the attributes")
+    value = schedule.wrap(value, full)
+    if schedule._moving() and (_constant(value) or _constant(_held(self, name)[0])):
+        schedule._refuse(
+            f"{full}: a thread stores a function or a lock, or over one; "
+            "loads of those are no steps"
+        )
+
+    def store() -> Any:
+        object.__setattr__(self, name, value)
+        schedule._kept[id(self)].parts[name] = value
+        return value
+
+    schedule.step((label, name), full, "store", store)
+
+
+def _delete_attribute(self: Any, name: str) -> None:
+    known = _OF.get(id(self))
+    if known is None or _by_descriptor(self, name, "__delete__"):
+        return object.__delattr__(self, name)
+    schedule, label, _ = known
+
+    def delete() -> str:
+        object.__delattr__(self, name)
+        del schedule._kept[id(self)].parts[name]
+        return "deleted"
+
+    schedule.step((label, name), _full_name(self, name), "store", delete)
+
+# %% ../nbs/08_interleave.ipynb #cc5505d4
 def _in_class(instance: Any, name: str) -> Any:
     return getattr(type(instance), name, None)
 
@@ -1006,7 +1111,7 @@ def _held(instance: Any, name: str) -> tuple[Any, bool]:  # the value; whether a
         return own[name], True
     return found, not hasattr(found, "__get__")
 
-
+# %% ../nbs/08_interleave.ipynb #5b3796f8
 class _Names(MutableMapping[str, Any]):
     "A stand-in for the `__dict__` of a shared object: it loads and stores attributes."
 
@@ -1015,7 +1120,7 @@ class _Names(MutableMapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         schedule, label, instance = _OF[id(self._instance)]
-        full = f"{type(instance).__name__}.{name}"
+        full = _full_name(instance, name)
         return schedule.step((label, name), full, "load", lambda: self._own[name])
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -1026,7 +1131,7 @@ class _Names(MutableMapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         schedule, label, instance = _OF[id(self._instance)]
-        full = f"{type(instance).__name__}.__dict__"
+        full = _full_name(instance, "__dict__")
         return iter(schedule.step((label, "__dict__"), full, "load", lambda: tuple(self._own)))
 
     def __len__(self) -> int:
@@ -1041,49 +1146,6 @@ class _Code(NamedTuple):
     rebinds: frozenset[str]  # variables of an outer function
     imports: frozenset[str]  # modules
     attributes: frozenset[str]
-
-# %% ../nbs/08_interleave.ipynb #2d362b3f
-_PLAIN = (
-    *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...)),
-    *(type(NotImplemented), np.generic, np.dtype),
-    *(object, typing.TypeVar, types.GenericAlias, types.MemberDescriptorType),
-    *(types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
-    type(_Code.loads),  # a field of a named tuple
-)
-_PLAIN_KINDS = frozenset(_PLAIN)
-_LIBRARY = tuple(
-    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-)
-
-
-_VALUES = {  # modules of values without parts
-    *("typing", "fractions", "decimal", "datetime", "re", "dataclasses")
-}
-
-
-def _plain(value: Any) -> bool:  # nothing in it can change
-    kind = type(value)
-    if kind in _PLAIN_KINDS or isinstance(value, (np.generic, np.dtype)):
-        return True
-    if isinstance(value, types.ModuleType):
-        return _library(_file_of(value))
-    return kind.__module__ in _VALUES or (isinstance(value, enum.Enum) and _library(kind))
-
-
-def _file_of(module: types.ModuleType) -> str:
-    origin = getattr(module.__spec__, "origin", None)  # 'built-in', 'frozen' or a file
-    return getattr(module, "__file__", None) or (f"<frozen {origin}>" if origin else "")
-
-
-def _library(cls_or_file: Any) -> bool:
-    "Whether this is code of Python or of an installed package, which is taken to share nothing."
-    file = cls_or_file
-    if isinstance(cls_or_file, type):
-        module = sys.modules.get(cls_or_file.__module__)
-        if module is None or cls_or_file.__module__ == "__main__":
-            return False
-        file = _file_of(module)
-    return file in _OURS or file.startswith(("<frozen", *_LIBRARY))
 
 # %% ../nbs/08_interleave.ipynb #caa1f666
 @lru_cache(maxsize=4096)
@@ -1109,6 +1171,49 @@ def _code(code: types.CodeType) -> _Code:
             found["rebinds"] |= within.rebinds & set(code.co_freevars)
             attributes |= within.attributes
     return _Code(*map(frozenset, (*found.values(), attributes)))
+
+# %% ../nbs/08_interleave.ipynb #2d362b3f
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes, range, slice, type(...)),
+    *(type(NotImplemented), np.generic, np.dtype),
+    *(object, typing.TypeVar, types.GenericAlias, types.MemberDescriptorType),
+    *(types.GetSetDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType),
+    type(_Code.loads),  # a field of a named tuple
+)
+_PLAIN_KINDS = frozenset(_PLAIN)
+_VALUES = {  # modules of values without parts
+    *("typing", "fractions", "decimal", "datetime", "re", "dataclasses")
+}
+
+
+def _plain(value: Any) -> bool:  # nothing in it can change
+    kind = type(value)
+    if kind in _PLAIN_KINDS or isinstance(value, (np.generic, np.dtype)):
+        return True
+    if isinstance(value, types.ModuleType):
+        return _library(_file_of(value))
+    return kind.__module__ in _VALUES or (isinstance(value, enum.Enum) and _library(kind))
+
+# %% ../nbs/08_interleave.ipynb #4ba9cc05
+_LIBRARY = tuple(
+    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
+
+
+def _file_of(module: types.ModuleType) -> str:
+    origin = getattr(module.__spec__, "origin", None)  # 'built-in', 'frozen' or a file
+    return getattr(module, "__file__", None) or (f"<frozen {origin}>" if origin else "")
+
+
+def _library(cls_or_file: Any) -> bool:
+    "Whether this is code of Python or of an installed package, which is taken to share nothing."
+    file = cls_or_file
+    if isinstance(cls_or_file, type):
+        module = sys.modules.get(cls_or_file.__module__)
+        if module is None or cls_or_file.__module__ == "__main__":
+            return False
+        file = _file_of(module)
+    return file in _OURS or file.startswith(("<frozen", *_LIBRARY))
 
 # %% ../nbs/08_interleave.ipynb #dc961094
 class _Outside:
@@ -1150,31 +1255,8 @@ class _Outside:
             self.tokens[id(value)] = value
         if isinstance(value, (_Schedule, *_STAND_INS)) or _plain(value) or id(value) in self._seen:
             return
-        kind = type(value)
         self._seen[id(value)] = value
-        if kind is threading.local:
-            self.locals.append(value)
-        elif kind is types.FunctionType:
-            self._function(name, value)
-        elif isinstance(value, type):
-            self._class(value)
-        elif isinstance(value, tuple) or kind in (frozenset, list, set, deque, dict, defaultdict):
-            self._items(name, value)
-        elif kind is np.ndarray:
-            self._remember(id(value), name, partial(_same_bytes, value))
-        elif kind in (types.MethodType, partial, types.BuiltinFunctionType, *_WRAPPERS):
-            for part in _parts(value):
-                self.add(name, part)
-        elif isinstance(value, BaseException):
-            self.add(name, value.args)
-            self._values(name, value, partial(_attributes, value))
-        elif _library(kind):
-            self._unknown[id(value)] = (
-                f"{name}: a {kind.__name__} that outlives a run, in which the explorer cannot "
-                "look; needed one that the scenario makes, or `aside`"
-            )
-        else:
-            self._values(name, value, partial(_attributes, value))
+        _watch(self, name, value)
 
     def _values(self, name: str, value: Any, look: Callable[[], dict[Any, Any]]) -> None:
         "The values of a mapping must stay the same objects."
@@ -1187,81 +1269,123 @@ class _Outside:
 
         self._remember(id(value), name, watch)
 
-    def _items(self, name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            self._values(name, value, value.copy)
-        elif isinstance(value, (tuple, frozenset)):
-            for part in value:
-                self.add(name, part)
-        else:
-            self._values(name, value, lambda: dict(enumerate(value)))
+# %% ../nbs/08_interleave.ipynb #561dbc7c
+def _watch(outside: _Outside, name: str, value: Any) -> None:
+    kind = type(value)
+    if kind is threading.local:
+        outside.locals.append(value)
+    elif kind is types.FunctionType:
+        _watch_function(outside, name, value)
+    elif isinstance(value, type):
+        _watch_class(outside, value)
+    elif isinstance(value, tuple) or kind in (frozenset, list, set, deque, dict, defaultdict):
+        _watch_items(outside, name, value)
+    elif kind is np.ndarray:
+        outside._remember(id(value), name, partial(_same_bytes, value))
+    elif kind in (types.MethodType, partial, types.BuiltinFunctionType, *_WRAPPERS):
+        for part in _parts(value):
+            outside.add(name, part)
+    elif isinstance(value, BaseException):
+        outside.add(name, value.args)
+        outside._values(name, value, partial(_attributes, value))
+    elif _library(kind):
+        outside._unknown[id(value)] = (
+            f"{name}: a {kind.__name__} that outlives a run, in which the explorer cannot "
+            "look; needed one that the scenario makes, or `aside`"
+        )
+    else:
+        outside._values(name, value, partial(_attributes, value))
 
-    def _function(self, name: str, function: types.FunctionType) -> None:
-        if _library(function.__code__.co_filename):
-            return
-        self.globals_of(function)
-        for variable, cell in _variables(function):
-            self._values(variable, cell, partial(_contents_of, cell))
-        self._values(name, function, lambda: dict(vars(function)))
-        for part in _parts(function):
-            self.add(name, part)
+# %% ../nbs/08_interleave.ipynb #067d35c0
+def _watch_items(outside: _Outside, name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        outside._values(name, value, value.copy)
+    elif isinstance(value, (tuple, frozenset)):
+        for part in value:
+            outside.add(name, part)
+    else:
+        outside._values(name, value, lambda: dict(enumerate(value)))
 
-    def globals_of(self, function: types.FunctionType) -> None:
-        "The global names that a function uses."
-        code, names = _code(function.__code__), function.__globals__
-        if "__getattribute__" in code.attributes:
-            self._unknown[id(function)] = (
-                f"{function.__name__}: loads attributes past the class of an object; "
-                "needed `getattr`, or `aside`"
-            )
-        if code.stores:
-            raise Refused(
-                f"{min(code.stores)}: a global name that {function.__name__} stores to; "
-                "needed an attribute of a shared object"
-            )
-        held = [_contents_of(cell).get("") for _, cell in _variables(function)]
-        held += [names[name] for name in code.loads if name in names]
-        held += [_imported(name, names) for name in code.imports]
-        for value in held:
-            if isinstance(value, types.ModuleType):
-                self._module(value, code.attributes)
-        for name in code.loads:
-            if name in names:
-                self._binding(name, names, name)
 
-    def _module(self, module: types.ModuleType, attributes: Iterable[str]) -> None:
-        "The names in a module that a function may use."
-        self._seen[id(module)] = module
-        python = _library(_file_of(module))
-        for name in attributes:
-            full, value = f"{module.__name__}.{name}", vars(module).get(name)
-            if not python and name in vars(module):
-                self._binding(full, vars(module), name)
-            elif isinstance(value, (MutableMapping, list, set)):  # as os.environ
-                self._remember((id(module), name), full, partial(_same_contents, value))
+def _watch_class(outside: _Outside, cls: type) -> None:
+    for base in cls.__mro__:
+        if base is cls and not _library(base):
+            outside._values(cls.__name__, cls, partial(_class_attributes, cls))
+        elif base is not object:
+            outside.add(base.__name__, base)
 
-    def _binding(self, full: str, names: dict[str, Any], name: str) -> None:
-        key = id(names), name
-        if key in self._seen:
-            return
-        self._seen[key] = names
+# %% ../nbs/08_interleave.ipynb #973d4e3b
+def _watch_function(outside: _Outside, name: str, function: types.FunctionType) -> None:
+    if _library(function.__code__.co_filename):
+        return
+    _watch_globals(outside, function)
+    for variable, cell in _variables(function):
+        outside._values(variable, cell, partial(_contents_of, cell))
+    outside._values(name, function, lambda: dict(vars(function)))
+    for part in _parts(function):
+        outside.add(name, part)
 
-        def look() -> dict[str, Any]:
-            return {name: names.get(name)}
 
-        def watch() -> Callable[[], bool]:
-            before = look()
-            self.add(full, before[name])
-            return partial(_same_objects, before, look)
+def _watch_globals(outside: _Outside, function: types.FunctionType) -> None:
+    "The global names that a function uses."
+    code, names = _code(function.__code__), function.__globals__
+    if "__getattribute__" in code.attributes:
+        outside._unknown[id(function)] = (
+            f"{function.__name__}: loads attributes past the class of an object; "
+            "needed `getattr`, or `aside`"
+        )
+    if code.stores:
+        raise Refused(
+            f"{min(code.stores)}: a global name that {function.__name__} stores to; "
+            "needed an attribute of a shared object"
+        )
+    held = [_contents_of(cell).get("") for _, cell in _variables(function)]
+    held += [names[name] for name in code.loads if name in names]
+    held += [_imported(name, names) for name in code.imports]
+    for value in held:
+        if isinstance(value, types.ModuleType):
+            _watch_module(outside, value, code.attributes)
+    for name in code.loads:
+        if name in names:
+            _watch_binding(outside, name, names, name)
 
-        self._remember(key, full, watch)
+# %% ../nbs/08_interleave.ipynb #ff4f14de
+def _watch_module(outside: _Outside, module: types.ModuleType, attributes: Iterable[str]) -> None:
+    "The names in a module that a function may use."
+    outside._seen[id(module)] = module
+    python = _library(_file_of(module))
+    for name in attributes:
+        full, value = f"{module.__name__}.{name}", vars(module).get(name)
+        if not python and name in vars(module):
+            _watch_binding(outside, full, vars(module), name)
+        elif isinstance(value, (MutableMapping, list, set)):  # as os.environ
+            outside._remember((id(module), name), full, partial(_same_contents, value))
 
-    def _class(self, cls: type) -> None:
-        for base in cls.__mro__:
-            if base is cls and not _library(base):
-                self._values(cls.__name__, cls, partial(_class_attributes, cls))
-            elif base is not object:
-                self.add(base.__name__, base)
+
+def _watch_binding(outside: _Outside, full: str, names: dict[str, Any], name: str) -> None:
+    key = id(names), name
+    if key in outside._seen:
+        return
+    outside._seen[key] = names
+
+    def look() -> dict[str, Any]:
+        return {name: names.get(name)}
+
+    def watch() -> Callable[[], bool]:
+        before = look()
+        outside.add(full, before[name])
+        return partial(_same_objects, before, look)
+
+    outside._remember(key, full, watch)
+
+
+def _imported(name: str, names: dict[str, Any]) -> Any:  # names: the globals of the function
+    "The module that an import statement in a function means, if it has been loaded."
+    inside, parents = names.get("__package__") or "", [name]
+    while inside:
+        parents.append(f"{inside}.{name}" if name else inside)
+        inside = inside.rpartition(".")[0]
+    return next((sys.modules[each] for each in reversed(parents) if each in sys.modules), None)
 
 # %% ../nbs/08_interleave.ipynb #4bcd209d
 def _same_objects(before: dict[Any, Any], look: Callable[[], dict[Any, Any]]) -> bool:
@@ -1274,31 +1398,11 @@ def _same_contents(value: Any) -> Callable[[], bool]:
     return lambda: before == (value if isinstance(value, (list, set)) else dict(value))
 
 
-def _imported(name: str, names: dict[str, Any]) -> Any:  # names: the globals of the function
-    "The module that an import statement in a function means, if it has been loaded."
-    inside, parents = names.get("__package__") or "", [name]
-    while inside:
-        parents.append(f"{inside}.{name}" if name else inside)
-        inside = inside.rpartition(".")[0]
-    return next((sys.modules[each] for each in reversed(parents) if each in sys.modules), None)
-
-
 def _same_bytes(array: np.ndarray) -> Callable[[], bool]:
     before = array.tobytes()
     return lambda: array.tobytes() == before
 
-
-def _variables(function: types.FunctionType) -> Iterator[tuple[str, types.CellType]]:
-    return zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-
-
-def _contents_of(cell: types.CellType) -> dict[str, Any]:
-    try:
-        return {"": cell.cell_contents}
-    except ValueError:  # nothing has been put in yet
-        return {}
-
-
+# %% ../nbs/08_interleave.ipynb #f70a281c
 def _attributes(instance: Any) -> dict[str, Any]:
     "The attributes of an instance, those in slots, too; without a step."
     found = {}
@@ -1320,6 +1424,17 @@ def _class_attributes(cls: type) -> dict[str, Any]:
         if isinstance(value, types.FunctionType) or not name.startswith(hidden)
     }
 
+# %% ../nbs/08_interleave.ipynb #c4b1c584
+def _variables(function: types.FunctionType) -> Iterator[tuple[str, types.CellType]]:
+    return zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+
+
+def _contents_of(cell: types.CellType) -> dict[str, Any]:
+    try:
+        return {"": cell.cell_contents}
+    except ValueError:  # nothing has been put in yet
+        return {}
+
 
 _WRAPPERS = property, staticmethod, classmethod
 
@@ -1338,21 +1453,6 @@ def _parts(value: Any) -> tuple[Any, ...]:
         return (value.__func__,)
     owner = value.__self__  # of a function in C
     return () if owner is None or isinstance(owner, types.ModuleType) else (owner,)
-
-# %% ../nbs/08_interleave.ipynb #c6a63ce9
-@lru_cache(maxsize=4096)
-def _aside_file(file: str) -> bool:  # of this module, of Python, or of an installed package
-    return _library(file)
-
-
-def _under_test() -> tuple[str, int] | None:
-    "File and line of the innermost code that is under test."
-    frame = sys._getframe(1)
-    while frame is not None:
-        if not _aside_file(frame.f_code.co_filename):
-            return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
 
 # %% ../nbs/08_interleave.ipynb #144d7756
 _STAND_INS = _Contents, _Lock, _View, _Names
@@ -1413,32 +1513,23 @@ class _Sharing(_Schedule):
             return self._adopted[ident][1]
         if ident in _OF or ident in self._aside or self._outside.holds(value):
             return value
-        return self._adopt(value, name)
+        self._adopted[ident] = value, value
+        return _adopt(self, value, name)
 
-    def run(self, bodies: Iterable[Callable[[], Any]]) -> "_Schedule":
+    def run(self, bodies: Iterable[_Body]) -> "_Schedule":
         try:
             return super().run(bodies)
         finally:
             for _, kept in self._adopted.values():
                 _OF.pop(id(kept), None)
 
-    def _prepared(self, bodies: Iterable[Callable[[], Any]]) -> list[Callable[[], Any]]:
-        ready = list(bodies)
+    def _prepared(self, bodies: Iterable[_Body]) -> list[_Body]:
         self._outside.renew()
         self._kept = {ident: kept._replace(parts=kept.look()) for ident, kept in self._kept.items()}
         for token in self._outside.tokens.values():
             self._label(token)
-        for i, body in enumerate(ready):
-            if not callable(body):
-                raise Refused(f"bodies[{i}]: a {type(body).__name__}, needed a function")
-            ready[i] = self.wrap(body, f"bodies[{i}]")
-        reached = [_cells(body) for body in ready]
-        for cell, name in self._rebound.items():
-            if sum(cell in each for each in reached) != 1:
-                raise Refused(
-                    f"{name}: a variable of an outer function that threads share and store to; "
-                    "needed an attribute of a shared object"
-                )
+        ready = _wrapped_bodies(self, bodies)
+        _refuse_shared_variables(self, ready)
         self._own = self._own + self._outside.locals
         return ready
 
@@ -1478,84 +1569,6 @@ class _Sharing(_Schedule):
         self._history[me] += ("made",)
         return _Made(("made", me, self._made))
 
-    def _adopt(self, value: Any, name: str) -> Any:
-        kind = type(value)
-        self._adopted[id(value)] = value, value
-        if kind is threading.local:
-            self._own.append(value)
-        elif kind is types.FunctionType:
-            self._function(value)
-        elif isinstance(value, (type, enum.Enum)):
-            self._outside.add(name, value)
-            self._outside.add(kind.__name__, kind)
-        elif isinstance(value, BaseException):
-            value.args = self.wrap(value.args, name)
-            self._keep_parts(name, value, partial(_attributes, value))
-        elif kind in (types.MethodType, partial, types.BuiltinFunctionType, types.MappingProxyType):
-            return self._remade(value, name)
-        elif kind in (tuple, frozenset) or (isinstance(value, tuple) and hasattr(value, "_make")):
-            return self._remade(value, name)
-        elif kind in _CONTAINERS or kind in (np.ndarray, _LOCK, _RLOCK):
-            return self._stand_in(value, name)
-        elif _library(kind) or not _watchable(kind):
-            self._refuse(
-                f"{name}: a {kind.__name__}, in which the explorer cannot look; "
-                "needed plain objects, lists, dicts, sets, deques, arrays and locks"
-            )
-        else:
-            self._instance(value, kind)
-        return value
-
-    def _instance(self, value: Any, kind: type) -> None:
-        self._outside.add(kind.__name__, kind)
-        label = self._new_label()
-        parts = _attributes(value)
-        frozen = _frozen(kind)
-        for name, part in parts.items():
-            new = self.wrap(part, f"{kind.__name__}.{name}")
-            if new is not part:
-                object.__setattr__(value, name, new)
-            if not frozen and self._started:  # else it is the same in every run
-                self._shared.setdefault(label, {})[name] = self._label(new)
-        self._keep_parts(kind.__name__, value, partial(_attributes, value))
-        if not frozen:
-            value.__class__ = _stepping(kind)
-            self._outside.add(kind.__name__, type(value))
-            _OF[id(value)] = self, label, value
-
-    def _stand_in(self, value: Any, name: str) -> Any:
-        if self._moving():
-            self._refuse_second_name(value, name)
-        kind = type(value)
-        if kind is np.ndarray:
-            return self._array(value, name)
-        new: Any = _CONTAINERS[kind]() if kind in _CONTAINERS else _Lock(kind is _RLOCK)
-        new._schedule, new._label, new._name = self, self._new_label(), name
-        self._adopted[id(value)] = value, new
-        if isinstance(new, _Container):
-            new._raw = value
-            new._adopt_items()
-            self._keep(new)
-        return new
-
-    def _array(self, value: np.ndarray, name: str) -> Any:
-        whole = value
-        while isinstance(whole.base, np.ndarray):
-            whole = whole.base
-        if whole.dtype.hasobject:
-            self._refuse(f"{name}: an array of objects, in which the explorer cannot look")
-        known = self._adopted.get(id(whole))
-        new = _Array(value, whole)
-        new._schedule, new._name = self, name
-        if known is not None and isinstance(known[1], _Array):
-            new._label = known[1]._label
-        else:
-            new._label = self._new_label()
-            self._adopted[id(whole)] = whole, new
-            self._keep(new)
-        self._adopted[id(value)] = value, new
-        return new
-
     def _keep_parts(self, name: str, value: Any, look: Callable[[], dict[str, Any]]) -> None:
         self._kept[id(value)] = _Kept(name, look, look())
 
@@ -1563,78 +1576,24 @@ class _Sharing(_Schedule):
         self._contents.append(new)
         self._shared[new._label] = {"": new._state()}
 
-    def _refuse_second_name(self, value: Any, name: str) -> None:
-        "A thread that has another name for what it shares could use that without a step."
-        frame = sys._getframe()
-        while frame is not None:
-            if frame.f_code.co_filename not in _OURS:
-                for variable, held in list(frame.f_locals.items()):
-                    if held is value:
-                        self._refuse(
-                            f"{name}: a {type(value).__name__} that the thread also calls "
-                            f"{variable!r}; needed one name for it, as in `self.x = []`"
-                        )
-            frame = frame.f_back  # type: ignore[assignment]
-
-    def _function(self, function: types.FunctionType) -> None:
-        if _library(function.__code__.co_filename):
-            return
-        self._outside.globals_of(function)
-        rebinds = _code(function.__code__).rebinds
-        for name, cell in _variables(function):
-            if name in rebinds:
-                self._rebound[id(cell)] = name
-            for held in _contents_of(cell).values():
-                if isinstance(held, types.ModuleType):  # watched by the names in the code
-                    continue
-                new = self.wrap(held, name)
-                if new is not held:
-                    cell.cell_contents = new
-        for name, held in vars(function).items():
-            vars(function)[name] = self.wrap(held, name)
-        self._keep_parts(function.__name__, function, lambda: dict(vars(function)))
-        if function.__defaults__:
-            function.__defaults__ = self.wrap(function.__defaults__, function.__name__)
-        named = function.__kwdefaults__ or {}
-        for name, held in named.items():
-            named[name] = self.wrap(held, name)
-
-    def _remade(self, value: Any, name: str) -> Any:
-        "The same of other parts, where a part has a stand-in."
-        if isinstance(value, types.MappingProxyType):
-            old: tuple[Any, ...] = tuple(value.values())
-        else:
-            old = tuple(value) if isinstance(value, (tuple, frozenset)) else _parts(value)
-        parts = tuple(self.wrap(part, name) for part in old)
-        if all(map(operator.is_, parts, old)):
-            return value
-        new = _made_of(value, parts)
-        self._adopted[id(value)] = value, new
-        self._adopted[id(new)] = new, new
-        return new
-
-# %% ../nbs/08_interleave.ipynb #21b43807
-_OURS = {  # the files of this module; in a notebook each cell is one
-    each.__code__.co_filename
-    for each in (
-        *(_Schedule.step, _short, _operation, _Array._copy, _Lock.acquire, _held, _plain),
-        *(_Sharing.share, _situation),
-    )
-}
+# %% ../nbs/08_interleave.ipynb #794d96b6
+def _wrapped_bodies(run: _Sharing, bodies: Iterable[_Body]) -> list[_Body]:
+    ready = list(bodies)
+    for i, body in enumerate(ready):
+        if not callable(body):
+            raise Refused(f"bodies[{i}]: a {type(body).__name__}, needed a function")
+        ready[i] = run.wrap(body, f"bodies[{i}]")
+    return ready
 
 
-def _made_of(value: Any, parts: tuple[Any, ...]) -> Any:
-    if isinstance(value, partial):
-        split = len(parts) - len(value.keywords)
-        named = dict(zip(value.keywords, parts[split:], strict=True))
-        return partial(parts[0], *parts[1:split], **named)
-    if isinstance(value, types.MethodType):
-        return types.MethodType(*parts)
-    if isinstance(value, types.BuiltinFunctionType):
-        return getattr(parts[0], value.__name__)
-    if isinstance(value, types.MappingProxyType):
-        return types.MappingProxyType(dict(zip(value, parts, strict=True)))
-    return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+def _refuse_shared_variables(run: _Sharing, ready: Iterable[_Body]) -> None:
+    reached = [_cells(body) for body in ready]
+    for cell, name in run._rebound.items():
+        if sum(cell in each for each in reached) != 1:
+            raise Refused(
+                f"{name}: a variable of an outer function that threads share and store to; "
+                "needed an attribute of a shared object"
+            )
 
 
 def _cells(value: Any) -> set[int]:
@@ -1656,6 +1615,52 @@ def _cells(value: Any) -> set[int]:
         elif type(each) in (tuple, list):
             todo += each
     return found
+
+# %% ../nbs/08_interleave.ipynb #7a6d181a
+def _adopt(run: _Sharing, value: Any, name: str) -> Any:  # the value, or what stands for it
+    kind = type(value)
+    if kind is threading.local:
+        run._own.append(value)
+    elif kind is types.FunctionType:
+        _adopt_function(run, value)
+    elif isinstance(value, (type, enum.Enum)):
+        run._outside.add(name, value)
+        run._outside.add(kind.__name__, kind)
+    elif isinstance(value, BaseException):
+        value.args = run.wrap(value.args, name)
+        run._keep_parts(name, value, partial(_attributes, value))
+    elif kind in (types.MethodType, partial, types.BuiltinFunctionType, types.MappingProxyType):
+        return _remade(run, value, name)
+    elif kind in (tuple, frozenset) or (isinstance(value, tuple) and hasattr(value, "_make")):
+        return _remade(run, value, name)
+    elif kind in _CONTAINERS or kind in (np.ndarray, _LOCK, _RLOCK):
+        return _stand_in(run, value, name)
+    elif _library(kind) or not _watchable(kind):
+        run._refuse(
+            f"{name}: a {kind.__name__}, in which the explorer cannot look; "
+            "needed plain objects, lists, dicts, sets, deques, arrays and locks"
+        )
+    else:
+        _adopt_instance(run, value, kind)
+    return value
+
+# %% ../nbs/08_interleave.ipynb #0139a9ac
+def _adopt_instance(run: _Sharing, value: Any, kind: type) -> None:
+    run._outside.add(kind.__name__, kind)
+    label = run._new_label()
+    parts = _attributes(value)
+    frozen = _frozen(kind)
+    for name, part in parts.items():
+        new = run.wrap(part, f"{kind.__name__}.{name}")
+        if new is not part:
+            object.__setattr__(value, name, new)
+        if not frozen and run._started:  # else it is the same in every run
+            run._shared.setdefault(label, {})[name] = run._label(new)
+    run._keep_parts(kind.__name__, value, partial(_attributes, value))
+    if not frozen:
+        value.__class__ = _stepping(kind)
+        run._outside.add(kind.__name__, type(value))
+        _OF[id(value)] = run, label, value
 
 # %% ../nbs/08_interleave.ipynb #08eb5fd8
 _RAW_ACCESS = {"__setattr__", "__getattribute__", "__delattr__"}
@@ -1685,9 +1690,138 @@ def _watchable(cls: type) -> bool:
                         return False
     return True
 
+# %% ../nbs/08_interleave.ipynb #3342cb5e
+def _adopt_function(run: _Sharing, function: types.FunctionType) -> None:
+    if _library(function.__code__.co_filename):
+        return
+    _watch_globals(run._outside, function)
+    rebinds = _code(function.__code__).rebinds
+    for name, cell in _variables(function):
+        if name in rebinds:
+            run._rebound[id(cell)] = name
+        _adopt_variable(run, name, cell)
+    for name, held in vars(function).items():
+        vars(function)[name] = run.wrap(held, name)
+    run._keep_parts(function.__name__, function, lambda: dict(vars(function)))
+    if function.__defaults__:
+        function.__defaults__ = run.wrap(function.__defaults__, function.__name__)
+    named = function.__kwdefaults__ or {}
+    for name, held in named.items():
+        named[name] = run.wrap(held, name)
+
+
+def _adopt_variable(run: _Sharing, name: str, cell: types.CellType) -> None:
+    for held in _contents_of(cell).values():
+        if isinstance(held, types.ModuleType):  # watched by the names in the code
+            continue
+        new = run.wrap(held, name)
+        if new is not held:
+            cell.cell_contents = new
+
+# %% ../nbs/08_interleave.ipynb #224a7b44
+def _stand_in(run: _Sharing, value: Any, name: str) -> Any:
+    if run._moving():
+        _refuse_second_name(run, value, name)
+    kind = type(value)
+    if kind is np.ndarray:
+        return _stand_in_for_array(run, value, name)
+    new: Any = _CONTAINERS[kind]() if kind in _CONTAINERS else _Lock(kind is _RLOCK)
+    new._schedule, new._label, new._name = run, run._new_label(), name
+    run._adopted[id(value)] = value, new
+    if isinstance(new, _Container):
+        new._raw = value
+        new._adopt_items()
+        run._keep(new)
+    return new
+
+
+def _refuse_second_name(run: _Sharing, value: Any, name: str) -> None:
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename not in _OURS:
+            for variable, held in list(frame.f_locals.items()):
+                if held is value:
+                    run._refuse(
+                        f"{name}: a {type(value).__name__} that the thread also calls "
+                        f"{variable!r}; needed one name for it, as in `self.x = []`"
+                    )
+        frame = frame.f_back  # type: ignore[assignment]
+
+# %% ../nbs/08_interleave.ipynb #ea86a40e
+def _stand_in_for_array(run: _Sharing, value: np.ndarray, name: str) -> Any:
+    whole = value
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    if whole.dtype.hasobject:
+        run._refuse(f"{name}: an array of objects, in which the explorer cannot look")
+    known = run._adopted.get(id(whole))
+    new = _Array(value, whole)
+    new._schedule, new._name = run, name
+    if known is not None and isinstance(known[1], _Array):
+        new._label = known[1]._label
+    else:
+        new._label = run._new_label()
+        run._adopted[id(whole)] = whole, new
+        run._keep(new)
+    run._adopted[id(value)] = value, new
+    return new
+
+# %% ../nbs/08_interleave.ipynb #21b43807
+def _remade(run: _Sharing, value: Any, name: str) -> Any:
+    "The same of other parts, where a part has a stand-in."
+    if isinstance(value, types.MappingProxyType):
+        old: tuple[Any, ...] = tuple(value.values())
+    else:
+        old = tuple(value) if isinstance(value, (tuple, frozenset)) else _parts(value)
+    parts = tuple(run.wrap(part, name) for part in old)
+    if all(map(operator.is_, parts, old)):
+        return value
+    new = _made_of(value, parts)
+    run._adopted[id(value)] = value, new
+    run._adopted[id(new)] = new, new
+    return new
+
+
+def _made_of(value: Any, parts: tuple[Any, ...]) -> Any:
+    if isinstance(value, partial):
+        split = len(parts) - len(value.keywords)
+        named = dict(zip(value.keywords, parts[split:], strict=True))
+        return partial(parts[0], *parts[1:split], **named)
+    if isinstance(value, types.MethodType):
+        return types.MethodType(*parts)
+    if isinstance(value, types.BuiltinFunctionType):
+        return getattr(parts[0], value.__name__)
+    if isinstance(value, types.MappingProxyType):
+        return types.MappingProxyType(dict(zip(value, parts, strict=True)))
+    return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+
+# %% ../nbs/08_interleave.ipynb #c6a63ce9
+def _files_of_this_module() -> set[str]:
+    "Names of the files in which functions and methods with private names stand."
+    own = [each for name, each in globals().items() if name.startswith("_")]
+    own = [each for each in own if getattr(each, "__module__", None) == __name__]
+    methods = [each for cls in own if isinstance(cls, type) for each in vars(cls).values()]
+    functions = [inspect.unwrap(each) for each in own + methods if callable(each)]
+    return {each.__code__.co_filename for each in functions if hasattr(each, "__code__")}
+
+
+@lru_cache(maxsize=4096)
+def _aside_file(file: str) -> bool:  # of this module, of Python, or of an installed package
+    return _library(file)
+
+
+def _under_test() -> tuple[str, int] | None:
+    "File and line of the innermost code that is under test."
+    frame = sys._getframe(1)
+    while frame is not None:
+        if not _aside_file(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
 # %% ../nbs/08_interleave.ipynb #3cd6d0e9
 _Scenario = Callable[
-    [_Sharing], Sequence[Callable[[], Any]]
+    [_Sharing], Sequence[_Body]
 ]  # makes shared objects; gives what each thread does
 
 
@@ -1708,7 +1842,7 @@ class _Race(NamedTuple):
         told = [f"{step!s:{wide}}  {step.line}  {step.source}".rstrip() for step in self.steps]
         return "\n".join([*told, f"{type(self.error).__name__}: {self.error}"])
 
-
+# %% ../nbs/08_interleave.ipynb #66b6f13e
 @dataclass(frozen=True)
 class _Explored:
     "What came of running a scenario in every order."
@@ -1736,7 +1870,7 @@ def _paths(graph: dict[Any, Any], root: Any) -> int:
         todo = todo + left if left else todo[:-1]
     return ways[root]
 
-
+# %% ../nbs/08_interleave.ipynb #91ae6406
 @contextmanager
 def _one_core() -> Iterator[None]:
     "This thread, and those it starts, stay on one core (Linux)."
@@ -1749,6 +1883,37 @@ def _one_core() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, cores)
+
+# %% ../nbs/08_interleave.ipynb #aa9b1f2f
+def _every_order(
+    scenario: _Scenario,
+    make: Callable[..., _Sharing],
+    prune: bool,
+    preemptions: int | None,
+    most: int,  # runs
+) -> _Explored:
+    "Runs that show every order."
+    graph: dict[Any, Any] = {}
+    races: list[_Race] = []
+    todo: list[tuple[int, ...]] = [()]
+    runs = 0
+    while todo:
+        if runs == most:
+            raise RuntimeError(
+                f"most: {most} runs were not enough; take shorter threads, a bound on preemptions, "
+                "or random orders"
+            )
+        run = make(todo.pop(), graph if prune else None, preemptions=preemptions)
+        run.run(scenario(run))
+        todo += run.branches
+        runs += 1
+        races += _races_of(run)
+    root = next(iter(graph), None)
+    return _Explored(_paths(graph, root) if prune else runs, len(graph), runs, races)
+
+
+def _races_of(run: _Schedule) -> list[_Race]:  # at most one
+    return [] if run.failure is None else [_Race(tuple(run.path), run.steps, run.failure)]
 
 # %% ../nbs/08_interleave.ipynb #73e0305f
 class _Priorities:
@@ -1772,7 +1937,7 @@ class _Priorities:
             self._priority[me] = self._falls[at]
         return max(able, key=self._priority.__getitem__)
 
-
+# %% ../nbs/08_interleave.ipynb #31afc24a
 def _sampled(
     scenario: _Scenario,
     make: Callable[..., _Sharing],
@@ -1817,30 +1982,9 @@ def explore(
     if random is not None:
         changes = 2 if preemptions is None else preemptions
         return _sampled(scenario, make, random, Random(seed), changes)
-    graph: dict[Any, Any] = {}
-    races: list[_Race] = []
-    todo: list[tuple[int, ...]] = [()]
-    runs = 0
-    while todo:
-        if runs == most:
-            raise RuntimeError(
-                f"most: {most} runs were not enough; take shorter threads, a bound on preemptions, "
-                "or random orders"
-            )
-        known = graph if prune else None
-        run = make(todo.pop(), known, preemptions=preemptions)
-        run.run(scenario(run))
-        todo += run.branches
-        runs += 1
-        races += _races_of(run)
-    root = next(iter(graph), None)
-    return _Explored(_paths(graph, root) if prune else runs, len(graph), runs, races)
+    return _every_order(scenario, make, prune, preemptions, most)
 
-
-def _races_of(run: _Schedule) -> list[_Race]:  # at most one
-    return [] if run.failure is None else [_Race(tuple(run.path), run.steps, run.failure)]
-
-
+# %% ../nbs/08_interleave.ipynb #7bfba9d5
 def replay(scenario: _Scenario, path: Sequence[int]) -> _Sharing:  # its `failure` and `steps`
     "Run a scenario in one given order."
     run = _Sharing(path, outside=_outside_of(scenario))
@@ -1851,3 +1995,6 @@ def _outside_of(scenario: _Scenario) -> _Outside:
     outside = _Outside()
     outside.add("scenario", scenario)
     return outside
+
+
+_OURS = _files_of_this_module()

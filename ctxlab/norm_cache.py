@@ -51,7 +51,7 @@ class _Cached(Protocol[_T]):
         "Say that something has changed from which the value is computed."
         ...
 
-
+# %% ../nbs/09_norm_cache.ipynb #b459f0df
 class Recompute(_Cached[_T]):
     "No cache. Invariant: there is nothing that could be out of date."
 

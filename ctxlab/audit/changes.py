@@ -35,7 +35,7 @@ from ..data import InputError
 from ..files import _write_whole
 from ..measure import Comparison, Interval, Measured, _apart, _Comparison, machine
 
-# %% ../../nbs/audit/06_changes.ipynb #22335cd3
+# %% ../../nbs/audit/06_changes.ipynb #8bac6f25
 _READABLE = (3,)  # versions of the schema; 2 was that of ctxlab 0.1, with another engine's timings
 
 
@@ -49,7 +49,7 @@ def _reason(e: Exception) -> str:
         return f"there is no {e}"
     return textwrap.shorten(str(e), 80)
 
-
+# %% ../../nbs/audit/06_changes.ipynb #22335cd3
 @contextmanager
 def _suspicious(path: Path, what: str) -> Iterator[None]:
     "Turn whatever a strange file can cause into one InputError."
@@ -101,7 +101,7 @@ def _interval(value: Any) -> Any:
 def _figures(stored: Mapping[str, Mapping[str, Any]]) -> _Figures:
     return {w: {k: _interval(v) for k, v in figures.items()} for w, figures in stored.items()}
 
-# %% ../../nbs/audit/06_changes.ipynb #c0ffee01
+# %% ../../nbs/audit/06_changes.ipynb #870afeca
 def _ratio(value: Any) -> Interval:
     "A ratio of times, or a ValueError."
     found: Interval = _interval(value)
@@ -119,7 +119,7 @@ def _measured(stored: Mapping[str, Any]) -> Measured:
     intervals = {name: _ratio(stored[name]) for name in ("ratio", "control")}
     return Measured(**{**stored, **intervals, "ratios": ratios})
 
-
+# %% ../../nbs/audit/06_changes.ipynb #c0ffee01
 def _comparison(stored: Mapping[str, Any]) -> Comparison:
     "One trial, as `Comparison.to_dict` gave it."
     plain = {k: v for k, v in stored.items() if k != "name"}
@@ -242,7 +242,7 @@ def _change(before: _Entry | None, after: _Entry | None) -> str:
         return figures
     return f"verdict, {figures or ('within noise' if timed else 'same figures, another rule')}"
 
-# %% ../../nbs/audit/06_changes.ipynb #f5a2a8cb
+# %% ../../nbs/audit/06_changes.ipynb #9989f2ef
 def _changed_time(before: _Comparison, after: _Comparison) -> str:
     "'same within noise', 'faster' or 'slower'."
     if not _apart(before, after):
@@ -264,7 +264,7 @@ def _timed_change(name: str, form: str, before: Comparison, after: Comparison) -
         after_control=z.control._asdict(),
     )
 
-
+# %% ../../nbs/audit/06_changes.ipynb #f5a2a8cb
 def _timed_changes(before: _Report, after: _Report) -> list[dict[str, Any]]:
     "Each timed figure that both reports have, and have an interval of."
     rows = []

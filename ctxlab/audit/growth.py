@@ -54,7 +54,7 @@ _POLICIES = {
     "pow2 per dimension": _Policy("exact", rounds=True),
 }
 
-# %% ../../nbs/audit/03_growth.ipynb #4e71685b
+# %% ../../nbs/audit/03_growth.ipynb #bcf6cf71
 @dataclass(frozen=True)
 class _Replay:
     "What happened to one buffer along a stream of shapes."
@@ -71,7 +71,7 @@ class _Replay:
     def wasted(self) -> float:
         return float(np.mean(self.held - self.needed))  # bytes held and not needed, on average
 
-
+# %% ../../nbs/audit/03_growth.ipynb #4e71685b
 def _replay(shapes: Iterable[_Shape], policy: _Policy) -> _Replay:
     "Take a buffer of each shape in turn."
     ws, last, held, needed = Workspace(growth=policy.growth), None, [], []

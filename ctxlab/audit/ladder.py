@@ -74,7 +74,7 @@ def _reference_calls(data: _Inputs) -> dict[str, Callable[[], Any]]:  # path -> 
         "step update": lambda: ema(zero, similarity_step(X[0], Y[0]), _RATE),
     }
 
-# %% ../../nbs/audit/02_ladder.ipynb #b309cc17
+# %% ../../nbs/audit/02_ladder.ipynb #6c3ddb00
 def _form_calls(data: _Inputs, product: _Product) -> dict[str, Callable[[], Any]]:  # path -> call
     "The original's paths with a given form of product."
     X, Y, G, C, s = data
@@ -85,7 +85,7 @@ def _form_calls(data: _Inputs, product: _Product) -> dict[str, Callable[[], Any]
         "step update": _learning(lambda C: _update_step(product, X[0], Y[0], C, _RATE), len(C)),
     }
 
-
+# %% ../../nbs/audit/02_ladder.ipynb #b309cc17
 def _context_calls(data: _Inputs) -> dict[str, Callable[[], Any]]:  # path -> call
     "The last rung."
     X, Y, G, C, s = data
@@ -101,13 +101,8 @@ def _context_calls(data: _Inputs) -> dict[str, Callable[[], Any]]:  # path -> ca
         token.update_step(X[0], Y[0])
         return token.outgoing
 
-    return dict(
-        zip(
-            _PATHS,
-            (partial(mixer.apply, X, out), partial(mixer.backward, X, G, grad), learn, learn_step),
-            strict=True,
-        )
-    )
+    mix, back = partial(mixer.apply, X, out), partial(mixer.backward, X, G, grad)
+    return dict(zip(_PATHS, (mix, back, learn, learn_step), strict=True))
 
 
 def _rungs(data: _Inputs) -> _Calls:
@@ -119,7 +114,7 @@ def _rungs(data: _Inputs) -> _Calls:
     }
     return {path: {rung: columns[rung][path] for rung in _RUNGS} for path in _PATHS}
 
-# %% ../../nbs/audit/02_ladder.ipynb #e2d8fd6b
+# %% ../../nbs/audit/02_ladder.ipynb #86bbe430
 def _mix_size(A: np.ndarray, B: np.ndarray, scale: float) -> np.ndarray:
     "Root of the sum of squares of the terms of `A + scale * A @ B`."
     return np.sqrt(A**2 + scale**2 * (A**2 @ B**2))
@@ -130,7 +125,7 @@ def _unit_size(x: np.ndarray) -> np.ndarray:
     norm = np.linalg.norm(x - x.mean())
     return (np.abs(x) + np.sqrt(np.mean(x**2))) / norm if norm else np.zeros_like(x)
 
-
+# %% ../../nbs/audit/02_ladder.ipynb #e2d8fd6b
 def _check_call(path: str, call: Callable[[], Any], data: _Inputs) -> None:
     "The first result of `call` must be the formula's in float64; an AssertionError says where not."
     X, Y, G, C = (a.astype(np.float64) for a in data[:4])
@@ -153,7 +148,7 @@ def _assert_near(got: Any, want: np.ndarray, depth: int, scale: Any) -> None:
     "`got` is `want`, rounded to float32."
     assert_equiv(np.asarray(got), want.astype(np.float32), depth=depth, scale=scale)
 
-
+# %% ../../nbs/audit/02_ladder.ipynb #1f195b55
 def _checked(calls: _Calls, data: _Inputs) -> _Calls:
     "`calls`, after each gave the right result once."
     for path, by_rung in calls.items():

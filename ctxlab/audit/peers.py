@@ -25,39 +25,8 @@ from ..models.transformer import TransformerBlock
 from ..reference import sample_rows
 from ..workers import WorkerError
 
-# %% ../../nbs/audit/02a_peers.ipynb #9ee50007
+# %% ../../nbs/audit/02a_peers.ipynb #c176c7c0
 _MODULES = {"PyTorch": "torch", "JAX": "jax", "numexpr": "numexpr", "numba": "numba"}
-
-
-@dataclass(frozen=True)
-class _Peer:
-    "A library that is installed."
-
-    name: str
-    version: str = ""
-    problem: str = ""  # why it cannot be used; empty: it can
-
-
-def _peers(names: Iterable[str] = tuple(_MODULES)) -> list[_Peer]:
-    "The peers that are installed, with their versions, or with what goes wrong at their import."
-    found = []
-    for name in names:
-        if find_spec(_MODULES[name]) is None:
-            continue
-        ask = f"import {_MODULES[name]} as peer; print(peer.__version__)"
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120
-            )
-        except subprocess.TimeoutExpired:
-            found.append(_Peer(name, problem="its import did not end within two minutes"))
-            continue
-        said = done.stderr.strip().splitlines()
-        if done.returncode:
-            found.append(_Peer(name, problem=said[-1] if said else f"code {done.returncode}"))
-        else:
-            found.append(_Peer(name, done.stdout.split()[-1]))
-    return found
 
 # %% ../../nbs/audit/02a_peers.ipynb #9ee5000a
 def _ours(path: str, S: int, D: int, threads: int, seed: int) -> Callable[[], Any]:
@@ -125,22 +94,21 @@ def _compiled(jax: Any, function: Callable[..., Any], *arguments: Any) -> Callab
     compiled = jax.jit(function)
     return lambda: jax.tree.map(np.asarray, compiled(*arguments))
 
-# %% ../../nbs/audit/02a_peers.ipynb #9ee5000f
-def _in_jax(path: str, S: int, D: int, threads: int, seed: int) -> Callable[[], Any]:
-    "A path, compiled by JAX."
-    jax, data = _jax(threads), _inputs(S, D, seed)
-    jnp, scale, rows = jax.numpy, data.s / D, sample_rows(S)
-    X, Y, G, C = map(jnp.asarray, data[:4])
-    learned = [jnp.zeros_like(C)]
+# %% ../../nbs/audit/02a_peers.ipynb #de0dd2ca
+def _maths_in_jax(jnp: Any, scale: float, rows: Any) -> dict[str, Callable[..., Any]]:
+    "By path: a function of its arrays."
 
     def unit(a: Any) -> Any:
         a = a - a.mean(0)
         norm = jnp.linalg.norm(a, axis=0)
         return a / jnp.where(norm > 0, norm, 1)
 
+    def apply(X: Any, C: Any) -> Any:
+        return X + scale * (X @ C)
+
     def backward(X: Any, C: Any, G: Any) -> tuple[Any, Any]:
         T = G @ C.T
-        return G + scale * T, jnp.vdot(T, X) / D
+        return G + scale * T, jnp.vdot(T, X) / len(C)
 
     def update(C: Any, X: Any, Y: Any) -> Any:
         context = jnp.tanh(unit(X[rows]).T @ unit(Y[rows]))
@@ -149,22 +117,26 @@ def _in_jax(path: str, S: int, D: int, threads: int, seed: int) -> Callable[[], 
     def step(C: Any, x: Any, y: Any) -> Any:
         return (1 - _RATE) * C + _RATE * jnp.tanh(jnp.outer(unit(x), unit(y)))
 
-    def learning(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        compiled = jax.jit(function)
+    return dict(zip(_PATHS, (apply, backward, update, step), strict=True))
 
-        def call() -> np.ndarray:
-            learned[0] = compiled(learned[0], *arguments)
-            return np.asarray(learned[0])
-
-        return call
-
+# %% ../../nbs/audit/02a_peers.ipynb #9ee5000f
+def _in_jax(path: str, S: int, D: int, threads: int, seed: int) -> Callable[[], Any]:
+    "A path, compiled by JAX."
+    jax, data = _jax(threads), _inputs(S, D, seed)
+    X, Y, G, C = map(jax.numpy.asarray, data[:4])
+    function = _maths_in_jax(jax.numpy, data.s / D, sample_rows(S))[path]
     if path == "apply":
-        return _compiled(jax, lambda X, C: X + scale * (X @ C), X, C)
+        return _compiled(jax, function, X, C)
     if path == "backward":
-        return _compiled(jax, backward, X, C, G)
-    if path == "update":
-        return learning(update, X, Y)
-    return learning(step, X[0], Y[0])
+        return _compiled(jax, function, X, C, G)
+    pair = (X, Y) if path == "update" else (X[0], Y[0])
+    compiled, learned = jax.jit(function), [jax.numpy.zeros_like(C)]
+
+    def call() -> np.ndarray:
+        learned[0] = compiled(learned[0], *pair)
+        return np.asarray(learned[0])
+
+    return call
 
 # %% ../../nbs/audit/02a_peers.ipynb #9ee50011
 def _unit(a: np.ndarray) -> np.ndarray:
@@ -190,7 +162,7 @@ def _in_numexpr(path: str, S: int, D: int, threads: int, seed: int) -> Callable[
 
     return call
 
-
+# %% ../../nbs/audit/02a_peers.ipynb #27faf543
 def _in_numba(path: str, S: int, D: int, threads: int, seed: int) -> Callable[[], Any]:
     "The token update in one loop of numba, with threads over its rows."
     import numba
@@ -232,7 +204,7 @@ def _our_block(path: str, S: int, D: int, threads: int, seed: int) -> Callable[[
 
     return both if path == "block and gradients" else lambda: block.forward(x, training=False)
 
-
+# %% ../../nbs/audit/02a_peers.ipynb #b12a5eb6
 def _block_products(path: str, S: int, D: int, threads: int, seed: int) -> Callable[[], Any]:
     "The bare products of a forward pass, into prepared buffers."
     rng, H = np.random.default_rng(seed), max(D // 64, 1)
@@ -240,14 +212,8 @@ def _block_products(path: str, S: int, D: int, threads: int, seed: int) -> Calla
     def a(*shape: int) -> np.ndarray:
         return rng.standard_normal(dtype=np.float32, out=aligned_empty(shape))
 
-    rows, qkv, heads, hidden, y, P = (
-        a(S, D),
-        a(S, 3 * D),
-        a(S, D),
-        a(S, 4 * D),
-        a(S, D),
-        a(H, S, S),
-    )
+    rows, heads, y = a(S, D), a(S, D), a(S, D)
+    qkv, hidden, P = a(S, 3 * D), a(S, 4 * D), a(H, S, S)
     w1, w2, w3, w4 = a(3 * D, D), a(D, D), a(4 * D, D), a(D, 4 * D)
     q, k, v = qkv.reshape(S, 3, H, D // H).transpose(1, 2, 0, 3)
     o = heads.reshape(S, H, D // H).swapaxes(0, 1)
@@ -262,33 +228,36 @@ def _block_products(path: str, S: int, D: int, threads: int, seed: int) -> Calla
 
     return call
 
-# %% ../../nbs/audit/02a_peers.ipynb #9ee50016
-def _block_in_jax(path: str, S: int, D: int, threads: int, seed: int) -> Callable[[], Any]:
-    "The block, or the block and its gradients, compiled by JAX as a whole."
-    jax = _jax(threads)
+# %% ../../nbs/audit/02a_peers.ipynb #46e6604c
+def _forward_in_jax(jax: Any, H: int, p: Any, x: Any) -> Any:
+    "The output of a block with parameters `p`."
     jnp = jax.numpy
-    block, x, G = _block_of(S, D, seed)
-    H = block.n_heads
-    past = jnp.tril(jnp.ones((S, S), bool))
-    p = {name: jnp.asarray(a) for name, a in block.parameters().items()}
+    _, S, D = x.shape
 
-    def norm(p: Any, name: str, x: Any) -> Any:
+    def norm(name: str, x: Any) -> Any:
         centred = x - x.mean(-1, keepdims=True)
         spread = jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
         return centred * spread * p[f"{name}.weight"] + p[f"{name}.bias"]
 
-    def linear(p: Any, name: str, x: Any) -> Any:
+    def linear(name: str, x: Any) -> Any:
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
-    def forward(p: Any, x: Any) -> Any:
-        normed = norm(p, "norm1", x)
-        qkv = normed @ p["self_attn.in_proj_weight"].T + p["self_attn.in_proj_bias"]
-        q, k, v = qkv.reshape(S, 3, H, D // H).transpose(1, 2, 0, 3)
-        scores = jnp.where(past, q @ k.transpose(0, 2, 1) / np.sqrt(D // H), -jnp.inf)
-        heads = (jax.nn.softmax(scores, -1) @ v).transpose(1, 0, 2).reshape(1, S, D)
-        x = x + linear(p, "self_attn.out_proj", heads)
-        hidden = jax.nn.gelu(linear(p, "linear1", norm(p, "norm2", x)), approximate=False)
-        return x + linear(p, "linear2", hidden)
+    qkv = norm("norm1", x) @ p["self_attn.in_proj_weight"].T + p["self_attn.in_proj_bias"]
+    q, k, v = qkv.reshape(S, 3, H, D // H).transpose(1, 2, 0, 3)
+    past = jnp.tril(jnp.ones((S, S), bool))
+    scores = jnp.where(past, q @ k.transpose(0, 2, 1) / np.sqrt(D // H), -jnp.inf)
+    heads = (jax.nn.softmax(scores, -1) @ v).transpose(1, 0, 2).reshape(1, S, D)
+    x = x + linear("self_attn.out_proj", heads)
+    hidden = jax.nn.gelu(linear("linear1", norm("norm2", x)), approximate=False)
+    return x + linear("linear2", hidden)
+
+# %% ../../nbs/audit/02a_peers.ipynb #9ee50016
+def _block_in_jax(path: str, S: int, D: int, threads: int, seed: int) -> Callable[[], Any]:
+    "The block, or the block and its gradients, compiled by JAX as a whole."
+    jax = _jax(threads)
+    block, x, G = _block_of(S, D, seed)
+    p = {name: jax.numpy.asarray(a) for name, a in block.parameters().items()}
+    forward = partial(_forward_in_jax, jax, block.n_heads)
 
     def both(p: Any, x: Any, G: Any) -> Any:
         y, pull = jax.vjp(forward, p, x)
@@ -296,30 +265,33 @@ def _block_in_jax(path: str, S: int, D: int, threads: int, seed: int) -> Callabl
         return y, of_x, of_p
 
     if path == "block and gradients":
-        return _compiled(jax, both, p, jnp.asarray(x), jnp.asarray(G))
-    return _compiled(jax, forward, p, jnp.asarray(x))
+        return _compiled(jax, both, p, jax.numpy.asarray(x), jax.numpy.asarray(G))
+    return _compiled(jax, forward, p, jax.numpy.asarray(x))
 
+# %% ../../nbs/audit/02a_peers.ipynb #1fa82d3b
+def _forward_in_torch(F: Any, H: int, p: Mapping[str, Any], x: Any) -> Any:
+    "The output of a block with parameters `p`; F: `torch.nn.functional`."
+    _, S, D = x.shape
+    normed = F.layer_norm(x, (D,), p["norm1.weight"], p["norm1.bias"])
+    qkv = F.linear(normed, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"])
+    q, k, v = qkv.view(1, S, 3, H, D // H).permute(2, 0, 3, 1, 4)
+    heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    heads = heads.transpose(1, 2).reshape(1, S, D)
+    x = x + F.linear(heads, p["self_attn.out_proj.weight"], p["self_attn.out_proj.bias"])
+    normed = F.layer_norm(x, (D,), p["norm2.weight"], p["norm2.bias"])
+    hidden = F.gelu(F.linear(normed, p["linear1.weight"], p["linear1.bias"]))
+    return x + F.linear(hidden, p["linear2.weight"], p["linear2.bias"])
 
+# %% ../../nbs/audit/02a_peers.ipynb #6d079b04
 def _block_in_torch(path: str, S: int, D: int, threads: int, seed: int) -> Callable[[], Any]:
     "The block in eager PyTorch, with its fused attention."
     import torch
 
     torch.set_num_threads(threads)
     block, x, G = _block_of(S, D, seed)
-    H, F = block.n_heads, torch.nn.functional
     p = {name: torch.from_numpy(a) for name, a in block.state_dict().items()}
     tx, tG = torch.from_numpy(x), torch.from_numpy(G)
-
-    def forward(x: Any) -> Any:
-        normed = F.layer_norm(x, (D,), p["norm1.weight"], p["norm1.bias"])
-        qkv = F.linear(normed, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"])
-        q, k, v = qkv.view(1, S, 3, H, D // H).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        heads = heads.transpose(1, 2).reshape(1, S, D)
-        x = x + F.linear(heads, p["self_attn.out_proj.weight"], p["self_attn.out_proj.bias"])
-        normed = F.layer_norm(x, (D,), p["norm2.weight"], p["norm2.bias"])
-        hidden = F.gelu(F.linear(normed, p["linear1.weight"], p["linear1.bias"]))
-        return x + F.linear(hidden, p["linear2.weight"], p["linear2.bias"])
+    forward = partial(_forward_in_torch, torch.nn.functional, block.n_heads, p)
 
     def both() -> Any:
         for a in (tx, *p.values()):
@@ -333,6 +305,23 @@ def _block_in_torch(path: str, S: int, D: int, threads: int, seed: int) -> Calla
             a.requires_grad_()
         return both
     return torch.inference_mode()(lambda: forward(tx).numpy())
+
+# %% ../../nbs/audit/02a_peers.ipynb #e417e1af
+def _agree_with_ours(actual: Any, expected: Any) -> None:
+    "An AssertionError unless two results are equal but for the order of their sums."
+    if actual is None or expected is None:
+        return  # of bare products
+    if isinstance(expected, Mapping):
+        assert set(actual) == set(expected)
+        expected = [expected[name] for name in actual]
+        actual = list(actual.values())
+    if isinstance(expected, tuple | list):
+        for a, e in zip(actual, expected, strict=True):
+            _agree_with_ours(a, e)
+        return
+    assert np.shape(actual) == np.shape(expected), f"{np.shape(actual)}, not {np.shape(expected)}"
+    off, size = np.max(np.abs(np.subtract(actual, expected))), np.max(np.abs(expected))
+    assert off <= 2e-5 * size, f"off by {off:.2g}, where the largest is {size:.2g}"
 
 # %% ../../nbs/audit/02a_peers.ipynb #9ee50018
 _FORMS: dict[str, Callable[..., Callable[[], Any]]] = {
@@ -363,24 +352,7 @@ def _forms_of(path: str, peers: Iterable[str]) -> dict[str, Callable[..., Callab
     alone = {"numexpr", "numba"} if path != "step update" else set()
     return forms | {name: theirs[name] for name in peers if name in theirs and name not in alone}
 
-
-def _agree_with_ours(actual: Any, expected: Any) -> None:
-    "An AssertionError unless two results are equal but for the order of their sums."
-    if actual is None or expected is None:
-        return  # of bare products
-    if isinstance(expected, Mapping):
-        assert set(actual) == set(expected)
-        expected = [expected[name] for name in actual]
-        actual = list(actual.values())
-    if isinstance(expected, tuple | list):
-        for a, e in zip(actual, expected, strict=True):
-            _agree_with_ours(a, e)
-        return
-    assert np.shape(actual) == np.shape(expected), f"{np.shape(actual)}, not {np.shape(expected)}"
-    off, size = np.max(np.abs(np.subtract(actual, expected))), np.max(np.abs(expected))
-    assert off <= 2e-5 * size, f"off by {off:.2g}, where the largest is {size:.2g}"
-
-# %% ../../nbs/audit/02a_peers.ipynb #9ee50019
+# %% ../../nbs/audit/02a_peers.ipynb #6b857183
 @dataclass(frozen=True)
 class _Beside:
     "What a path took beside the peers."
@@ -395,7 +367,7 @@ class _Beside:
         r = self.found[name].ratio
         return Interval(1 / r.median, 1 / r.high, 1 / r.low if r.low else np.inf)
 
-
+# %% ../../nbs/audit/02a_peers.ipynb #9ee50019
 def _beside(
     path: str,  # of _PATHS or _BLOCK_PATHS
     peers: Iterable[str],  # of _MODULES
@@ -452,3 +424,31 @@ def _peers_table(rows: Iterable[_Beside]) -> str:
         told.append("  ".join((f"{first:{widths[0]}}", *right)).rstrip())
     told += [f"{row.path}: {problem}" for row in rows for problem in row.problems.values()]
     return "\n".join(told)
+
+# %% ../../nbs/audit/02a_peers.ipynb #f4f5206c
+@dataclass(frozen=True)
+class _Peer:
+    "A library that is installed."
+
+    name: str
+    version: str = ""
+    problem: str = ""  # why it cannot be used; empty: it can
+
+# %% ../../nbs/audit/02a_peers.ipynb #9ee50007
+def _peers(names: Iterable[str] = tuple(_MODULES)) -> list[_Peer]:
+    "The peers that are installed, with their versions, or with what goes wrong at their import."
+    return [_asked(name) for name in names if find_spec(_MODULES[name]) is not None]
+
+
+def _asked(name: str) -> _Peer:
+    ask = f"import {_MODULES[name]} as peer; print(peer.__version__)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ask], capture_output=True, text=True, timeout=120
+        )
+    except subprocess.TimeoutExpired:
+        return _Peer(name, problem="its import did not end within two minutes")
+    said = done.stderr.strip().splitlines()
+    if done.returncode:
+        return _Peer(name, problem=said[-1] if said else f"code {done.returncode}")
+    return _Peer(name, done.stdout.split()[-1])

@@ -268,7 +268,7 @@ def _plot_times(b: Bench):  # -> matplotlib Figure, or None
         figure.suptitle("Time of each form (median and 95 % interval)", fontsize=10)
     return figure
 
-# %% ../../nbs/audit/05_report.ipynb #9beb70a2
+# %% ../../nbs/audit/05_report.ipynb #62f0fb8d
 def _numbers(findings: Sequence[Finding]) -> list[tuple[Finding, Number, Interval]]:
     "Claims with a number, and what was measured of it, where it was."
     rows = []
@@ -278,7 +278,7 @@ def _numbers(findings: Sequence[Finding]) -> list[tuple[Finding, Number, Interva
             rows += [(f, f.claim.number, found)] if math.isfinite(found.median) else []
     return rows
 
-
+# %% ../../nbs/audit/05_report.ipynb #9beb70a2
 _UNITS = {"MB": "MB saved (left of 0: more is needed)", "%": "gain, %"}
 
 
@@ -541,7 +541,7 @@ def _article(f: Finding, picture: str) -> str:
         f"{esc(c.id)} {_badge(f.verdict)}</h3><dl>{listed}</dl>{table}{picture}</article>"
     )
 
-# %% ../../nbs/audit/05_report.ipynb #26268cf1
+# %% ../../nbs/audit/05_report.ipynb #9591072e
 def _scoreboard_row(f: Finding) -> tuple[str, str, str, str]:
     "A claim in the table of verdicts."
     esc = html.escape
@@ -553,7 +553,7 @@ def _scoreboard_row(f: Finding) -> tuple[str, str, str, str]:
         _badge(f.verdict) + other,
     )
 
-
+# %% ../../nbs/audit/05_report.ipynb #26268cf1
 def _scoreboard(
     findings: Sequence[Finding], data: Mapping[str, Any], plots: Collection[str]
 ) -> str:
@@ -652,7 +652,7 @@ def _about(data: Mapping[str, Any]) -> str:
         + "</dl>"
     )
 
-# %% ../../nbs/audit/05_report.ipynb #18955070
+# %% ../../nbs/audit/05_report.ipynb #3b9209d7
 # The page loads only files beside it, so that it keeps its style and its plots where a server
 # forbids all else. To Firefox no file on disk is 'self': "file:" is for a page opened from there.
 _PAGE = """<!DOCTYPE html>
@@ -679,7 +679,7 @@ _ABOUT = (
     "Here each of its claims is checked on one machine."
 )
 
-
+# %% ../../nbs/audit/05_report.ipynb #18955070
 def _as_html(
     findings: Sequence[Finding],
     data: Mapping[str, Any],

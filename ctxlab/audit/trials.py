@@ -220,7 +220,7 @@ def _no_trials(bench: "Bench") -> Iterable[Trial]:
     "What a claim wants to be timed that is not about time."
     return ()
 
-
+# %% ../../nbs/audit/03a_trials.ipynb #388f99b1
 @dataclass(frozen=True)
 class Claim:
     "One claim, and how it is audited."
@@ -271,7 +271,7 @@ def _together(verdicts: Iterable[str]) -> str:
         return seen.pop()
     return Verdict.UNDECIDED if Verdict.UNDECIDED in seen else Verdict.PARTLY
 
-
+# %% ../../nbs/audit/03a_trials.ipynb #2720bc98
 def _each(rule: Callable[[dict[str, Any]], str]) -> Callable[[_Figures], str]:
     "Judge every case by `rule`, then all together."
     return lambda figures: _together(rule(f) for f in figures.values())
@@ -308,17 +308,6 @@ def _percent(i: Interval) -> str:
     return f"{i.median:+.1f}% [{i.low:+.1f}, {i.high:+.1f}]"
 
 # %% ../../nbs/audit/03a_trials.ipynb #e29e2ec5
-def _first_gain(figures: _Figures) -> Interval:
-    "Of the first case; no interval where nothing was measured."
-    nothing = {"gain": Interval(np.nan, np.nan, np.nan)}
-    found: Interval = next(iter(figures.values()), nothing)["gain"]
-    return found
-
-
-def _every_gain(figures: _Figures) -> list[Interval]:
-    return [f["gain"] for f in figures.values()]
-
-
 def _with_enough(t: Trial, form: str, least: float) -> Trial:
     "The trial, that ends when there is a verdict on that form."
     return replace(t, enough={form: _clear(least), **t.enough})
@@ -341,6 +330,17 @@ def _gain_figures(
         return {t.name: of(b.timed(t)[form]) for t in cases(b) if b.has_time(t)}
 
     return measure
+
+# %% ../../nbs/audit/03a_trials.ipynb #39cc2f2f
+def _first_gain(figures: _Figures) -> Interval:
+    "Of the first case; no interval where nothing was measured."
+    nothing = {"gain": Interval(np.nan, np.nan, np.nan)}
+    found: Interval = next(iter(figures.values()), nothing)["gain"]
+    return found
+
+
+def _every_gain(figures: _Figures) -> list[Interval]:
+    return [f["gain"] for f in figures.values()]
 
 
 def _judge_gains(least: float) -> Callable[[_Figures], str]:
@@ -509,6 +509,17 @@ def _same_results(before: _Make, after: _Make, agree: Callable[[Any, Any], None]
     except AssertionError as error:
         raise DisagreementError(f"forms: the second gives another result: {error}") from None
 
+# %% ../../nbs/audit/03a_trials.ipynb #9b9d8336
+_ACCOUNT_UNITS = (
+    "bytes; allocated: by one call in all; kept: from call to call, for good; peak: most at once, "
+    "with what is kept"
+)
+
+
+def _exactly(value: float) -> Interval:
+    "A number that was counted."
+    return Interval(value, value, value)
+
 # %% ../../nbs/audit/03a_trials.ipynb #29817c36
 def saving_claim(
     id: str,
@@ -553,24 +564,23 @@ def saving_claim(
         **(more | options),
     )
 
-
-_ACCOUNT_UNITS = (
-    "bytes; allocated: by one call in all; kept: from call to call, for good; peak: most at once, "
-    "with what is kept"
-)
-
-
-def _exactly(value: float) -> Interval:
-    "A number that was counted."
-    return Interval(value, value, value)
-
-# %% ../../nbs/audit/03a_trials.ipynb #cebb4721
+# %% ../../nbs/audit/03a_trials.ipynb #e00f64c0
 _LEAST_SECONDS = 2.0  # a trial with less time than that is not begun
 _USEFUL_SECONDS = 8.0  # what a trial needs for a verdict, mostly
 _KEPT = 0.75  # of the time is kept for all trials by their shares; the rest is for the undecided
 _MOST = 3.0  # a trial may take this many times its part
 
 
+def _seconds_for(
+    share: float,  # of a trial
+    left: float,  # seconds, for all trials that are still to come
+    kept: float,  # seconds that are kept for each share
+    later: float,  # shares of the trials after this one
+) -> float:  # most seconds that it may take
+    least, spare = kept * share, left - kept * later
+    return min(left, max(least, min(spare, _MOST * least), _USEFUL_SECONDS))
+
+# %% ../../nbs/audit/03a_trials.ipynb #63da44c1
 def _merged(trials: Iterable[Trial]) -> list[Trial]:
     "Trials by name; one that several claims want ends when it is enough for all of them."
     found: dict[str, Trial] = {}
@@ -602,7 +612,7 @@ def _enough_for_both(a: Trial, b: Trial) -> dict[str, Callable[[Interval], bool]
 def _all_say(rules: Sequence[Callable[[Interval], bool]], ratio: Interval) -> bool:
     return all(rule(ratio) for rule in rules)
 
-
+# %% ../../nbs/audit/03a_trials.ipynb #cebb4721
 @dataclass
 class Bench:
     "Time for trials, and what they found."
@@ -636,9 +646,7 @@ class Bench:
         for trial in todo:
             left = max(self.ends - time.monotonic(), 1e-3)
             shares -= trial.share
-            least, spare = kept * trial.share, left - kept * shares
-            seconds = max(least, min(spare, _MOST * least), _USEFUL_SECONDS)
-            self._try(trial, min(left, seconds))
+            self._try(trial, _seconds_for(trial.share, left, kept, shares))
 
     def _is_done(self, trial: Trial) -> bool:
         return trial.name in self.found or trial.name in self.failed
@@ -664,7 +672,7 @@ class Bench:
             raise self.failed[trial.name]
         return self.found[trial.name]
 
-# %% ../../nbs/audit/03a_trials.ipynb #01b7adf2
+# %% ../../nbs/audit/03a_trials.ipynb #68d12185
 def _value(value: Any) -> Any:
     "A figure as a value that JSON has; numbers of NumPy become those of Python."
     if isinstance(value, Interval):
@@ -683,7 +691,7 @@ def _as_figures(found: Any) -> _Figures:
             f"figures: {e}; needed a mapping from cases to mappings from names to numbers"
         ) from e
 
-
+# %% ../../nbs/audit/03a_trials.ipynb #01b7adf2
 def _judged(claim: Claim, figures: _Figures) -> Finding:
     "A verdict and its sentences; those of the Rust program beside them."
     if claim.number is not None and figures:
@@ -735,7 +743,7 @@ def audit(
     b.run(trial for trials in rounds for trial in trials if trial is not None)
     return [_audited(claim, b) for claim in claims]
 
-# %% ../../nbs/audit/03a_trials.ipynb #c5f7d00d
+# %% ../../nbs/audit/03a_trials.ipynb #880cf304
 def _check_ledger(path: str, ledger: Any) -> list[Claim]:
     "A list of claims, or an InputError."
     if not isinstance(ledger, list | tuple) or not ledger:
@@ -748,7 +756,7 @@ def _check_ledger(path: str, ledger: Any) -> list[Claim]:
             raise InputError(f"{path}: {claim.id}: its number has the unit {unit!r}, not MB or %")
     return _with_ids_of_their_own(ledger)
 
-
+# %% ../../nbs/audit/03a_trials.ipynb #c5f7d00d
 def _with_ids_of_their_own(ledger: Iterable[Claim]) -> list[Claim]:
     "The claims; one whose id was there before is not measured, and says why."
     claims: dict[str, Claim] = {}
