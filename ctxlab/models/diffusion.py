@@ -23,6 +23,7 @@ from .attention import _block_rows
 from ctxlab.models.block import (
     Block,
     _Arrays,
+    _check_input,
     _layer_backward,
     _Model,
     _panel_rows,
@@ -486,7 +487,7 @@ class DiffusionBlock(Block):
         training: bool = True,  # False: keeps nothing for backward, in buffers that blocks share
     ) -> np.ndarray:  # (B, S, D)
         "Mix the context in by the share of the signal, compute, let the context learn."
-        t = _check_levels(t, len(self._check_input(x)), self.n_steps)
+        t = _check_levels(t, len(_check_input(self, x)), self.n_steps)
         return super().forward(x, out, training=training, t=t)
 
     def _mix(self, x: np.ndarray, name: str, t: np.ndarray) -> np.ndarray:

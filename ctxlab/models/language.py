@@ -20,8 +20,11 @@ from ..gemm import unbuffered
 from ctxlab.models.block import (
     _OUTPUTS,
     Block,
+    _all_sizes,
     _Decoding,
+    _kept,
     _Model,
+    _passing,
     _room,
     _Shapes,
     _under,
@@ -189,7 +192,7 @@ def _model_requirement(model: "LanguageModel") -> Requirement:
     first = model.blocks[0]
     kept = [b("ids", "B", "S", dtype=np.intp), b("embedded", "N", "D")]
     for i, block in enumerate(model.blocks):
-        kept += [*block._kept(), Buffer(f"{block.name}.y", ("B", "S", "D"), model.dtype)]
+        kept += [*_kept(block), Buffer(f"{block.name}.y", ("B", "S", "D"), model.dtype)]
         if block.context is not None and i:
             kept.append(Buffer(f"{block.name}.mixed", ("B", "S", "D"), model.dtype))
     forward, back = [first._forward_scratch()], [first._backward_scratch()]
@@ -215,7 +218,7 @@ def _inference_requirement(model: "LanguageModel") -> Requirement:
     "What a forward pass takes that keeps nothing."
 
     b = partial(_of_model, model)
-    passing = [block._passing(block._inference_scratch()) for block in model.blocks]
+    passing = [_passing(block, block._inference_scratch()) for block in model.blocks]
     return all_of(
         b("ids", "B", "S", dtype=np.intp),
         *(Buffer(name, ("B", "S", "D"), model.dtype) for name in _OUTPUTS),
@@ -236,7 +239,7 @@ def _next_requirement(model: "LanguageModel", tokens: int) -> Requirement:
         block._step_scratch() if tokens == 1 else block._inference_scratch()
         for block in model.blocks
     ]
-    passing = [block._passing(part) for block, part in zip(model.blocks, scratch, strict=True)]
+    passing = [_passing(block, part) for block, part in zip(model.blocks, scratch, strict=True)]
     return all_of(
         b("ids", "B", "S", dtype=np.intp),
         b("embedded", "B", "S", "D"),
@@ -547,10 +550,10 @@ class LanguageModel(_Model):
         max_len: int | None = None,  # of a decoding, with a prompt of seq_len, and steps
     ) -> int:
         "Most bytes that are taken at once, for sequences of this length."
-        sizes = self.blocks[0]._all_sizes(batch, seq_len) | {"V": self.vocab}
+        sizes = _all_sizes(self.blocks[0], batch, seq_len) | {"V": self.vocab}
         if max_len is None:
             return self.requirement(training=training).nbytes(**sizes)
-        one = self.blocks[0]._all_sizes(batch, 1) | {"V": self.vocab, "L": max_len}
+        one = _all_sizes(self.blocks[0], batch, 1) | {"V": self.vocab, "L": max_len}
         memory = [buffer for block in self.blocks for buffer in block._memory()]
         kept = all_of(*memory, Buffer("model.next", ("B", "V"), self.dtype)).nbytes(**one)
         prompt = _next_requirement(self, seq_len).nbytes(**sizes, L=max_len)

@@ -20,7 +20,7 @@ from ..gemm import check_out, gemm, panels
 from ctxlab.models.block import (
     Block,
     _Arrays,
-    _buffer,
+    _check_input,
     _Decoding,
     _layer_backward,
     _norm,
@@ -756,7 +756,7 @@ class SSMBlock(Block):
     ) -> np.ndarray:  # (B, S, D)
         "All tokens of a batch of sequences."
         if state is not None:
-            x = self._check_input(x)
+            x = _check_input(self, x)
             _check_state(state, (len(x), self.dim), self.dtype, {"x": x, "out": out})
         return super().forward(x, out, state=state, **options)
 
@@ -770,7 +770,7 @@ class SSMBlock(Block):
             raise TypeError("keep: an SSM block knows of no padding")
 
     def _memory(self) -> list[Buffer]:
-        return [_buffer("state", self.name, "B", "D", dtype=self.dtype)]
+        return [Buffer(f"{self.name}.state", ("B", "D"), self.dtype)]
 
     def _infer(
         self,
