@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ctxlab.context import SharedAttentionContext
-from ctxlab.models.block import Block, _FreshWorkspace
+from ctxlab.models.block import Block, _FreshWorkspace, _kept
 from ctxlab.models.diffusion import Denoiser, DiffusionBlock
 from ctxlab.models.language import LanguageModel
 from ctxlab.models.ssm import SSMBlock
@@ -263,7 +263,7 @@ def test_bytes_are_known_whatever_is_learned_from(kind, B, S, max_rows, dtype):
 @by_kind
 def test_a_kind_is_a_block_and_holds_parameters(kind):
     names = [base.__name__ for base in type(MAKE[kind]()).__mro__]
-    assert names == [f"{kind}Block", "Block", "_Parametric", "object"]
+    assert names == [f"{kind}Block", "Block", "_Kind", "_Parametric", "object"]
 
 
 @by_kind
@@ -271,7 +271,7 @@ def test_what_a_block_keeps_has_names_and_types(kind):
     block = MAKE[kind]()
     forward(block, inputs(2, 3, D)[0])
     fields = dataclasses.fields(block._saved.kept)
-    buffers = {b.name.removeprefix(f"{block.name}.") for b in block._kept()}
+    buffers = {b.name.removeprefix(f"{block.name}.") for b in _kept(block)}
     assert buffers <= {field.name for field in fields}
     for field in fields:
         if field.name in buffers:

@@ -56,7 +56,7 @@ def _check_causal(T: int, S: int, causal: bool) -> None:
     if causal and T > S:
         raise ValueError(f"q: {T} queries for {S} keys; under a causal mask at most as many")
 
-
+# %% ../../nbs/models/02_attention.ipynb #66811525
 def _visible(
     S: int,  # keys
     causal: bool,
@@ -82,7 +82,7 @@ def _zero_padding(
     real = keep[:, None, :, None]
     return [np.where(real, a, 0) if a.shape[2] == keep.shape[1] else a for a in arrays]
 
-
+# %% ../../nbs/models/02_attention.ipynb #8f1d7503
 def _weights(
     q: np.ndarray,
     k: np.ndarray,
@@ -101,7 +101,7 @@ def _weights(
     weights = np.exp(scores - np.maximum(scores.max(axis=-1, keepdims=True), lowest))
     return weights / np.maximum(weights.sum(axis=-1, keepdims=True), np.finfo(q.dtype).tiny)
 
-
+# %% ../../nbs/models/02_attention.ipynb #f96e2a3e
 def attention(
     q: np.ndarray,  # (B, H, T, E), the last tokens of the sequence
     k: np.ndarray,  # (B, H, S, E)
@@ -133,7 +133,7 @@ def _part(scratch: np.ndarray, rows: slice, columns: int) -> np.ndarray:
     n = rows.stop - rows.start
     return scratch[: n * columns].reshape(n, columns)
 
-
+# %% ../../nbs/models/02_attention.ipynb #71f1d5fa
 def _scores_into(
     q: np.ndarray,
     k: np.ndarray,
@@ -189,7 +189,7 @@ def _mask_of(
     unseen = ws.take("attention.unseen", (step * shape[3],), np.bool_) if flags else None
     return np.broadcast_to(mask, shape), unseen
 
-
+# %% ../../nbs/models/02_attention.ipynb #597a33b5
 def _attention_requirement(
     dtype: DTypeLike = np.float32,
     backward: bool = False,
@@ -278,6 +278,25 @@ def _exponentials(P: np.ndarray, top: np.ndarray, total: np.ndarray) -> None:
     np.add.reduce(P, axis=1, out=total)
     np.maximum(total, info.tiny, out=total)
 
+# %% ../../nbs/models/02_attention.ipynb #84747c0f
+def _finish(
+    P: np.ndarray,  # (n, S) scores, become exponentials or weights
+    V: np.ndarray,  # (S, E)
+    out: np.ndarray,  # (n, E), receives the result
+    lse: np.ndarray,  # (n,), receives the log of the sums
+    total: np.ndarray,  # (n,), scratch
+    kept: bool,  # whether `P` is to become the weights
+) -> None:
+    "From the scores of a block to its result."
+    _exponentials(P, lse, total)
+    if kept:
+        P /= total[:, None]
+    np.matmul(P, V, out=out)
+    if not kept:
+        out /= total[:, None]
+    np.log(total, out=total)
+    lse += total
+
 # %% ../../nbs/models/02_attention.ipynb #483fcb88
 def _attention_into(
     q: np.ndarray,
@@ -310,21 +329,15 @@ def _attention_into(
             Q, K, V = _real([q[b, h], k[b, h], v[b, h]], None if keep is None else keep[b], real)
             for rows in blocks:
                 columns = rows.stop + S - T if causal else S
-                if weights is None:
-                    P = _part(scratch, rows, columns)
-                else:
+                P = _part(scratch, rows, columns)
+                if weights is not None:
                     P = weights[b, h, rows, :columns]
-                top, total, result = lse[b, h, rows], row[: len(P)], out[b, h, rows]
                 seen = None if masks is None else masks[b, h]
                 _scores_into(Q, K, P, rows, later, padding, seen, unseen, factor)
-                _exponentials(P, top, total)
-                if weights is not None:
-                    P /= total[:, None]
-                np.matmul(P, V[:columns], out=result)
-                if weights is None:
-                    result /= total[:, None]
-                np.log(total, out=total)
-                top += total
+                total = row[: len(P)]
+                _finish(
+                    P, V[:columns], out[b, h, rows], lse[b, h, rows], total, weights is not None
+                )
             if padding is not None and T == S:
                 _clear(padding, out[b, h], None if weights is None else weights[b, h])
     return out
@@ -415,6 +428,21 @@ def attention_vjp(
     grad_scores *= q.dtype.type(_check_scale(scale, q.shape[-1], q.dtype))
     return grad_scores @ k, grad_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ grad_out
 
+# %% ../../nbs/models/02_attention.ipynb #c9d74363
+def _score_gradient(
+    P: np.ndarray,  # (n, S) weights
+    V: np.ndarray,  # (S, E)
+    G: np.ndarray,  # (n, E) gradient of the result
+    delta: np.ndarray,  # (n,)
+    out: np.ndarray,  # (n, S), receives that of the scores
+    factor: float,  # of the scores
+) -> None:
+    "Gradient of the products of queries and keys."
+    np.matmul(G, V.T, out=out)
+    out -= delta[:, None]
+    out *= P
+    out *= out.dtype.type(factor)
+
 # %% ../../nbs/models/02_attention.ipynb #0c89b6e7
 def _attention_backward_into(
     q: np.ndarray,
@@ -465,11 +493,9 @@ def _attention_backward_into(
                     _scores_into(Q, K, P, rows, later, padding, seen, unseen, factor)
                     P -= lse[b, h, rows, None]
                     np.exp(P, out=P)
+                dZ = _part(gradient, rows, columns)
+                _score_gradient(P, V[:columns], G, delta, dZ, factor)
                 gemm(P.T, G, grad_v[b, h, :columns], beta=beta)
-                dZ = np.matmul(G, V[:columns].T, out=_part(gradient, rows, columns))
-                dZ -= delta[:, None]
-                dZ *= P
-                dZ *= q.dtype.type(factor)
                 np.matmul(dZ, K[:columns], out=grad_q[b, h, rows])
                 gemm(dZ.T, Q[rows], grad_k[b, h, :columns], beta=beta)
 

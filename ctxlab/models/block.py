@@ -42,6 +42,7 @@ from ctxlab.workspace import (
 
 # %% ../../nbs/models/03_block.ipynb #d4cbe37a
 _Shapes = dict[str, tuple[int, ...]]  # parameter -> shape
+_Arrays = dict[str, np.ndarray]  # name -> array
 
 
 def _views(flat: np.ndarray, shapes: _Shapes) -> dict[str, np.ndarray]:
@@ -66,7 +67,7 @@ def _together(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         copies[name][...] = a
     return copies
 
-
+# %% ../../nbs/models/03_block.ipynb #5e1a5445
 def _initialise(parameters: Mapping[str, np.ndarray], rng: np.random.Generator) -> None:
     "Matrices from N(0, 1/inputs), vectors named `weight` 1, all else 0."
     for name, p in parameters.items():
@@ -74,58 +75,6 @@ def _initialise(parameters: Mapping[str, np.ndarray], rng: np.random.Generator) 
             p[...] = rng.standard_normal(p.shape) / math.sqrt(p.shape[1])
         else:
             p.fill(1.0 if name.endswith("weight") else 0.0)
-
-# %% ../../nbs/models/03_block.ipynb #6e55c2d0
-def _as_array(value: Any) -> np.ndarray:  # of objects, where the value is no array
-    try:
-        return np.asarray(value)
-    except (TypeError, ValueError):
-        return np.empty((), object)
-
-
-def _unfit(name: str, a: np.ndarray, shape: tuple[int, ...]) -> str:  # empty where it fits
-    if a.dtype.kind not in "fiu":
-        return f"{name} is {a.dtype}, needed numbers"
-    return f"{name} has shape {a.shape}, needed {shape}" if a.shape != shape else ""
-
-
-def _few(names: list[str], shown: int = 4) -> str:  # a block has a dozen entries, a line has not
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
-def _check_state(
-    state: Mapping[str, Any], shapes: _Shapes, optional: _Shapes | None = None
-) -> None:
-    "A ValueError that names what is missing, extra, or of another shape or kind."
-    if not isinstance(state, Mapping):
-        raise TypeError(f"state: {type(state).__name__} is no mapping of names to arrays")
-    known = shapes | (optional or {})
-    found = {name: _as_array(state[name]) for name in known if name in state}
-    absent = [name for name in shapes if name not in state]
-    extra = [str(name) for name in state if name not in known]
-    wrong = []
-    if absent:
-        wrong.append(f"missing {_few(absent)}")
-    if extra:
-        wrong.append(f"extra {_few(extra)}")
-    wrong += [fault for name, a in found.items() if (fault := _unfit(name, a, known[name]))]
-    if wrong:
-        raise ValueError(f"state: {'; '.join(wrong)}")
-
-# %% ../../nbs/models/03_block.ipynb #4f36793b
-def _converted(
-    state: Mapping[str, Any], names: Iterable[str], dtype: np.dtype
-) -> dict[str, np.ndarray]:  # all of them, or a ValueError
-    "Entries of a checked state in another precision."
-    arrays = {}
-    for name in names:
-        given = np.asarray(state[name])
-        with np.errstate(over="ignore"):
-            arrays[name] = given.astype(dtype)
-        if np.isinf(arrays[name]).sum() > np.isinf(given).sum():
-            raise ValueError(f"state: {name} holds numbers too large for {dtype}")
-    return arrays
 
 # %% ../../nbs/models/03_block.ipynb #44adf1ec
 class _Parametric:
@@ -202,99 +151,10 @@ class _Parametric:
     def __copy__(self) -> Self:  # two with one workspace and one name would be in each other's way
         return deepcopy(self)
 
-# %% ../../nbs/models/03_block.ipynb #4168cae6
-_numbers = itertools.count()  # so that two blocks never share a name, unless they are given one
-_users: WeakKeyDictionary[Workspace, dict[str, tuple[int, ref]]] = WeakKeyDictionary()
-
-
-def _claim_name(block: _Parametric, name: str, workspace: Workspace) -> None:
-    "A RuntimeError if another block with this name has used the workspace in this generation."
-    users = _users.setdefault(workspace, {})
-    generation, user = users.get(name, (0, ref(block)))
-    if generation == workspace.generation and user() not in (None, block):
-        raise RuntimeError(
-            f"name: another block named {name!r} has used the workspace in this generation; "
-            "give each block a name of its own"
-        )
-    users[name] = workspace.generation, ref(block)
-
-# %% ../../nbs/models/03_block.ipynb #c607d4c2
-def _buffer(name: str, prefix: str, *shape: _Dim, dtype: DTypeLike) -> Buffer:
-    return Buffer(f"{prefix}.{name}", shape, dtype)
-
-
-@lru_cache(maxsize=256)  # a step of a small block takes hardly longer than this
-def _evaluated(
-    shapes: tuple[tuple[str, tuple[_Dim, ...]], ...], sizes: tuple[tuple[str, int], ...]
-) -> list[tuple[str, tuple[int, ...]]]:
-    "Shapes by name, with numbers in place of letters."
-    numbers = dict(sizes)
-    return [(name, tuple(_evaluate(n, numbers) for n in shape)) for name, shape in shapes]
-
-
-def _panel_rows(rows: int, width: int, dtype: np.dtype) -> int:
-    "Rows of the largest panel of an array of these."
-    return _largest_panel(rows, width * dtype.itemsize)
-
-# %% ../../nbs/models/03_block.ipynb #7be1f0a3
-_Arrays = dict[str, np.ndarray]  # name -> array
-
-
-def _layer_backward(
-    p: _Arrays,
-    g: _Arrays,
-    name: str,  # 'linear1.': of 'linear1.weight' and 'linear1.bias'
-    x: np.ndarray,  # (N, D)
-    G: np.ndarray,  # (N, F), gradient of the output
-    out: np.ndarray | None,  # (N, D), receives that of the input; None: not needed
-) -> None:
-    "Gradients of a linear layer."
-    bias = g.get(f"{name}bias")
-    _linear_backward_into(x, p[f"{name}weight"], G, out, g[f"{name}weight"], bias)
-
-
-def _norm(
-    p: _Arrays,
-    name: str,  # 'norm1': of 'norm1.weight' and 'norm1.bias'
-    x: np.ndarray,  # (N, D)
-    out: np.ndarray,  # (N, D)
-    stats: np.ndarray,  # (2, N), receives what backward needs
-    eps: float,
-) -> np.ndarray:  # out
-    "A LayerNorm, or an RMSNorm where there is no bias."
-    return _norm_into(x, p[f"{name}.weight"], p.get(f"{name}.bias"), out, stats, eps)
-
-# %% ../../nbs/models/03_block.ipynb #8fc50a35
-def _renorm(
-    p: _Arrays, name: str, x: np.ndarray, out: np.ndarray, stats: np.ndarray
-) -> np.ndarray:  # out
-    "The output of a norm once more."
-    return _renorm_into(x, stats, p[f"{name}.weight"], p.get(f"{name}.bias"), out)
-
-
-def _norm_backward(
-    p: _Arrays,
-    g: _Arrays,
-    name: str,
-    x: np.ndarray,
-    G: np.ndarray,  # (N, D), gradient of the output
-    out: np.ndarray,  # (N, D), receives that of the input; may be `G`
-    stats: np.ndarray,
-    ws: Workspace,
-) -> None:
-    "Gradients of `_norm`."
-    weight, bias = g[f"{name}.weight"], g.get(f"{name}.bias")
-    _norm_backward_into(x, stats, p[f"{name}.weight"], G, out, weight, bias, ws)
-
 # %% ../../nbs/models/03_block.ipynb #54ba281a
 _LEARNED = "incoming", "outgoing"  # contexts that a state may hold
 _SHARED = "inference"  # the name of what no backward pass will read: each block uses it again
 _OUTPUTS = f"{_SHARED}.y0", f"{_SHARED}.y1"  # one is the input of the other
-
-
-def _room(tokens: int) -> int:
-    "Tokens that a place for the output has: few sizes, whatever the lengths of the prompts."
-    return 1 << max(tokens - 1, 0).bit_length()
 
 
 @dataclass
@@ -346,38 +206,21 @@ class _Decoding:
                 f"start() was given max_len = {self.max_len}"
             )
 
-# %% ../../nbs/models/03_block.ipynb #2e9b26b7
-class Block(_Parametric, metaclass=ABCMeta):
-    "A layer with a shared context: forward, then backward, in buffers of one workspace."
+# %% ../../nbs/models/03_block.ipynb #4bfa58f3
+class _Kind(_Parametric, metaclass=ABCMeta):
+    "What a kind of block says of itself; `Block` does the rest."
 
-    _saved: _Pass | None
-    _decoding: _Decoding | None
+    dim: int  # D
+    dtype: np.dtype
+    name: str  # of its buffers
+    max_len: int | None  # longest sequence
+    _context: SharedAttentionContext | None
 
-    def __init__(
-        self,
-        dim: int,  # D
-        shapes: _Shapes,  # of the parameters
-        *,
-        rng: np.random.Generator | None,  # of the initial weights
-        dtype: DTypeLike,  # float32 or float64
-        context: SharedAttentionContext | None,
-        workspace: Workspace | None,  # None: its own
-        max_len: int | None = None,  # longest sequence that is allowed
-    ):
-        self.dtype = _check_array("dtype", np.empty((0, 0), dtype)).dtype
-        if context is not None and context.dtype != self.dtype:
-            raise TypeError(f"context: {context.dtype}, but the block is {self.dtype}")
-        self.dim = dim
-        self.max_len = max_len
-        self.name = f"{type(self).__name__}{next(_numbers)}"
-        self.workspace = _given_or_new(workspace)
-        self._owns = workspace is None
-        self._context = context
-        self._saved = self._decoding = None
-        strength: _Shapes = {} if context is None else {"context.strength": (1,)}
-        self._allocate(shapes, self.dtype, rng, strength)
+    @property
+    def context(self) -> SharedAttentionContext | None:
+        return self._context  # for good, since its strength is among the parameters
 
-    # What every kind of block has.
+    # What every kind says.
 
     @abstractmethod
     def _forward(
@@ -413,7 +256,7 @@ class Block(_Parametric, metaclass=ABCMeta):
     def _sizes(self, batch: int, seq_len: int) -> dict[str, int]:
         "Numbers for the letters of its own in those buffers."
 
-    # What some kinds of block do in a way of their own.
+    # What some kinds say in their own way.
 
     def _check_options(self, *args: Any, **options: Any) -> None:
         "An error that names an option that does not fit; before anything changes."
@@ -442,11 +285,11 @@ class Block(_Parametric, metaclass=ABCMeta):
         **options: Any,
     ) -> None:
         "Compute `y` from `h` and keep nothing for backward."
-        self._forward(h, y, shape, self._take_kept(shape, _SHARED), **options)
+        self._forward(h, y, shape, _take_kept(self, shape, _SHARED), **options)
 
     def _inference_scratch(self, *args: Any, **options: Any) -> Requirement:
         "What `_infer` takes and gives back."
-        return all_of(*self._kept(_SHARED), self._forward_scratch(**options))
+        return all_of(*_kept(self, _SHARED), self._forward_scratch(**options))
 
     def _step_scratch(self, *args: Any, **options: Any) -> Requirement:
         "The same for one token of a decoding."
@@ -456,11 +299,410 @@ class Block(_Parametric, metaclass=ABCMeta):
         "What decoding remembers, in B, L (tokens there is room for), and letters of the kind."
         raise TypeError(f"start: a {type(self).__name__} sees all tokens at once, none by itself")
 
-    # Parameters and state.
+# %% ../../nbs/models/03_block.ipynb #4168cae6
+_numbers = itertools.count()  # so that two blocks never share a name, unless they are given one
+_users: WeakKeyDictionary[Workspace, dict[str, tuple[int, ref]]] = WeakKeyDictionary()
 
-    @property
-    def context(self) -> SharedAttentionContext | None:
-        return self._context  # for good, since its strength is among the parameters
+
+def _claim_name(block: _Parametric, name: str, workspace: Workspace) -> None:
+    "A RuntimeError if another block with this name has used the workspace in this generation."
+    users = _users.setdefault(workspace, {})
+    generation, user = users.get(name, (0, ref(block)))
+    if generation == workspace.generation and user() not in (None, block):
+        raise RuntimeError(
+            f"name: another block named {name!r} has used the workspace in this generation; "
+            "give each block a name of its own"
+        )
+    users[name] = workspace.generation, ref(block)
+
+# %% ../../nbs/models/03_block.ipynb #6a511c38
+def _check_input(block: _Kind, x: Any, least: int = 1) -> np.ndarray:  # tokens at least
+    "The input (B, S, D), if the block can take it."
+    x = _check_array("x", x, ndim=(3,), dtype=block.dtype)
+    if x.shape[2] != block.dim:
+        raise ValueError(f"x: shape {x.shape}, needed (B, S, {block.dim})")
+    if not len(x) or x.shape[1] < least:
+        raise ValueError(f"x: shape {x.shape} is empty; needed at least one token")
+    if block.max_len is not None and x.shape[1] > block.max_len:
+        raise ValueError(
+            f"x: {x.shape[1]} tokens in a sequence, at most {block.max_len} were declared"
+        )
+    _check_contiguous("x", x)
+    return x
+
+
+def _check_token(block: _Kind, x: Any) -> np.ndarray:  # (B, D)
+    "One token of each sequence, if the block can take it."
+    x = _check_array("x", x, dtype=block.dtype)
+    if x.shape[1] != block.dim:
+        raise ValueError(f"x: shape {x.shape}, needed (B, {block.dim})")
+    _check_contiguous("x", x)
+    return x
+
+
+def _check_lasting(block: _Kind, x: np.ndarray) -> None:
+    "A ValueError where another pass may write over `x` before backward reads it."
+    for name in _OUTPUTS:
+        buffer = block.workspace._buffers.get(name)
+        if buffer is not None and np.may_share_memory(buffer.flat, x):
+            raise ValueError(
+                "x: is what forward(training=False) gave, which the next such pass writes over "
+                "before backward() has read it; pass a copy"
+            )
+
+# %% ../../nbs/models/03_block.ipynb #33dc34ab
+def _check_out(block: _Kind, out: Any, inputs: _Arrays) -> np.ndarray:
+    "The `out` of a caller, if the output can go there."
+    out = check_out(out, inputs["x"].shape, block.dtype, inputs)
+    _check_contiguous("out", out, written=True)
+    return out
+
+
+def _take_apart(block: _Kind, names: Sequence[str], inputs: _Arrays) -> np.ndarray:
+    "The first of these buffers that is none of the inputs."
+    found = ""
+    for name in names:
+        out = block.workspace.take(name, inputs["x"].shape, block.dtype)
+        found = next((n for n, a in inputs.items() if np.shares_memory(out, a)), "")
+        if not found:
+            return out
+    raise ValueError(
+        f"{found}: is this block's own buffer of this generation; pass another, or `out`"
+    )
+
+# %% ../../nbs/models/03_block.ipynb #b5c4955c
+def _kept(block: _Kind, name: str | None = None) -> list[Buffer]:
+    "Buffers that stay until backward, under the block's name or another."
+    prefix = block.name if name is None else name
+    return [
+        Buffer(f"{prefix}.{field}", shape, block.dtype)
+        for field, shape in block._kept_shapes().items()
+    ]
+
+
+@lru_cache(maxsize=256)  # a step of a small block takes hardly longer than this
+def _evaluated(
+    shapes: tuple[tuple[str, tuple[_Dim, ...]], ...], sizes: tuple[tuple[str, int], ...]
+) -> list[tuple[str, tuple[int, ...]]]:
+    "Shapes by name, with numbers in place of letters."
+    numbers = dict(sizes)
+    return [(name, tuple(_evaluate(n, numbers) for n in shape)) for name, shape in shapes]
+
+
+def _take_kept(block: _Kind, shape: tuple[int, ...], name: str) -> _Arrays:  # shape (B, S, D)
+    "Those buffers, from the workspace."
+    B, S, D = shape
+    sizes = dict(B=B, S=S, D=D, N=B * S) | block._sizes(B, S)
+    take, letters = block.workspace.take, tuple(block._kept_shapes().items())
+    return {
+        field: take(f"{name}.{field}", shape, block.dtype)
+        for field, shape in _evaluated(letters, tuple(sizes.items()))
+    }
+
+# %% ../../nbs/models/03_block.ipynb #153f95b8
+def _rows(a: np.ndarray) -> np.ndarray:
+    return a.reshape(-1, a.shape[2])  # (B, S, D) -> (N, D), never a copy
+
+
+def _learn(context: SharedAttentionContext | None, x: np.ndarray, y: np.ndarray) -> None:
+    "Let a context learn from (B, S, D): from sequences, or from single tokens."
+    if context is None:
+        return
+    if x.shape[1] == 1:
+        context._learn_tokens(_rows(x), _rows(y), keeps=True)
+    else:
+        context.update(_rows(x), _rows(y))
+
+
+def _train(block: _Kind, inputs: _Arrays, out: np.ndarray, options: dict[str, Any]) -> _Pass:
+    "A forward pass that backward may follow."
+    x = block._without_padding(inputs["x"], block.name, **options)
+    with unbuffered():
+        h = block._mix(x, block.name, **options)
+        arrays = _take_kept(block, x.shape, block.name)
+        kept = block._forward(_rows(h), _rows(out), x.shape, arrays, **options)
+        _learn(block.context, x, out)
+    generation = block.workspace.generation
+    return _Pass(inputs | {"x": x}, h, kept, generation, _mixed_with(block))
+
+
+def _mixed_with(block: _Kind) -> Any:
+    "Something that differs after each change of what is mixed in."
+    return None if block.context is None else block.context._applied_with()
+
+# %% ../../nbs/models/03_block.ipynb #d3d3d343
+def _pass_on(
+    block: _Kind,
+    x: np.ndarray,
+    out: np.ndarray,
+    decoding: _Decoding | None,
+    options: dict[str, Any],
+) -> None:
+    "A forward pass of which nothing but `out` is left."
+    with unbuffered(), block.workspace.scope():
+        x = block._without_padding(x, _SHARED, **options)
+        h = block._mix(x, _SHARED, **options)
+        with block.workspace.scope():
+            block._infer(_rows(h), _rows(out), x.shape, decoding, **options)
+        _learn(block.context, x, out)
+
+# %% ../../nbs/models/03_block.ipynb #d19b8f9c
+def _go_back(block: _Kind, last: _Pass, G: np.ndarray, out: np.ndarray) -> None:
+    "Gradients of a forward pass: that of the input into `out`, others into `gradients()`."
+    x, h = last.inputs["x"], last.h
+    strength = block._gradients.get("context.strength")
+    if strength is not None:
+        strength.fill(0)
+    with unbuffered():
+        if h is x:
+            block._backward(_rows(h), last.kept, _rows(G), _rows(out), x.shape)
+            return
+        with block.workspace.scope():
+            grad_h = block.workspace.take("block.grad_h", x.shape, block.dtype)
+            block._backward(_rows(h), last.kept, _rows(G), _rows(grad_h), x.shape)
+            grad_strength = block._unmix(x, grad_h, out, last.kept)
+    block._gradients["context.strength"][0] = grad_strength
+
+# %% ../../nbs/models/03_block.ipynb #ab27b0b4
+def _remember(block: _Kind, batch: int, max_len: int) -> _Decoding:
+    "Room for what a decoding remembers, empty."
+    sizes = _all_sizes(block, batch, 1) | {"L": max_len}
+    arrays = {
+        b.name.removeprefix(f"{block.name}."): b.take(block.workspace, sizes)
+        for b in block._memory()
+    }
+    for a in arrays.values():
+        a.fill(0)
+    return _Decoding(block.workspace, arrays, batch, max_len, _mixed_with(block))
+
+# %% ../../nbs/models/03_block.ipynb #9fe8aefd
+def _room(tokens: int) -> int:
+    "Tokens that a place for the output has: few sizes, whatever the lengths of the prompts."
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
+def _decoded(block: _Kind, tokens: int) -> Buffer:
+    "The first of the two places of an output."
+    room = _room(tokens)
+    return Buffer(f"decoding.{room}.y0", ("B", room, "D"), block.dtype)
+
+
+def _take_decoded(block: _Kind, x: np.ndarray) -> np.ndarray:
+    "Where the output of a decoding goes: one of the two places, not that of the input."
+    B, S, D = x.shape
+    shape = B, _room(S), D
+    out = block.workspace.take(f"decoding.{shape[1]}.y0", shape, block.dtype)
+    if np.may_share_memory(out, x):
+        out = block.workspace.take(f"decoding.{shape[1]}.y1", shape, block.dtype)
+    return out.reshape(-1)[: x.size].reshape(x.shape)
+
+# %% ../../nbs/models/03_block.ipynb #33c23694
+def _going_on(block: _Kind, call: str, x: np.ndarray) -> _Decoding:
+    "The decoding that these tokens can go on from, or an error that says why they cannot."
+    decoding: _Decoding | None = block._decoding
+    if decoding is None:
+        raise RuntimeError(f"{call}: comes after start(batch, max_len); nothing goes on from here")
+    decoding.check(call, block.workspace, "x", x.shape)
+    if decoding.mixed_with != _mixed_with(block):
+        raise RuntimeError(
+            f"{call}: strength or incoming of the context have changed since start(); "
+            "call start() again"
+        )
+    return decoding
+
+
+def _go_on(
+    block: _Kind, call: str, x: np.ndarray, out: np.ndarray | None, keep: np.ndarray | None
+) -> np.ndarray:
+    "The next tokens (B, S, D) of a decoding."
+    options = {} if keep is None else {"keep": keep}
+    decoding = _going_on(block, call, x)
+    block._check_options(x.shape, **options)
+    if out is None:
+        out = _take_decoded(block, x)
+    elif call == "prompt":
+        _check_out(block, out, {"x": x})
+    if x.size:
+        block._decoding = None
+        _pass_on(block, x, out, decoding, options)
+        decoding.length += x.shape[1]
+        block._decoding = decoding
+    return out
+
+# %% ../../nbs/models/03_block.ipynb #42a9bc2c
+def _panel_rows(rows: int, width: int, dtype: np.dtype) -> int:
+    "Rows of the largest panel of an array of these."
+    return _largest_panel(rows, width * dtype.itemsize)
+
+
+def _all_sizes(block: _Kind, batch: int, seq_len: int) -> dict[str, int]:
+    "Numbers for all letters of `requirement`."
+    most = None if block.context is None or seq_len == 1 else block.context.max_rows
+    shared = dict(
+        B=batch,
+        S=seq_len,
+        D=block.dim,
+        N=batch * seq_len,
+        n=min(batch * seq_len, most or batch * seq_len),  # rows that a context correlates
+        p=_panel_shape(block.dim, block.dtype)[0],
+    )
+    return shared | block._sizes(batch, seq_len)
+
+# %% ../../nbs/models/03_block.ipynb #3870a218
+def _cube(block: _Kind, name: str) -> Buffer:  # (B, S, D)
+    return Buffer(name, ("B", "S", "D"), block.dtype)
+
+
+def _mixed(block: _Kind, name: str) -> list[Buffer]:
+    "What `_mix` takes."
+    mixes = block.context is not None and block.context.incoming is not None
+    return [_cube(block, f"{name}.mixed")] if mixes else []
+
+
+def _padding(block: _Kind, name: str, **options: bool) -> list[Buffer]:
+    "What `_without_padding` takes."
+    return [_cube(block, f"{name}.real")] if options.get("keep") else []
+
+
+def _learning(block: _Kind) -> list[Requirement]:
+    "What a context takes that learns, if it shares the workspace."
+    shares = block.context is not None and block.context.workspace is block.workspace
+    return [_update_requirement(block.dtype)] if shares else []
+
+# %% ../../nbs/models/03_block.ipynb #e282d326
+def _training_requirement(block: _Kind, **options: bool) -> Requirement:
+    "What a forward pass and its backward pass take."
+    kept = [_cube(block, f"{block.name}.y"), *_kept(block), *_padding(block, block.name, **options)]
+    back = [_cube(block, f"{block.name}.dx"), block._backward_scratch(**options)]
+    if mixed := _mixed(block, block.name):
+        kept += mixed
+        back.insert(1, _cube(block, "block.grad_h"))
+    forward = block._forward_scratch(**options)
+    return all_of(*kept, any_of(forward, *_learning(block), all_of(*back)))
+
+
+def _passing(block: _Kind, scratch: Requirement, **options: bool) -> Requirement:
+    "What a pass takes that keeps nothing, beside its output."
+    around = [*_padding(block, _SHARED, **options), *_mixed(block, _SHARED)]
+    return all_of(*around, any_of(scratch, *_learning(block)))
+
+# %% ../../nbs/models/03_block.ipynb #eed5c2a9
+def _decoding_bytes(block: _Kind, batch: int, prompt: int, max_len: int, **options: bool) -> int:
+    "Most bytes of a prompt, and steps after it."
+    one = _all_sizes(block, batch, 1) | {"L": max_len}
+    kept = all_of(*block._memory(), _decoded(block, prompt)).nbytes(**one)
+    step = _passing(block, block._step_scratch(**options), **options).nbytes(**one)
+    if prompt < 2:
+        return kept + step
+    scratch = _passing(block, block._inference_scratch(**options), **options)
+    step += _decoded(block, 1).nbytes(**one)  # beside that of the prompt
+    return kept + max(scratch.nbytes(**_all_sizes(block, batch, prompt)), step)
+
+# %% ../../nbs/models/03_block.ipynb #6e55c2d0
+def _as_array(value: Any) -> np.ndarray:  # of objects, where the value is no array
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        return np.empty((), object)
+
+
+def _unfit(name: str, a: np.ndarray, shape: tuple[int, ...]) -> str:  # empty where it fits
+    if a.dtype.kind not in "fiu":
+        return f"{name} is {a.dtype}, needed numbers"
+    return f"{name} has shape {a.shape}, needed {shape}" if a.shape != shape else ""
+
+
+def _few(names: list[str], shown: int = 4) -> str:  # a block has a dozen entries, a line has not
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _check_state(
+    state: Mapping[str, Any], shapes: _Shapes, optional: _Shapes | None = None
+) -> None:
+    "A ValueError that names what is missing, extra, or of another shape or kind."
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: {type(state).__name__} is no mapping of names to arrays")
+    known = shapes | (optional or {})
+    found = {name: _as_array(state[name]) for name in known if name in state}
+    absent = [name for name in shapes if name not in state]
+    extra = [str(name) for name in state if name not in known]
+    wrong = []
+    if absent:
+        wrong.append(f"missing {_few(absent)}")
+    if extra:
+        wrong.append(f"extra {_few(extra)}")
+    wrong += [fault for name, a in found.items() if (fault := _unfit(name, a, known[name]))]
+    if wrong:
+        raise ValueError(f"state: {'; '.join(wrong)}")
+
+# %% ../../nbs/models/03_block.ipynb #4f36793b
+def _converted(
+    state: Mapping[str, Any], names: Iterable[str], dtype: np.dtype
+) -> dict[str, np.ndarray]:  # all of them, or a ValueError
+    "Entries of a checked state in another precision."
+    arrays = {}
+    for name in names:
+        given = np.asarray(state[name])
+        with np.errstate(over="ignore"):
+            arrays[name] = given.astype(dtype)
+        if np.isinf(arrays[name]).sum() > np.isinf(given).sum():
+            raise ValueError(f"state: {name} holds numbers too large for {dtype}")
+    return arrays
+
+# %% ../../nbs/models/03_block.ipynb #1a33d8c9
+def _fitting(block: _Kind, state: Mapping[str, Any]) -> _Arrays:
+    "Arrays of a state, in the block's precision; a ValueError names what does not fit."
+    shapes: _Shapes = {name: p.shape for name, p in block.parameters().items()}
+    contexts: _Shapes = {}
+    if block.context is not None:
+        contexts = {f"context.{name}": (block.dim, block.dim) for name in _LEARNED}
+    _check_state(state, shapes, contexts)
+    return _converted(state, [n for n in (*shapes, *contexts) if n in state], block.dtype)
+
+
+def _load_context(context: SharedAttentionContext, arrays: _Arrays) -> None:
+    "Strength and contexts of a state; all else of the context stays."
+    given = {n: v for n, v in context.state_dict().items() if n not in _LEARNED}
+    given |= {n: arrays[n] for n in _LEARNED if n in arrays}
+    given["strength"] = float(arrays["strength"][0])
+    context.load_state_dict(given)
+
+
+def _under(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    "Entries under a prefix, without it."
+    return {n.removeprefix(prefix): a for n, a in named.items() if n.startswith(prefix)}
+
+# %% ../../nbs/models/03_block.ipynb #2e9b26b7
+class Block(_Kind):
+    "A layer with a shared context: forward, then backward, in buffers of one workspace."
+
+    _saved: _Pass | None
+    _decoding: _Decoding | None
+
+    def __init__(
+        self,
+        dim: int,  # D
+        shapes: _Shapes,  # of the parameters
+        *,
+        rng: np.random.Generator | None,  # of the initial weights
+        dtype: DTypeLike,  # float32 or float64
+        context: SharedAttentionContext | None,
+        workspace: Workspace | None,  # None: its own
+        max_len: int | None = None,  # longest sequence that is allowed
+    ):
+        self.dtype = _check_array("dtype", np.empty((0, 0), dtype)).dtype
+        if context is not None and context.dtype != self.dtype:
+            raise TypeError(f"context: {context.dtype}, but the block is {self.dtype}")
+        self.dim = dim
+        self.max_len = max_len
+        self.name = f"{type(self).__name__}{next(_numbers)}"
+        self.workspace = _given_or_new(workspace)
+        self._owns = workspace is None
+        self._context = context
+        self._saved = self._decoding = None
+        strength: _Shapes = {} if context is None else {"context.strength": (1,)}
+        self._allocate(shapes, self.dtype, rng, strength)
 
     def parameters(self) -> dict[str, np.ndarray]:
         "Name -> array, to be changed in place. That of the strength is the context's."
@@ -481,22 +723,12 @@ class Block(_Parametric, metaclass=ABCMeta):
         state: Mapping[str, Any],  # as from `state_dict`, or an opened .npz
     ) -> None:
         "Restore parameters and contexts; a ValueError names what does not fit, nothing is loaded."
-        shapes: _Shapes = {name: p.shape for name, p in self.parameters().items()}
-        contexts: _Shapes = {}
+        arrays = _fitting(self, state)
         if self.context is not None:
-            contexts = {f"context.{name}": (self.dim, self.dim) for name in _LEARNED}
-        _check_state(state, shapes, contexts)
-        arrays = _converted(state, [n for n in (*shapes, *contexts) if n in state], self.dtype)
-        if self.context is not None:
-            given = {n: v for n, v in self.context.state_dict().items() if n not in _LEARNED}
-            given |= {n.removeprefix("context."): arrays[n] for n in contexts if n in arrays}
-            given["strength"] = float(arrays["context.strength"][0])
-            self.context.load_state_dict(given)
+            _load_context(self.context, _under("context.", arrays))
         for name, p in self._parameters.items():
             p[...] = arrays[name]
         self._saved = self._decoding = None
-
-    # Forward and backward.
 
     def forward(
         self,
@@ -509,47 +741,21 @@ class Block(_Parametric, metaclass=ABCMeta):
         **options: Any,
     ) -> np.ndarray:  # (B, S, D)
         "Mix the context in, compute, let the context learn from input and output."
-        x = self._check_input(x)
+        x = _check_input(self, x)
         self._check_options(x.shape, **options)
         inputs = {"x": x} | {n: a for n, a in options.items() if isinstance(a, np.ndarray)}
         if training:
-            self._check_lasting(x)
+            _check_lasting(self, x)
         if out is not None:
-            self._check_out(out, inputs)
+            _check_out(self, out, inputs)
         self._begin()
         if out is None:
-            out = self._take_out(inputs, training)
+            out = _take_apart(self, [f"{self.name}.y"] if training else _OUTPUTS, inputs)
         if training:
-            self._saved = self._train(inputs, out, options)
+            self._saved = _train(self, inputs, out, options)
         else:
-            self._pass_on(x, out, None, options)
+            _pass_on(self, x, out, None, options)
         return out
-
-    def _train(self, inputs: _Arrays, out: np.ndarray, options: dict[str, Any]) -> _Pass:
-        "A forward pass that backward may follow."
-        x = self._without_padding(inputs["x"], self.name, **options)
-        with unbuffered():
-            h = self._mix(x, self.name, **options)
-            arrays = self._take_kept(x.shape, self.name)
-            kept = self._forward(self._rows(h), self._rows(out), x.shape, arrays, **options)
-            self._learn(x, out)
-        generation = self.workspace.generation
-        return _Pass(inputs | {"x": x}, h, kept, generation, self._mixed_with())
-
-    def _pass_on(
-        self,
-        x: np.ndarray,
-        out: np.ndarray,
-        decoding: _Decoding | None,
-        options: dict[str, Any],
-    ) -> None:
-        "A forward pass of which nothing but `out` is left."
-        with unbuffered(), self.workspace.scope():
-            x = self._without_padding(x, _SHARED, **options)
-            h = self._mix(x, _SHARED, **options)
-            with self.workspace.scope():
-                self._infer(self._rows(h), self._rows(out), x.shape, decoding, **options)
-            self._learn(x, out)
 
     def backward(
         self,
@@ -558,34 +764,21 @@ class Block(_Parametric, metaclass=ABCMeta):
     ) -> np.ndarray:  # dL/dx
         "Gradients of the last forward pass; those of the parameters are in `gradients()`."
         last = self._last_pass()
-        x, h = last.inputs["x"], last.h
         G = _check_array("grad_out", grad_out, ndim=(3,), dtype=self.dtype)
-        _check_same_shape("grad_out", G, "x", x)
+        _check_same_shape("grad_out", G, "x", last.inputs["x"])
         _check_contiguous("grad_out", G)
         inputs = last.inputs | {"grad_out": G}
         if out is None:
-            out = self._take_apart([f"{self.name}.dx"], inputs)
+            out = _take_apart(self, [f"{self.name}.dx"], inputs)
         else:
-            out = self._check_out(out, inputs)
+            out = _check_out(self, out, inputs)
         self._saved = None
-        if self.context is not None:
-            self._gradients["context.strength"].fill(0)
-        with unbuffered():
-            if h is x:
-                self._backward(self._rows(h), last.kept, self._rows(G), self._rows(out), x.shape)
-                return out
-            with self.workspace.scope():
-                grad_h = self.workspace.take("block.grad_h", x.shape, self.dtype)
-                self._backward(self._rows(h), last.kept, self._rows(G), self._rows(grad_h), x.shape)
-                grad_strength = self._unmix(x, grad_h, out, last.kept)
-        self._gradients["context.strength"][0] = grad_strength
+        _go_back(self, last, G, out)
         return out
 
     def forget(self) -> None:
         "Let go of what backward would need."
         self._saved = None
-
-    # Token by token.
 
     def start(
         self,
@@ -597,17 +790,10 @@ class Block(_Parametric, metaclass=ABCMeta):
         Parameters must stay as they are while it goes on."""
         batch = _check_whole("batch", batch)
         max_len = _check_whole("max_len", max_len, 1, self.max_len)
-        memory = self._memory()
+        self._memory()  # a TypeError where this kind cannot decode
         self._decoding = None
         self._begin()
-        sizes = self._all_sizes(batch, 1) | {"L": max_len}
-        arrays = {
-            b.name.removeprefix(f"{self.name}."): b.take(self.workspace, sizes) for b in memory
-        }
-        for a in arrays.values():
-            a.fill(0)
-        mixed_with = self._mixed_with()
-        self._decoding = _Decoding(self.workspace, arrays, batch, max_len, mixed_with)
+        self._decoding = _remember(self, batch, max_len)
 
     def prompt(
         self,
@@ -617,7 +803,7 @@ class Block(_Parametric, metaclass=ABCMeta):
         keep: np.ndarray | None = None,  # (B, S) bool, False: padding, where a kind knows of any
     ) -> np.ndarray:  # (B, S, D)
         "Some tokens more, as `forward(training=False)` of all that there were so far."
-        return self._go_on("prompt", self._check_input(x, least=0), out, keep)
+        return _go_on(self, "prompt", _check_input(self, x, least=0), out, keep)
 
     def step(
         self,
@@ -627,155 +813,14 @@ class Block(_Parametric, metaclass=ABCMeta):
         keep: np.ndarray | None = None,  # (B,) bool, as for `prompt`
     ) -> np.ndarray:  # (B, D)
         "One token more of each sequence."
-        x = _check_array("x", x, dtype=self.dtype)
-        if x.shape[1] != self.dim:
-            raise ValueError(f"x: shape {x.shape}, needed (B, {self.dim})")
-        _check_contiguous("x", x)
+        x = _check_token(self, x)
         if out is not None:
             check_out(out, x.shape, self.dtype, {"x": x})
             _check_contiguous("out", out, written=True)
             out = out[:, None]
         if isinstance(keep, np.ndarray) and keep.ndim == 1:
             keep = keep[:, None]
-        return self._go_on("step", x[:, None], out, keep)[:, 0]
-
-    def _go_on(
-        self, call: str, x: np.ndarray, out: np.ndarray | None, keep: np.ndarray | None
-    ) -> np.ndarray:
-        "The next tokens (B, S, D) of a decoding."
-        decoding, options = self._decoding, {} if keep is None else {"keep": keep}
-        if decoding is None:
-            raise RuntimeError(
-                f"{call}: comes after start(batch, max_len); nothing goes on from here"
-            )
-        decoding.check(call, self.workspace, "x", x.shape)
-        if decoding.mixed_with != self._mixed_with():
-            raise RuntimeError(
-                f"{call}: strength or incoming of the context have changed since start(); "
-                "call start() again"
-            )
-        self._check_options(x.shape, **options)
-        if out is None:
-            out = self._take_decoded(x)
-        elif call == "prompt":
-            self._check_out(out, {"x": x})
-        if x.size:
-            self._decoding = None  # an error on the way may leave half of a token behind
-            self._pass_on(x, out, decoding, options)
-            decoding.length += x.shape[1]
-            self._decoding = decoding
-        return out
-
-    def _take_decoded(self, x: np.ndarray) -> np.ndarray:
-        "Where the output of a decoding goes: one of two places, not that of the input."
-        B, S, D = x.shape
-        shape = B, _room(S), D
-        out = self.workspace.take(f"decoding.{shape[1]}.y0", shape, self.dtype)
-        if np.may_share_memory(out, x):
-            out = self.workspace.take(f"decoding.{shape[1]}.y1", shape, self.dtype)
-        return out.reshape(-1)[: x.size].reshape(x.shape)
-
-    def _decoded(self, tokens: int) -> Buffer:
-        "The first of those places."
-        room = _room(tokens)
-        return Buffer(f"decoding.{room}.y0", ("B", room, "D"), self.dtype)
-
-    # What surrounds a pass.
-
-    def _begin(self) -> None:
-        "Let go of the last pass, and start a generation if the workspace is the block's own."
-        self._saved = None
-        if self._owns:
-            self.workspace.next_generation()
-        _claim_name(self, self.name, self.workspace)
-
-    def _last_pass(self) -> _Pass:
-        last: _Pass = super()._last_pass()
-        if self._mixed_with() != last.mixed_with:
-            raise RuntimeError(
-                "backward: strength or incoming of the context have changed "
-                "since the forward pass; call forward() again"
-            )
-        return last
-
-    def _mixed_with(self) -> Any:  # differs after each change of what is mixed in
-        return None if self.context is None else self.context._applied_with()
-
-    def _learn(self, x: np.ndarray, y: np.ndarray) -> None:
-        "Let the context learn from (B, S, D): from sequences, or from single tokens."
-        if self.context is None:
-            return
-        if x.shape[1] == 1:
-            self.context._learn_tokens(self._rows(x), self._rows(y), keeps=True)
-        else:
-            self.context.update(self._rows(x), self._rows(y))
-
-    def _rows(self, a: np.ndarray) -> np.ndarray:
-        return a.reshape(-1, self.dim)  # (B, S, D) -> (N, D), never a copy
-
-    def _check_input(self, x: Any, least: int = 1) -> np.ndarray:  # tokens at least
-        x = _check_array("x", x, ndim=(3,), dtype=self.dtype)
-        if x.shape[2] != self.dim:
-            raise ValueError(f"x: shape {x.shape}, needed (B, S, {self.dim})")
-        if not len(x) or x.shape[1] < least:
-            raise ValueError(f"x: shape {x.shape} is empty; needed at least one token")
-        if self.max_len is not None and x.shape[1] > self.max_len:
-            raise ValueError(
-                f"x: {x.shape[1]} tokens in a sequence, at most {self.max_len} were declared"
-            )
-        _check_contiguous("x", x)
-        return x
-
-    def _take_out(self, inputs: _Arrays, training: bool) -> np.ndarray:
-        "Where the output goes: a place of the block's own, or one of two that blocks share."
-        return self._take_apart([f"{self.name}.y"] if training else list(_OUTPUTS), inputs)
-
-    def _take_apart(self, names: list[str], inputs: _Arrays) -> np.ndarray:
-        "The first of these buffers that is none of the inputs."
-        found = ""
-        for name in names:
-            out = self.workspace.take(name, inputs["x"].shape, self.dtype)
-            found = next((n for n, a in inputs.items() if np.shares_memory(out, a)), "")
-            if not found:
-                return out
-        raise ValueError(
-            f"{found}: is this block's own buffer of this generation; pass another, or `out`"
-        )
-
-    def _check_lasting(self, x: np.ndarray) -> None:
-        "A ValueError where another pass may write over `x` before backward reads it."
-        for name in _OUTPUTS:
-            buffer = self.workspace._buffers.get(name)
-            if buffer is not None and np.may_share_memory(buffer.flat, x):
-                raise ValueError(
-                    "x: is what forward(training=False) gave, which the next such pass writes over "
-                    "before backward() has read it; pass a copy"
-                )
-
-    def _check_out(self, out: Any, inputs: _Arrays) -> np.ndarray:
-        out = check_out(out, inputs["x"].shape, self.dtype, inputs)
-        _check_contiguous("out", out, written=True)
-        return out
-
-    # What it takes.
-
-    def _kept(self, name: str | None = None) -> list[Buffer]:
-        "Buffers that stay until backward, under the block's name or another."
-        prefix = self.name if name is None else name
-        return [
-            _buffer(field, prefix, *shape, dtype=self.dtype)
-            for field, shape in self._kept_shapes().items()
-        ]
-
-    def _take_kept(self, shape: tuple[int, ...], name: str) -> _Arrays:  # shape (B, S, D)
-        "Those buffers, from the workspace."
-        B, S, D = shape
-        sizes = dict(B=B, S=S, D=D, N=B * S) | self._sizes(B, S)
-        take, letters = self.workspace.take, tuple(self._kept_shapes().items())
-        return {
-            field: take(f"{name}.{field}", shape, self.dtype)
-            for field, shape in _evaluated(letters, tuple(sizes.items()))
-        }
+        return _go_on(self, "step", x[:, None], out, keep)[:, 0]
 
     def requirement(
         self,
@@ -784,55 +829,10 @@ class Block(_Parametric, metaclass=ABCMeta):
         **options: bool,  # options of forward that take scratch: keep=True
     ) -> Requirement:  # in the block's letters; `str` of it is the formula
         "What both passes take when no `out` is given."
-        if not training:
-            scratch = self._inference_scratch(**options)
-            return all_of(self._cube(_OUTPUTS[0]), self._passing(scratch, **options))
-        kept = [self._cube(f"{self.name}.y"), *self._kept(), *self._padding(self.name, **options)]
-        back = [self._cube(f"{self.name}.dx"), self._backward_scratch(**options)]
-        if mixed := self._mixed(self.name):
-            kept += mixed
-            back.insert(1, self._cube("block.grad_h"))
-        forward = self._forward_scratch(**options)
-        return all_of(*kept, any_of(forward, *self._learning(), all_of(*back)))
-
-    def _passing(self, scratch: Requirement, **options: bool) -> Requirement:
-        "What a pass takes that keeps nothing, beside its output."
-        around = [*self._padding(_SHARED, **options), *self._mixed(_SHARED)]
-        return all_of(*around, any_of(scratch, *self._learning()))
-
-    def _learning(self) -> list[Requirement]:
-        "What a context takes that learns, if it shares the workspace."
-        shares = self.context is not None and self.context.workspace is self.workspace
-        return [_update_requirement(self.dtype)] if shares else []
-
-    def _cube(self, name: str) -> Buffer:  # (B, S, D)
-        return Buffer(name, ("B", "S", "D"), self.dtype)
-
-    def _mixed(self, name: str) -> list[Buffer]:
-        "What `_mix` takes."
-        mixes = self.context is not None and self.context.incoming is not None
-        return [self._cube(f"{name}.mixed")] if mixes else []
-
-    def _padding(self, name: str, **options: bool) -> list[Buffer]:
-        "What `_without_padding` takes."
-        return [self._cube(f"{name}.real")] if options.get("keep") else []
-
-    def _learned_from(self, batch: int, seq_len: int) -> int:
-        "How many rows the context correlates, or tokens it takes one by one."
-        most = None if self.context is None or seq_len == 1 else self.context.max_rows
-        return min(batch * seq_len, most or batch * seq_len)
-
-    def _all_sizes(self, batch: int, seq_len: int) -> dict[str, int]:
-        "Numbers for all letters of `requirement`."
-        shared = dict(
-            B=batch,
-            S=seq_len,
-            D=self.dim,
-            N=batch * seq_len,
-            n=self._learned_from(batch, seq_len),
-            p=_panel_shape(self.dim, self.dtype)[0],
-        )
-        return shared | self._sizes(batch, seq_len)
+        if training:
+            return _training_requirement(self, **options)
+        scratch = self._inference_scratch(**options)
+        return all_of(_cube(self, _OUTPUTS[0]), _passing(self, scratch, **options))
 
     def workspace_bytes(
         self,
@@ -845,20 +845,104 @@ class Block(_Parametric, metaclass=ABCMeta):
     ) -> int:
         "Most bytes that both passes take from the workspace, for sequences of this length."
         if max_len is not None:
-            return self._decoding_bytes(batch, seq_len, max_len, **options)
+            return _decoding_bytes(self, batch, seq_len, max_len, **options)
         requirement = self.requirement(training=training, **options)
-        return requirement.nbytes(**self._all_sizes(batch, seq_len))
+        return requirement.nbytes(**_all_sizes(self, batch, seq_len))
 
-    def _decoding_bytes(self, batch: int, prompt: int, max_len: int, **options: bool) -> int:
-        "Most bytes of a prompt, and steps after it."
-        one = self._all_sizes(batch, 1) | {"L": max_len}
-        kept = all_of(*self._memory(), self._decoded(prompt)).nbytes(**one)
-        step = self._passing(self._step_scratch(**options), **options).nbytes(**one)
-        if prompt < 2:
-            return kept + step
-        scratch = self._passing(self._inference_scratch(**options), **options)
-        step += self._decoded(1).nbytes(**one)  # beside that of the prompt
-        return kept + max(scratch.nbytes(**self._all_sizes(batch, prompt)), step)
+    def _begin(self) -> None:
+        "Let go of the last pass, and start a generation if the workspace is the block's own."
+        self._saved = None
+        if self._owns:
+            self.workspace.next_generation()
+        _claim_name(self, self.name, self.workspace)
+
+    def _last_pass(self) -> _Pass:
+        last: _Pass = super()._last_pass()
+        if _mixed_with(self) != last.mixed_with:
+            raise RuntimeError(
+                "backward: strength or incoming of the context have changed "
+                "since the forward pass; call forward() again"
+            )
+        return last
+
+# %% ../../nbs/models/03_block.ipynb #7be1f0a3
+def _layer_backward(
+    p: _Arrays,
+    g: _Arrays,
+    name: str,  # 'linear1.': of 'linear1.weight' and 'linear1.bias'
+    x: np.ndarray,  # (N, D)
+    G: np.ndarray,  # (N, F), gradient of the output
+    out: np.ndarray | None,  # (N, D), receives that of the input; None: not needed
+) -> None:
+    "Gradients of a linear layer."
+    bias = g.get(f"{name}bias")
+    _linear_backward_into(x, p[f"{name}weight"], G, out, g[f"{name}weight"], bias)
+
+
+def _norm(
+    p: _Arrays,
+    name: str,  # 'norm1': of 'norm1.weight' and 'norm1.bias'
+    x: np.ndarray,  # (N, D)
+    out: np.ndarray,  # (N, D)
+    stats: np.ndarray,  # (2, N), receives what backward needs
+    eps: float,
+) -> np.ndarray:  # out
+    "A LayerNorm, or an RMSNorm where there is no bias."
+    return _norm_into(x, p[f"{name}.weight"], p.get(f"{name}.bias"), out, stats, eps)
+
+# %% ../../nbs/models/03_block.ipynb #8fc50a35
+def _renorm(
+    p: _Arrays, name: str, x: np.ndarray, out: np.ndarray, stats: np.ndarray
+) -> np.ndarray:  # out
+    "The output of a norm once more."
+    return _renorm_into(x, stats, p[f"{name}.weight"], p.get(f"{name}.bias"), out)
+
+
+def _norm_backward(
+    p: _Arrays,
+    g: _Arrays,
+    name: str,
+    x: np.ndarray,
+    G: np.ndarray,  # (N, D), gradient of the output
+    out: np.ndarray,  # (N, D), receives that of the input; may be `G`
+    stats: np.ndarray,
+    ws: Workspace,
+) -> None:
+    "Gradients of `_norm`."
+    weight, bias = g[f"{name}.weight"], g.get(f"{name}.bias")
+    _norm_backward_into(x, stats, p[f"{name}.weight"], G, out, weight, bias, ws)
+
+# %% ../../nbs/models/03_block.ipynb #bd2c2b17
+def check_gradients(
+    block: Block,  # float64
+    x: np.ndarray,  # (B, S, D)
+    G: np.ndarray,  # (B, S, D), dL/dy
+    **options: Any,  # of forward; each pass gets copies
+) -> dict[str, np.ndarray]:  # 'x' and parameters -> gradient
+    "Gradients from `backward` of all parameters and the input, if they agree with differences."
+    x = x.copy()
+    arrays = {"x": x} | block.parameters()
+
+    def loss(array: np.ndarray, value: np.ndarray) -> float:  # with other numbers in one array
+        before = array.copy()
+        array[...] = value
+        y = block.forward(x, **{name: copy(option) for name, option in options.items()})
+        array[...] = before
+        return float(np.sum(G * y))
+
+    y = block.forward(x, **{name: copy(option) for name, option in options.items()})
+    size = float(np.linalg.norm(G * y))  # of the terms of the loss, whose rounding is seen
+    found = {"x": block.backward(G).copy()} | {
+        name: g.copy() for name, g in block.gradients().items()
+    }
+    for name, gradient in found.items():
+        assert_equiv(
+            gradient,
+            numeric_gradient(partial(loss, arrays[name]), arrays[name]),
+            c=1e7,  # 60 times the rounding; the rest is for the third derivative
+            scale=size,
+        )
+    return found
 
 # %% ../../nbs/models/03_block.ipynb #0e51aa03
 def _hand_on(blocks: Sequence[Block]) -> None:
@@ -869,11 +953,6 @@ def _hand_on(blocks: Sequence[Block]) -> None:
         block.context.set_incoming(before.context.outgoing)
 
 # %% ../../nbs/models/03_block.ipynb #9db92a66
-def _under(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    "Entries under a prefix, without it."
-    return {n.removeprefix(prefix): a for n, a in named.items() if n.startswith(prefix)}
-
-
 class _Model(_Parametric, metaclass=ABCMeta):
     "Blocks in a row, and what surrounds them."
 
@@ -954,35 +1033,3 @@ class _FreshWorkspace(Workspace):
         self.taken_bytes += new.nbytes
         self.taken_count += 1
         return new
-
-# %% ../../nbs/models/03_block.ipynb #bd2c2b17
-def check_gradients(
-    block: Block,  # float64
-    x: np.ndarray,  # (B, S, D)
-    G: np.ndarray,  # (B, S, D), dL/dy
-    **options: Any,  # of forward; each pass gets copies
-) -> dict[str, np.ndarray]:  # 'x' and parameters -> gradient
-    "Gradients from `backward` of all parameters and the input, if they agree with differences."
-    x = x.copy()
-    arrays = {"x": x} | block.parameters()
-
-    def loss(array: np.ndarray, value: np.ndarray) -> float:  # with other numbers in one array
-        before = array.copy()
-        array[...] = value
-        y = block.forward(x, **{name: copy(option) for name, option in options.items()})
-        array[...] = before
-        return float(np.sum(G * y))
-
-    y = block.forward(x, **{name: copy(option) for name, option in options.items()})
-    size = float(np.linalg.norm(G * y))  # of the terms of the loss, whose rounding is seen
-    found = {"x": block.backward(G).copy()} | {
-        name: g.copy() for name, g in block.gradients().items()
-    }
-    for name, gradient in found.items():
-        assert_equiv(
-            gradient,
-            numeric_gradient(partial(loss, arrays[name]), arrays[name]),
-            c=1e7,  # 60 times the rounding; the rest is for the third derivative
-            scale=size,
-        )
-    return found

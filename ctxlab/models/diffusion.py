@@ -23,6 +23,7 @@ from .attention import _block_rows
 from ctxlab.models.block import (
     Block,
     _Arrays,
+    _check_input,
     _layer_backward,
     _Model,
     _panel_rows,
@@ -486,7 +487,7 @@ class DiffusionBlock(Block):
         training: bool = True,  # False: keeps nothing for backward, in buffers that blocks share
     ) -> np.ndarray:  # (B, S, D)
         "Mix the context in by the share of the signal, compute, let the context learn."
-        t = _check_levels(t, len(self._check_input(x)), self.n_steps)
+        t = _check_levels(t, len(_check_input(self, x)), self.n_steps)
         return super().forward(x, out, training=training, t=t)
 
     def _mix(self, x: np.ndarray, name: str, t: np.ndarray) -> np.ndarray:
@@ -614,6 +615,70 @@ class _DenoiserPass:
         None  # (B, S, features), predicted - noise; None: no loss was asked for
     )
 
+# %% ../../nbs/models/05_diffusion.ipynb #d11ae6ba
+def _predict(model: "Denoiser", x: np.ndarray, t: np.ndarray, training: bool) -> _DenoiserPass:
+    "Every layer in turn."
+    p, ws, rows = model._parameters, model.workspace, x.reshape(-1, model.features)
+    h = ws.take("denoiser.in", (*x.shape[:2], model.dim), model.dtype)
+    _linear_into(rows, p["in.weight"], p["in.bias"], h.reshape(len(rows), model.dim))
+    for sequence in h:
+        sequence += model._positions[: x.shape[1]]
+    outputs = {"in": h}
+    for block in model.blocks:
+        h = outputs[block.name] = block.forward(h, t=t, training=training)
+    v = ws.take("denoiser.v", x.shape, model.dtype)
+    _linear_into(h.reshape(-1, model.dim), p["out.weight"], p["out.bias"], v.reshape(rows.shape))
+    out = ws.take("denoiser.out", x.shape, model.dtype)
+    outputs["out"] = _add_noise_into(v, x, t, model.alpha_bar, out, ws)
+    return _DenoiserPass(rows, t.copy(), outputs, ws.generation)
+
+# %% ../../nbs/models/05_diffusion.ipynb #032e7528
+def _run_back(
+    model: "Denoiser",
+    last: _DenoiserPass,
+    grad_out: np.ndarray,  # (B, S, features)
+    scales: list[float],  # of each sequence, from dL/dout to dL/dv
+) -> None:
+    "Gradients of all parameters."
+    p, g, ws = model._parameters, model._gradients, model.workspace
+    h = last.outputs[model.blocks[-1].name if model.blocks else "in"]
+    rows = h.reshape(-1, model.dim)
+    with unbuffered():
+        dv = ws.take("denoiser.dv", grad_out.shape, model.dtype)
+        for G, dV, scale in zip(grad_out, dv, scales, strict=True):
+            np.multiply(G, scale, out=dV)
+        dh = ws.take("denoiser.dh", rows.shape, model.dtype)
+        _layer_backward(p, g, "out.", rows, dv.reshape(last.rows.shape), dh)
+        dh = dh.reshape(h.shape)
+        for block in reversed(model.blocks):
+            dh = block.backward(dh)
+        _layer_backward(p, g, "in.", last.rows, dh.reshape(rows.shape), None)
+
+# %% ../../nbs/models/05_diffusion.ipynb #0765fa48
+def _named_blocks(
+    model: "Denoiser",
+    n_blocks: int,
+    n_heads: int,
+    ffn_dim: int,
+    *,
+    strength: float | None,  # None: without contexts
+    rng: np.random.Generator,
+) -> list[Block]:
+    "Blocks on the workspace of the model, each with a context of its own."
+    shared: dict[str, Any] = dict(dtype=model.dtype, workspace=model.workspace)
+    shared |= dict(n_steps=model.n_steps, rng=rng, max_len=model.max_len)
+    blocks: list[Block] = []
+    for i in range(n_blocks):
+        context = None
+        if strength is not None:
+            context = SharedAttentionContext(
+                strength, model.update_rate, dtype=model.dtype, workspace=model.workspace
+            )
+        block = DiffusionBlock(model.dim, n_heads, ffn_dim, context=context, **shared)
+        block.name = f"blocks.{i}"
+        blocks.append(block)
+    return blocks
+
 # %% ../../nbs/models/05_diffusion.ipynb #e1a44c95
 class Denoiser(_Model):
     "Linear in, blocks, linear out: says which noise is in `x`. All blocks share one workspace."
@@ -642,16 +707,6 @@ class Denoiser(_Model):
         rng = np.random.default_rng() if rng is None else rng
         self.workspace = _given_or_new(workspace)
         self.update_rate = update_rate
-        self.blocks = []
-        for i in range(n_blocks):
-            shared: dict[str, Any] = dict(dtype=dtype, workspace=self.workspace)
-            if strength is not None:
-                shared["context"] = SharedAttentionContext(strength, update_rate, **shared)
-            block = DiffusionBlock(
-                dim, n_heads, ffn_dim, n_steps=n_steps, rng=rng, max_len=max_len, **shared
-            )
-            block.name = f"blocks.{i}"
-            self.blocks.append(block)
         self.features = features
         self.dim = dim
         self.dtype = np.dtype(dtype)
@@ -665,6 +720,7 @@ class Denoiser(_Model):
             "out.weight": (features, dim),
             "out.bias": (features,),
         }
+        self.blocks = _named_blocks(self, n_blocks, n_heads, ffn_dim, strength=strength, rng=rng)
         self._allocate(shapes, dtype, rng)
         self._parameters["out.weight"].fill(0)
         self._positions = _embeddings(max_len, dim, self.dtype)
@@ -694,7 +750,7 @@ class Denoiser(_Model):
         x, t = self._check("x", x, t)
         self._begin(learn)
         with unbuffered():
-            kept = self._predict(x, t, training)
+            kept = _predict(self, x, t, training)
         if training:
             self._saved = kept
         return kept.outputs["out"]
@@ -736,21 +792,7 @@ class Denoiser(_Model):
         else:
             grad_out, scales = last.off, scales * self.weights[last.t] * 2 / out.size
         self._saved = None
-        p, g, ws = self._parameters, self._gradients, self.workspace
-        h = last.outputs[self.blocks[-1].name if self.blocks else "in"]
-        rows = h.reshape(-1, self.dim)
-        with unbuffered():
-            dv = ws.take("denoiser.dv", out.shape, self.dtype)
-            for G, dV, scale in zip(grad_out, dv, scales.tolist(), strict=True):
-                np.multiply(G, scale, out=dV)
-            dh = ws.take("denoiser.dh", rows.shape, self.dtype)
-            _layer_backward(p, g, "out.", rows, dv.reshape(last.rows.shape), dh)
-            dh = dh.reshape(h.shape)
-            for block in reversed(self.blocks):
-                dh = block.backward(dh)
-            _layer_backward(p, g, "in.", last.rows, dh.reshape(rows.shape), None)
-
-    # What surrounds them.
+        _run_back(self, last, grad_out, scales.tolist())
 
     def _check(self, name: str, x: Any, t: Any) -> tuple[np.ndarray, np.ndarray]:
         x = _check_array(name, x, (3,), self.dtype)
@@ -768,22 +810,6 @@ class Denoiser(_Model):
         self._hand_on(learn)
         self.workspace.next_generation()
 
-    def _predict(self, x: np.ndarray, t: np.ndarray, training: bool) -> _DenoiserPass:
-        "Every layer in turn."
-        p, ws, rows = self._parameters, self.workspace, x.reshape(-1, self.features)
-        h = ws.take("denoiser.in", (*x.shape[:2], self.dim), self.dtype)
-        _linear_into(rows, p["in.weight"], p["in.bias"], h.reshape(len(rows), self.dim))
-        for sequence in h:
-            sequence += self._positions[: x.shape[1]]
-        outputs = {"in": h}
-        for block in self.blocks:
-            h = outputs[block.name] = block.forward(h, t, training=training)
-        v = ws.take("denoiser.v", x.shape, self.dtype)
-        _linear_into(h.reshape(-1, self.dim), p["out.weight"], p["out.bias"], v.reshape(rows.shape))
-        out = ws.take("denoiser.out", x.shape, self.dtype)
-        outputs["out"] = _add_noise_into(v, x, t, self.alpha_bar, out, ws)
-        return _DenoiserPass(rows, t.copy(), outputs, ws.generation)
-
     def _off(
         self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray, training: bool, learn: bool
     ) -> tuple[_DenoiserPass, np.ndarray]:
@@ -794,7 +820,7 @@ class Denoiser(_Model):
         with unbuffered():
             noisy = self.workspace.take("denoiser.noisy", x0.shape, self.dtype)
             _add_noise_into(x0, noise, t, self.alpha_bar, noisy, self.workspace)
-            kept = self._predict(noisy, t, training)
+            kept = _predict(self, noisy, t, training)
             out = kept.outputs["out"]
             kept.off = np.subtract(out, noise, out=out)
         return kept, kept.off

@@ -20,8 +20,11 @@ from ..gemm import unbuffered
 from ctxlab.models.block import (
     _OUTPUTS,
     Block,
+    _all_sizes,
     _Decoding,
+    _kept,
     _Model,
+    _passing,
     _room,
     _Shapes,
     _under,
@@ -96,7 +99,7 @@ def _head(
     np.matmul(normed, p["embedding"].T, out=out)
     return stats
 
-
+# %% ../../nbs/models/07_language.ipynb #9d1ad156
 def _run_forward(model: "LanguageModel", ids: np.ndarray) -> _ModelPass:
     "Every layer in turn."
     ws, take, (B, S), D = model.workspace, model._take, ids.shape, model.dim
@@ -107,10 +110,8 @@ def _run_forward(model: "LanguageModel", ids: np.ndarray) -> _ModelPass:
     for block in model.blocks:
         x = block.forward(x)
         outputs[block.name] = x
-    outputs["norm"], outputs["logits"] = (
-        take("normed", B * S, D),
-        take("logits", B * S, model.vocab),
-    )
+    outputs["norm"] = take("normed", B * S, D)
+    outputs["logits"] = take("logits", B * S, model.vocab)
     stats = _head(model, x.reshape(-1, D), outputs["norm"], outputs["logits"])
     return _ModelPass(tokens, outputs, stats, ws.generation)
 
@@ -184,48 +185,61 @@ def _of_model(
     return Buffer(f"model.{name}", shape, model.dtype if dtype is None else dtype)
 
 
-def _model_requirement(model: "LanguageModel") -> Requirement:
-    b = partial(_of_model, model)
-    first = model.blocks[0]
-    kept = [b("ids", "B", "S", dtype=np.intp), b("embedded", "N", "D")]
+def _layers_requirement(model: "LanguageModel") -> list[Buffer]:
+    "What the layers keep until backward."
+    cubes = [
+        _of_model(model, "ids", "B", "S", dtype=np.intp),
+        _of_model(model, "embedded", "N", "D"),
+    ]
     for i, block in enumerate(model.blocks):
-        kept += [*block._kept(), Buffer(f"{block.name}.y", ("B", "S", "D"), model.dtype)]
+        cubes += [*_kept(block), Buffer(f"{block.name}.y", ("B", "S", "D"), model.dtype)]
         if block.context is not None and i:
-            kept.append(Buffer(f"{block.name}.mixed", ("B", "S", "D"), model.dtype))
-    forward, back = [first._forward_scratch()], [first._backward_scratch()]
-    if first.context is not None:
-        forward.append(_update_requirement(model.dtype))
-        if len(model.blocks) > 1:
-            back.append(Buffer("block.grad_h", ("B", "S", "D"), model.dtype))
-    step = any_of(_norm_requirement(model.dtype), all_of(*back), b("table", "V", "D"))
-    head = all_of(
+            cubes.append(Buffer(f"{block.name}.mixed", ("B", "S", "D"), model.dtype))
+    return cubes
+
+
+def _head_requirement(model: "LanguageModel", back: Requirement) -> Requirement:
+    "What the norm, the logits and the loss take, and what comes back from them."
+    b = partial(_of_model, model)
+    return all_of(
         b("normed", "N", "D"),
         b("stats", 2, "N"),
         b("logits", "N", "V"),
         b("targets", "B", "S", dtype=np.intp),
         any_of(
             Buffer("loss.row", ("N",), model.dtype),
-            all_of(b("gradient0", "N", "D"), b("gradient1", "N", "D"), step),
+            all_of(b("gradient0", "N", "D"), b("gradient1", "N", "D"), back),
         ),
     )
-    return all_of(*kept, any_of(any_of(*forward), head))
 
+# %% ../../nbs/models/07_language.ipynb #af3531ee
+def _model_requirement(model: "LanguageModel") -> Requirement:
+    "What a loss and its backward pass take."
+    first, with_contexts = model.blocks[0], model.blocks[0].context is not None
+    forward, back = [first._forward_scratch()], [first._backward_scratch()]
+    if with_contexts:
+        forward.append(_update_requirement(model.dtype))
+    if with_contexts and len(model.blocks) > 1:
+        back.append(Buffer("block.grad_h", ("B", "S", "D"), model.dtype))
+    table = _of_model(model, "table", "V", "D")
+    step = any_of(_norm_requirement(model.dtype), all_of(*back), table)
+    head = _head_requirement(model, step)
+    return all_of(*_layers_requirement(model), any_of(any_of(*forward), head))
 
+# %% ../../nbs/models/07_language.ipynb #732f964b
 def _inference_requirement(model: "LanguageModel") -> Requirement:
     "What a forward pass takes that keeps nothing."
-
     b = partial(_of_model, model)
-    passing = [block._passing(block._inference_scratch()) for block in model.blocks]
+    passing = [_passing(block, block._inference_scratch()) for block in model.blocks]
     return all_of(
         b("ids", "B", "S", dtype=np.intp),
         *(Buffer(name, ("B", "S", "D"), model.dtype) for name in _OUTPUTS),
         any_of(*passing, all_of(b("stats", 2, "N"), b("logits", "N", "V"))),
     )
 
-
+# %% ../../nbs/models/07_language.ipynb #1b1888f4
 def _next_requirement(model: "LanguageModel", tokens: int) -> Requirement:
     "What a prompt or a step of a decoding takes and gives back."
-
     b = partial(_of_model, model)
     room = _room(tokens)
     outputs = [
@@ -236,13 +250,34 @@ def _next_requirement(model: "LanguageModel", tokens: int) -> Requirement:
         block._step_scratch() if tokens == 1 else block._inference_scratch()
         for block in model.blocks
     ]
-    passing = [block._passing(part) for block, part in zip(model.blocks, scratch, strict=True)]
+    passing = [_passing(block, part) for block, part in zip(model.blocks, scratch, strict=True)]
     return all_of(
         b("ids", "B", "S", dtype=np.intp),
         b("embedded", "B", "S", "D"),
         *outputs,
         any_of(*passing, all_of(b("last", "B", "D"), b("stats", 2, "B"))),
     )
+
+# %% ../../nbs/models/07_language.ipynb #ab9d3087
+def _decoding_bytes(model: "LanguageModel", batch: int, prompt: int, max_len: int) -> int:
+    "Most bytes of a prompt, and steps after it."
+    sizes = _all_sizes(model.blocks[0], batch, prompt) | {"V": model.vocab, "L": max_len}
+    one = _all_sizes(model.blocks[0], batch, 1) | {"V": model.vocab, "L": max_len}
+    memory = [buffer for block in model.blocks for buffer in block._memory()]
+    kept = all_of(*memory, Buffer("model.next", ("B", "V"), model.dtype)).nbytes(**one)
+    first = _next_requirement(model, prompt).nbytes(**sizes)
+    return kept + max(first, _next_requirement(model, 1).nbytes(**one))
+
+
+def _held_bytes(model: "LanguageModel") -> int:
+    "Bytes of parameters, gradients, contexts and workspace."
+    held = 2 * sum(p.nbytes for p in model.parameters().values()) + model.workspace.nbytes
+    for context in (block.context for block in model.blocks):
+        if context is not None and context.incoming is not None:
+            held += 2 * context.incoming.nbytes  # it is also held folded
+        if context is not None and context.outgoing is not None:
+            held += context.outgoing.nbytes
+    return held
 
 # %% ../../nbs/models/07_language.ipynb #0e51aa05
 _BLOCKS = "Transformer", "SSM"  # kinds of block that can go token by token
@@ -298,6 +333,50 @@ def _draw_token(
     drawn = rng.random(len(z))[:, None] * ends[:, -1:]
     return (ends <= drawn).sum(axis=1)
 
+# %% ../../nbs/models/07_language.ipynb #cb94cd5e
+def _read_out(
+    model: "LanguageModel",
+    ids: np.ndarray,  # (B, S)
+    n: int,
+    temperature: float,
+    top_k: int | None,
+    rng: np.random.Generator,
+) -> Iterator[np.ndarray]:  # (B,) each
+    "Tokens as they are drawn; nothing is computed for the one after."
+    model.start(len(ids), ids.shape[1] + n - 1)
+    mine, logits = model._decoding, model.prompt(ids)
+    for left in range(n - 1, -1, -1):
+        token = _draw_token(logits, temperature, top_k, rng)
+        yield token.copy()  # whoever gets it may change it
+        if left and model._decoding is not mine:
+            raise RuntimeError(
+                "generate: the model has been used for something else since the last token"
+            )
+        if left:
+            logits = model.step(token)
+
+# %% ../../nbs/models/07_language.ipynb #3cb6d990
+def _check_ids(model: "LanguageModel", ids: Any) -> np.ndarray:  # (B, S)
+    "Tokens, if the model can take them."
+    ids = _check_indices("ids", ids, model.vocab)
+    if ids.ndim != 2 or not ids.size:
+        raise ValueError(f"ids: shape {ids.shape}, needed (B, S) with at least one token")
+    if ids.shape[1] > model.max_len:
+        raise ValueError(f"ids: {ids.shape[1]} tokens in a sequence, max_len is {model.max_len}")
+    return ids
+
+
+def _check_next(
+    model: "LanguageModel", targets: Any, ids: np.ndarray, ignore_index: int | None
+) -> np.ndarray:  # (B, S)
+    "The tokens that follow, if they fit."
+    targets = np.asanyarray(targets)
+    counted = targets if ignore_index is None else targets[targets != ignore_index]
+    _check_indices("targets", counted, model.vocab)
+    if targets.shape != ids.shape:
+        raise ValueError(f"targets: shape {targets.shape} does not match ids: {ids.shape}")
+    return targets
+
 # %% ../../nbs/models/07_language.ipynb #ebffb6ee
 class LanguageModel(_Model):
     "Blocks of one kind on one workspace, with or without a context from block to block."
@@ -341,7 +420,7 @@ class LanguageModel(_Model):
             "norm.bias": (dim,),
         }
         self._allocate(own, self.dtype, rng)
-        self.config: dict[str, Any] = dict(  # numbers that a checkpoint must agree with
+        self.config = dict(
             dim=dim,
             n_heads=n_heads,
             with_ssm=int(kind == "SSM"),
@@ -363,7 +442,7 @@ class LanguageModel(_Model):
         learn: bool = True,  # whether the contexts learn from this batch
     ) -> np.ndarray:  # (B, S, V), valid until the next pass
         "Logits of the next token, at every position."
-        ids = self._check("ids", ids)
+        ids = _check_ids(self, ids)
         if training:
             self._saved = self._forward(ids, learn)
             return self._saved.outputs["logits"].reshape(*ids.shape, self.vocab)
@@ -376,7 +455,7 @@ class LanguageModel(_Model):
         ids: np.ndarray,  # (B, S) integers
     ) -> dict[str, np.ndarray]:  # embedding, blocks.0, ..., norm, logits
         "The output of every layer, valid until the next pass; nothing is learned."
-        return self._forward(self._check("ids", ids), learn=False).outputs
+        return self._forward(_check_ids(self, ids), learn=False).outputs
 
     def loss(
         self,
@@ -387,11 +466,8 @@ class LanguageModel(_Model):
         ignore_index: int | None = None,  # a target that does not count
     ) -> float:  # mean cross-entropy in nats
         "One pass forward."
-        ids, targets = self._check("ids", ids), np.asanyarray(targets)
-        counted = targets if ignore_index is None else targets[targets != ignore_index]
-        _check_indices("targets", counted, self.vocab)
-        if targets.shape != ids.shape:
-            raise ValueError(f"targets: shape {targets.shape} does not match ids: {ids.shape}")
+        ids = _check_ids(self, ids)
+        targets = _check_next(self, targets, ids, ignore_index)
         kept = self._forward(ids, learn)
         kept.targets = self._take("targets", *ids.shape, dtype=np.intp)
         kept.targets[...] = targets
@@ -427,8 +503,6 @@ class LanguageModel(_Model):
         self._saved = self._decoding = None
         self._hand_on(learn)
 
-    # Token by token.
-
     def start(
         self,
         batch: int,  # B, sequences
@@ -452,7 +526,7 @@ class LanguageModel(_Model):
         ids: np.ndarray,  # (B, S) integers in [0, V), the next tokens of each sequence
     ) -> np.ndarray:  # (B, V), valid until the next call
         "Logits of the token after these."
-        return _run_next(self, "prompt", self._check("ids", ids))
+        return _run_next(self, "prompt", _check_ids(self, ids))
 
     def step(
         self,
@@ -476,59 +550,21 @@ class LanguageModel(_Model):
         """One token of each sequence after another, as they come; the contexts learn nothing.
 
         One stream at a time: after any other use of the model, the next token is a RuntimeError."""
-        ids = self._check("ids", ids)
+        ids = _check_ids(self, ids)
         _check_whole("n", n, 1, self.max_len + 1 - ids.shape[1])
         _check_number("temperature", temperature, least=0)
         if top_k is not None:
             _check_whole("top_k", top_k, 1, self.vocab)
         rng = np.random.default_rng() if rng is None else rng
-        return self._generated(ids, n, temperature, top_k, rng)
-
-    def _generated(
-        self,
-        ids: np.ndarray,
-        n: int,
-        temperature: float,
-        top_k: int | None,
-        rng: np.random.Generator,
-    ) -> Iterator[np.ndarray]:
-        self.start(len(ids), ids.shape[1] + n - 1)
-        mine, logits = self._decoding, self.prompt(ids)
-        for left in range(n - 1, -1, -1):
-            token = _draw_token(logits, temperature, top_k, rng)
-            yield token.copy()  # whoever gets it may change it
-            if left and self._decoding is not mine:
-                raise RuntimeError(
-                    "generate: the model has been used for something else since the last token"
-                )
-            if left:
-                logits = self.step(token)
-
-    # What surrounds them.
+        return _read_out(self, ids, n, temperature, top_k, rng)
 
     def _take(self, name: str, *shape: int, dtype: DTypeLike | None = None) -> np.ndarray:
         return self.workspace.take(f"model.{name}", shape, self.dtype if dtype is None else dtype)
 
-    def _check(self, name: str, ids: Any) -> np.ndarray:
-        ids = _check_indices(name, ids, self.vocab)
-        if ids.ndim != 2 or not ids.size:
-            raise ValueError(f"{name}: shape {ids.shape}, needed (B, S) with at least one token")
-        if ids.shape[1] > self.max_len:
-            raise ValueError(
-                f"{name}: {ids.shape[1]} tokens in a sequence, max_len is {self.max_len}"
-            )
-        return ids
-
     @property
     def nbytes(self) -> int:
         "Bytes of parameters, gradients, contexts and workspace."
-        held = 2 * sum(p.nbytes for p in self.parameters().values()) + self.workspace.nbytes
-        for b in self.blocks:
-            if b.context is not None and b.context.incoming is not None:
-                held += 2 * b.context.incoming.nbytes  # it is also held folded
-            if b.context is not None and b.context.outgoing is not None:
-                held += b.context.outgoing.nbytes
-        return held
+        return _held_bytes(self)
 
     def requirement(
         self,
@@ -547,11 +583,7 @@ class LanguageModel(_Model):
         max_len: int | None = None,  # of a decoding, with a prompt of seq_len, and steps
     ) -> int:
         "Most bytes that are taken at once, for sequences of this length."
-        sizes = self.blocks[0]._all_sizes(batch, seq_len) | {"V": self.vocab}
-        if max_len is None:
-            return self.requirement(training=training).nbytes(**sizes)
-        one = self.blocks[0]._all_sizes(batch, 1) | {"V": self.vocab, "L": max_len}
-        memory = [buffer for block in self.blocks for buffer in block._memory()]
-        kept = all_of(*memory, Buffer("model.next", ("B", "V"), self.dtype)).nbytes(**one)
-        prompt = _next_requirement(self, seq_len).nbytes(**sizes, L=max_len)
-        return kept + max(prompt, _next_requirement(self, 1).nbytes(**one))
+        if max_len is not None:
+            return _decoding_bytes(self, batch, seq_len, max_len)
+        sizes = _all_sizes(self.blocks[0], batch, seq_len) | {"V": self.vocab}
+        return self.requirement(training=training).nbytes(**sizes)

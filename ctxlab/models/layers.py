@@ -494,7 +494,7 @@ def _gelu_into(
             np.multiply(X, C, out=out[rows])
     return out
 
-
+# %% ../../nbs/models/01_layers.ipynb #9d571d66
 def _gelu_in_place(
     x: np.ndarray,  # (N, F)
     bias: np.ndarray | None,  # (F,)
@@ -534,6 +534,25 @@ def gelu_into(
         _check_operands(x.dtype, reads, given | writes)
     return _gelu_into(x, bias, cdf, out, ws, approximate)
 
+# %% ../../nbs/models/01_layers.ipynb #91eff5c5
+def _tanh_slope(X: np.ndarray, C: np.ndarray, out: np.ndarray, t: np.ndarray) -> None:
+    "`2 c (1 - c) du/dx`; `c (1 - c)` comes first, as x^2 may be inf."
+    np.subtract(1, C, out=t)
+    t *= C
+    np.multiply(X, t, out=out)
+    out *= X
+    out *= 6 * _CUBIC * _SLOPE
+    t *= 2 * _SLOPE
+    out += t
+
+
+def _normal_slope(X: np.ndarray, out: np.ndarray) -> None:
+    "`phi(x)`."
+    np.multiply(X, X, out=out)
+    out *= -0.5
+    np.exp(out, out=out)
+    out *= 1 / math.sqrt(2 * math.pi)
+
 # %% ../../nbs/models/01_layers.ipynb #fdfd9243
 def _gelu_backward_into(
     x: np.ndarray,
@@ -551,19 +570,10 @@ def _gelu_backward_into(
         for rows in panels(len(x), row_bytes):
             X, C, n = x[rows], cdf[rows], rows.stop - rows.start
             slope, factor = t[:n], p[:n]
-            if approximate == "tanh":  # 2 c (1 - c) du/dx; c (1 - c) comes first, as x^2 may be inf
-                np.subtract(1, C, out=factor)
-                factor *= C
-                np.multiply(X, factor, out=slope)
-                slope *= X
-                slope *= 6 * _CUBIC * _SLOPE
-                factor *= 2 * _SLOPE
-                slope += factor
-            else:  # phi(x)
-                np.multiply(X, X, out=slope)
-                slope *= -0.5
-                np.exp(slope, out=slope)
-                slope *= 1 / math.sqrt(2 * math.pi)
+            if approximate == "tanh":
+                _tanh_slope(X, C, slope, factor)
+            else:
+                _normal_slope(X, slope)
             slope *= X
             slope += C
             if activated is not None:
@@ -776,6 +786,18 @@ def _check_adam(
     for name, rate in rates.items():
         _check_number(name, rate, least=0)
 
+# %% ../../nbs/models/01_layers.ipynb #279652d8
+def _means(m: np.ndarray, v: np.ndarray, t: np.ndarray, betas: tuple[float, float]) -> None:
+    "Both running means of a panel; `t` is `(1 - b1) g`, and becomes scratch."
+    b1, b2 = betas
+    m *= b1
+    m += t
+    t *= 1 / (1 - b1)
+    t *= t
+    t *= 1 - b2
+    v *= b2
+    v += t
+
 # %% ../../nbs/models/01_layers.ipynb #dc5c3f2a
 def adam_into(
     param: np.ndarray,  # any shape, C order, changed in place
@@ -802,16 +824,9 @@ def adam_into(
         t = ws.take("adam.scratch", (n,), param.dtype)
         for part in panels(param.size, param.itemsize, share):
             (P, G, M, V), T = (a[part] for a in flat), t[: part.stop - part.start]
-            np.multiply(
-                G, (1 - b1) * scale, out=T
-            )  # scaled first: the square of what clipping tames may overflow
-            M *= b1
-            M += T
-            T *= 1 / (1 - b1)
-            T *= T
-            T *= 1 - b2
-            V *= b2
-            V += T
+            # Scaled first: the square of what clipping tames may overflow.
+            np.multiply(G, (1 - b1) * scale, out=T)
+            _means(M, V, T, betas)
             np.sqrt(V, out=T)
             T *= second
             T += eps

@@ -20,7 +20,7 @@ from ..gemm import check_out, gemm, panels
 from ctxlab.models.block import (
     Block,
     _Arrays,
-    _buffer,
+    _check_input,
     _Decoding,
     _layer_backward,
     _norm,
@@ -69,7 +69,7 @@ def _steps(a: np.ndarray, b: np.ndarray, out: np.ndarray, state: np.ndarray, t: 
         np.add(t, X, out=H)
         state = H
 
-
+# %% ../../nbs/models/06_ssm.ipynb #ffc96742
 def _carry(
     a: np.ndarray,  # (T, B, K, D)
     b: np.ndarray,  # (T, B, K, D)
@@ -104,7 +104,7 @@ def _chunk_count(
     "Chunks that `scan_into` makes when it is not told."
     return 1 if S < _SHORT or width > _WIDE else math.isqrt(2 * S)
 
-
+# %% ../../nbs/models/06_ssm.ipynb #247425fc
 def _chunked(a: np.ndarray, K: int, T: int) -> np.ndarray:
     "The first K T tokens of `a` (B, S, D) as (T, B, K, D), a view."
     B, _, D = a.shape
@@ -143,7 +143,7 @@ def _scan_into(
             return out
     return _scan_into(a, b, out, ws, state, 1)
 
-
+# %% ../../nbs/models/06_ssm.ipynb #41ed7ef9
 def _scan_requirement(dtype: DTypeLike = np.float32, chunks: str = "k") -> Requirement:
     "Scratch of `scan_into`, in B, D and the letter of the chunks."
     return Buffer("scan.lanes", (3, "B", chunks, "D"), dtype)
@@ -396,6 +396,17 @@ def _tile_backward(
     np.subtract(1, r, out=dr)
     dr *= log_a
 
+# %% ../../nbs/models/06_ssm.ipynb #ccb5ec34
+def _slope_into(
+    rate: np.ndarray,  # (D,) what r is multiplied with, changed in place
+    out: np.ndarray,  # (D,)
+) -> None:
+    "`sigmoid / softplus` of Lambda: what the sum of E is multiplied with."
+    rate *= 1 / _SHARPNESS  # - softplus
+    np.expm1(rate, out=out)  # - sigmoid
+    np.minimum(rate, -np.finfo(rate.dtype).tiny, out=rate)
+    out /= rate
+
 # %% ../../nbs/models/06_ssm.ipynb #5915ecb7
 def _rg_lru_backward_into(
     u: np.ndarray,
@@ -412,7 +423,7 @@ def _rg_lru_backward_into(
     ws: Workspace,
 ) -> None:
     "`rg_lru_backward_into` without checks."
-    before = states[:, :-1]
+    h = states[:, :-1]  # one token earlier
     _scan_backward_into(a, None, dh, dh, None, ws)
     grad_decay.fill(0)
     with ws.scope():
@@ -422,25 +433,10 @@ def _rg_lru_backward_into(
         for at in _tiles(u.shape, u.dtype):
             E, scale, t = (_cut(s, at) for s in scratch)
             _tile_backward(
-                u[at],
-                r[at],
-                i[at],
-                a[at],
-                before[at],
-                dh[at],
-                rate,
-                du[at],
-                dr[at],
-                di[at],
-                E,
-                scale,
-                t,
+                u[at], r[at], i[at], a[at], h[at], dh[at], rate, du[at], dr[at], di[at], E, scale, t
             )
             grad_decay += np.add.reduce(E.reshape(-1, len(decay)), axis=0, out=column)
-        rate *= 1 / _SHARPNESS  # - softplus
-        np.expm1(rate, out=column)  # - sigmoid
-        np.minimum(rate, -np.finfo(rate.dtype).tiny, out=rate)
-        column /= rate
+        _slope_into(rate, column)
         grad_decay *= column
 
 # %% ../../nbs/models/06_ssm.ipynb #e4790bb7
@@ -672,10 +668,6 @@ def _feed_backward(
         _layer_backward(p, g, "ffn.value.", x, dwide2, None)
         gemm(dwide2, p["ffn.value.weight"], out, beta=1.0)
 
-# %% ../../nbs/models/06_ssm.ipynb #fd2b8cc6
-def _scratch(dtype: np.dtype, name: str, *shape: _Dim) -> Buffer:
-    return Buffer(name, shape, dtype)
-
 # %% ../../nbs/models/06_ssm.ipynb #219f49bd
 def _token_into(
     p: _Arrays,
@@ -714,6 +706,58 @@ def _token_into(
     _linear_into(normed, p["ffn.value.weight"], None, wide2)
     _swiglu_into(wide1, wide2, hidden)
     _add_residual(_linear_into(hidden, p["ffn.out.weight"], None, y), u)
+
+# %% ../../nbs/models/06_ssm.ipynb #fd2b8cc6
+def _scratch(dtype: np.dtype, name: str, *shape: _Dim) -> Buffer:
+    return Buffer(name, shape, dtype)
+
+# %% ../../nbs/models/06_ssm.ipynb #35e06f41
+def _pass_requirement(dtype: np.dtype) -> Requirement:
+    "Scratch of a forward pass."
+    b = partial(_scratch, dtype)
+    far = Buffer("ssm.far", ("q", "D"), np.bool_)
+    recurrence = any_of(
+        all_of(b("ssm.rate", "D"), b("ssm.tile", "q", "D"), far),
+        _scan_requirement(dtype),
+        b("gelu.scratch", "m", "D"),
+    )
+    recur = all_of(b("ssm.a", "N", "D"), b("ssm.gated", "N", "D"), recurrence)
+    return all_of(b("ssm.normed", "N", "D"), any_of(recur, b("ssm.hidden", "N", "F")))
+
+
+def _backward_requirement(dtype: np.dtype) -> Requirement:
+    "Scratch of a backward pass."
+    b = partial(_scratch, dtype)
+    far = Buffer("ssm.far", ("q", "D"), np.bool_)
+    large = [b(f"ssm.{name}", "N", "D") for name in ("a", "gated", "dh", "du", "dr", "di")]
+    small = any_of(
+        b("gelu.slopes", 2, "m", "D"),
+        _scan_requirement(dtype, "j"),
+        all_of(b("ssm.rate", "D"), b("ssm.pair", 2, "q", "D"), far),
+        all_of(b("ssm.vectors", 2, "D"), b("ssm.tiles", 3, "q", "D")),
+    )
+    feed = all_of(
+        *(b(f"ssm.{name}", "N", "F") for name in ("hidden", "dhidden", "dwide")),
+        b("swiglu.sigma", "f", "F"),
+    )
+    return all_of(
+        b("ssm.normed", "N", "D"),
+        b("ssm.dmiddle", "N", "D"),
+        any_of(all_of(*large, small), feed, _norm_requirement(dtype)),
+    )
+
+# %% ../../nbs/models/06_ssm.ipynb #f8d7bafe
+def _token_requirement(dtype: np.dtype) -> Requirement:
+    "Scratch of a step."
+    b = partial(_scratch, dtype)
+    return all_of(
+        b("token.stats", 2, "B"),
+        b("token.rows", 6, "B", "D"),
+        b("token.wide", 3, "B", "F"),
+        Buffer("token.far", ("B", "D"), np.bool_),
+        b("token.rate", "D"),
+        b("gelu.panels", 2, "m", "D"),
+    )
 
 # %% ../../nbs/models/06_ssm.ipynb #972affa2
 class SSMBlock(Block):
@@ -756,7 +800,7 @@ class SSMBlock(Block):
     ) -> np.ndarray:  # (B, S, D)
         "All tokens of a batch of sequences."
         if state is not None:
-            x = self._check_input(x)
+            x = _check_input(self, x)
             _check_state(state, (len(x), self.dim), self.dtype, {"x": x, "out": out})
         return super().forward(x, out, state=state, **options)
 
@@ -770,7 +814,7 @@ class SSMBlock(Block):
             raise TypeError("keep: an SSM block knows of no padding")
 
     def _memory(self) -> list[Buffer]:
-        return [_buffer("state", self.name, "B", "D", dtype=self.dtype)]
+        return [Buffer(f"{self.name}.state", ("B", "D"), self.dtype)]
 
     def _infer(
         self,
@@ -790,15 +834,7 @@ class SSMBlock(Block):
             super()._infer(h, y, shape, state=state)
 
     def _step_scratch(self) -> Requirement:
-        b = partial(_scratch, self.dtype)
-        return all_of(
-            b("token.stats", 2, "B"),
-            b("token.rows", 6, "B", "D"),
-            b("token.wide", 3, "B", "F"),
-            Buffer("token.far", ("B", "D"), np.bool_),
-            b("token.rate", "D"),
-            b("gelu.panels", 2, "m", "D"),
-        )
+        return _token_requirement(self.dtype)
 
     def _forward(
         self,
@@ -858,32 +894,7 @@ class SSMBlock(Block):
         )
 
     def _forward_scratch(self) -> Requirement:
-        b = partial(_scratch, self.dtype)
-        far = Buffer("ssm.far", ("q", "D"), np.bool_)
-        recurrence = any_of(
-            all_of(b("ssm.rate", "D"), b("ssm.tile", "q", "D"), far),
-            _scan_requirement(self.dtype),
-            b("gelu.scratch", "m", "D"),
-        )
-        recur = all_of(b("ssm.a", "N", "D"), b("ssm.gated", "N", "D"), recurrence)
-        return all_of(b("ssm.normed", "N", "D"), any_of(recur, b("ssm.hidden", "N", "F")))
+        return _pass_requirement(self.dtype)
 
     def _backward_scratch(self) -> Requirement:
-        b = partial(_scratch, self.dtype)
-        far = Buffer("ssm.far", ("q", "D"), np.bool_)
-        large = [b(f"ssm.{name}", "N", "D") for name in ("a", "gated", "dh", "du", "dr", "di")]
-        small = any_of(
-            b("gelu.slopes", 2, "m", "D"),
-            _scan_requirement(self.dtype, "j"),
-            all_of(b("ssm.rate", "D"), b("ssm.pair", 2, "q", "D"), far),
-            all_of(b("ssm.vectors", 2, "D"), b("ssm.tiles", 3, "q", "D")),
-        )
-        feed = all_of(
-            *(b(f"ssm.{name}", "N", "F") for name in ("hidden", "dhidden", "dwide")),
-            b("swiglu.sigma", "f", "F"),
-        )
-        return all_of(
-            b("ssm.normed", "N", "D"),
-            b("ssm.dmiddle", "N", "D"),
-            any_of(all_of(*large, small), feed, _norm_requirement(self.dtype)),
-        )
+        return _backward_requirement(self.dtype)

@@ -32,13 +32,13 @@ from ctxlab.models.attention import (
 from ctxlab.models.block import (
     Block,
     _Arrays,
-    _buffer,
     _Decoding,
     _layer_backward,
     _norm,
     _norm_backward,
     _panel_rows,
     _renorm,
+    _rows,
 )
 from ctxlab.models.layers import (
     _add_residual,
@@ -507,7 +507,7 @@ class TransformerBlock(Block):
         if keep is None:
             return x
         real = self.workspace.take(f"{name}.real", x.shape, self.dtype)
-        _copy_runs(self._rows(x), _runs(keep.reshape(-1)), self._rows(real))
+        _copy_runs(_rows(x), _runs(keep.reshape(-1)), _rows(real))
         return real
 
     def _forward(
@@ -640,10 +640,10 @@ class TransformerBlock(Block):
         if not self.causal:
             raise ValueError("start: the block is not causal; its tokens would see later ones")
         memory = [
-            _buffer(name, self.name, "B", "H", "L", "E", dtype=self.dtype)
+            Buffer(f"{self.name}.{name}", ("B", "H", "L", "E"), self.dtype)
             for name in ("keys", "values")
         ]
-        return [*memory, _buffer("real", self.name, "B", "L", dtype=np.bool_)]
+        return [*memory, Buffer(f"{self.name}.real", ("B", "L"), np.bool_)]
 
     def _inference_scratch(self, keep: bool = False) -> Requirement:
         attention = _attention_requirement(self.dtype, causal=self.causal, keep=keep)
