@@ -453,7 +453,8 @@ def test_bad_input_changes_nothing():
     ("options", "name"),
     [(dict(dim=d), "dim") for d in (0, -1, 2.0, "3", (3,), (3, 0), (1, 2, 3), [3, 4], None)]
     + [(dict(dim=3, floor=f), "floor") for f in (-1e-300, np.nan, np.inf)]
-    + [(dict(dim=3, nan=n), "nan") for n in ("pairs", "", None, 0)]
+    + [(dict(dim=3, nan=n), "nan") for n in ("pair", "", None, 0)]
+    + [(dict(dim=3, least_rows=n), "least_rows") for n in (1, 2.0, None)]
     + [(dict(dim=3, dtype=np.float16), "dtype"), (dict(dim=3, workspace=3), "workspace")],
 )
 def test_options_that_cannot_be(options, name):

@@ -136,10 +136,10 @@ class _Dependence:
         np.ldexp(self.means, by, out=self.means)
         np.ldexp(self.power, 2 * by, out=self.power)
 
-    def merge(self, other: "_Dependence", by: np.ndarray) -> None:
-        "Join another stream, whose columns are to be multiplied by powers of two."
+    def merge(self, other: "_Dependence", by: np.ndarray, means: np.ndarray) -> None:
+        "Join another stream, its columns times powers of two; its `means` are so already."
         part = copy.copy(self)  # what its windows have goes to the same powers
-        part.means = np.ldexp(other.means, by)
+        part.means = means
         part.weights, part.filled = other.weights.copy(), other.filled.copy()
         self.rows += other.rows
         for rows in panels(len(self.power), len(by) * 8):
