@@ -137,7 +137,13 @@ def test_it_says_where_it_comes_from(home):
     assert about["ctxlab"] == ctxlab.__version__
     assert about["numpy"] == np.__version__
     assert about["settings"] == dict(
-        memory="50MB", workers=None, scheduler=None, resumed=False, layer=None, nan="zero"
+        memory="50MB",
+        workers=None,
+        scheduler=None,
+        resumed=False,
+        layer=None,
+        nan="zero",
+        least_rows=2,
     )
     for i, f in enumerate(about["files"]):
         facts = os.stat(f"run/{i}.npz")
