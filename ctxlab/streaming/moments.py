@@ -54,7 +54,7 @@ def _panel_rows(dim: _Width, dtype=np.float32) -> int:  # p
 
 # %% ../../nbs/streaming/01_moments.ipynb #54189486
 def _shift_into(x: np.ndarray, y: np.ndarray, out: np.ndarray, ws: Workspace) -> None:
-    "Means of a few rows of x and y, rounded to the dtype of `out` (W,), W = Dx + Dy."
+    "Means of a few rows of x and y, rounded to the dtype of `out` (W,), or 0 if all are small."
     D = x.shape[1]
     step = -(-len(x) // _SAMPLE)
     picked = x[::step], y[::step]
@@ -62,8 +62,11 @@ def _shift_into(x: np.ndarray, y: np.ndarray, out: np.ndarray, ws: Workspace) ->
     few[:, :D], few[:, D:] = picked
     base = few[0].copy()
     few -= base
-    mean = np.add.reduce(few, axis=0) / len(few) + base
-    if not np.isfinite(mean).all():
+    left = np.add.reduce(few, axis=0) / len(few)
+    mean = left + base
+    if np.all(mean * mean <= np.einsum("ij,ij->j", few, few) / len(few) - left * left):
+        mean = np.zeros(len(out))
+    elif not np.isfinite(mean).all():
         few[:, :D], few[:, D:] = picked
         finite = np.isfinite(few)
         base = np.min(few, axis=0, where=finite, initial=np.inf)
@@ -73,15 +76,16 @@ def _shift_into(x: np.ndarray, y: np.ndarray, out: np.ndarray, ws: Workspace) ->
     out[...] = mean
 
 # %% ../../nbs/streaming/01_moments.ipynb #9c8eaa1b
-def _in_order(w: np.ndarray, squares: np.ndarray) -> bool:
-    "Whether products of columns of `w` keep their digits in its dtype, given sums of squares."
-    low, high = _RANGE[w.dtype]
-    if not squares.max() < high * len(w):
+def _in_order(sides: tuple[np.ndarray, np.ndarray], squares: np.ndarray) -> bool:
+    "Whether products of columns of x and y keep their digits, given sums of squares (W,)."
+    n, dtype = len(sides[0]), sides[0].dtype
+    low, high = _RANGE[dtype]
+    if not squares.max() < high * n:
         return False  # so written for NaN
-    if squares.min() >= low * len(w):
+    if squares.min() >= low * n:
         return True
-    spread = np.maximum(np.maximum.reduce(w, axis=0), -np.minimum.reduce(w, axis=0)) > 0
-    return not np.any(spread & (squares < low * len(w)))
+    largest = [np.maximum(np.max(a, axis=0), -np.min(a, axis=0)) for a in sides]
+    return not np.any((np.concatenate(largest) > 0) & (squares < low * n))
 
 # %% ../../nbs/streaming/01_moments.ipynb #0a3996ce
 _SPAN = 300  # binary exponents that a column may have, up or down, without being scaled
@@ -211,6 +215,23 @@ def _parts(p: int) -> int:
     return p // _BLOCK_ROWS + p // _BLOCK + 2
 
 
+def _shifted(
+    s: "ContextStats",
+    x: np.ndarray,  # (n, Dx) of a panel
+    y: np.ndarray,  # (n, Dy)
+    shift: np.ndarray,  # (W,)
+) -> tuple[np.ndarray, np.ndarray]:
+    "`x - shift` and `y - shift` in C order; where the shift is 0 that may be x and y themselves."
+    p, moved = _panel_rows(s.dim, s.dtype), shift.any()
+    done = []
+    for name, a, by in (("x", x, shift[: x.shape[1]]), ("y", y, shift[x.shape[1] :])):
+        if moved or not (a.flags.c_contiguous and a.flags.aligned):
+            out = s.workspace.take(f"stream.{name}", (p, a.shape[1]), s.dtype)[: len(a)]
+            a = np.subtract(a, by, out=out)
+        done.append(a)
+    return done[0], done[1]
+
+
 def _product_into(
     s: "ContextStats",
     x: np.ndarray,
@@ -224,7 +245,6 @@ def _product_into(
     D, W = x.shape[1], len(shift)
     p = _panel_rows(s.dim, s.dtype)
     take = s.workspace.take
-    panel = take("stream.panel", (p, W), s.dtype)
     ones = take("stream.ones", (p,), s.dtype)
     parts = take("stream.parts", (_parts(p), W), s.dtype)
     both = take("stream.both", (2, W), np.float64)
@@ -235,20 +255,19 @@ def _product_into(
     odd = []
     for rows in panels(len(x), 1, p):
         n = rows.stop - rows.start
-        w = panel[:n]
-        np.subtract(x[rows], shift[:D], out=w[:, :D])
-        np.subtract(y[rows], shift[D:], out=w[:, D:])
+        X, Y = _shifted(s, x[rows], y[rows], shift)
         blocks = list(panels(n, 1, _BLOCK_ROWS))
         m = len(blocks)
-        for block, part in zip(blocks, parts, strict=False):
-            np.matmul(ones[: block.stop - block.start], w[block], out=part)
-        k = m + len(_squares_into(w, parts[m:]))
+        for a, columns in ((X, slice(0, D)), (Y, slice(D, W))):
+            for block, part in zip(blocks, parts, strict=False):
+                np.matmul(ones[: block.stop - block.start], a[block], out=part[columns])
+            k = m + len(_squares_into(a, parts[m:, columns]))
         np.copyto(wide[:k], parts[:k])  # a sum of two dtypes would go through a buffer
         np.add.reduce(wide[:m], axis=0, out=both[0])
         np.add.reduce(wide[m:k], axis=0, out=both[1])
-        if _in_order(w, both[1]):
+        if _in_order((X, Y), both[1]):
             sums += both
-            gemm(w[:, :D].T, w[:, D:], P, beta=float(len(kept) > 0))
+            gemm(X.T, Y, P, beta=float(len(kept) > 0))
             np.copyto(by_block[len(kept) : len(kept) + m], wide[:m])
             kept += [slice(rows.start + b.start, rows.start + b.stop) for b in blocks]
         else:
@@ -282,12 +301,12 @@ def _add_blocks(
 ) -> None:
     "Join blocks of rows to what is known of their dependence."
     D = x.shape[1]
-    panel = s.workspace.take("stream.panel", (_panel_rows(s.dim, s.dtype), len(shift)), s.dtype)
+    block = s.workspace.take("stream.block", (_BLOCK_ROWS, len(shift)), s.dtype)
     for rows, total in zip(blocks, sums, strict=False):
         n = rows.stop - rows.start
         few = None
         if s._dependence.chosen:
-            few = panel[:n]
+            few = block[:n]
             np.subtract(x[rows], shift[:D], out=few[:, :D])
             np.subtract(y[rows], shift[D:], out=few[:, D:])
         s._dependence.add(shift + total / n, n, few)

@@ -100,7 +100,7 @@ def _fixed_bytes(dim: _Width, dtype, nan: str = "zero") -> int:
     p = _panel_rows(dim, dtype)
     item = np.dtype(dtype).itemsize
     panels_of_rows = p * (item + 8 + 1) + _parts(p) * (item + 8) + _SAMPLE * 8
-    blocks = _SUB_ROWS // _BLOCK_ROWS * 8
+    blocks = _SUB_ROWS // _BLOCK_ROWS * 8 + _BLOCK_ROWS * item  # means, and the rows of one
     vectors = 32 * 8
     scratch = Dx * Dy * item + (Dx + Dy) * (panels_of_rows + blocks + vectors) + p * item
     if nan == "pairs":
