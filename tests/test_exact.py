@@ -713,12 +713,12 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
     "a key that the third file has not": (
         ["part0.npz", "part1.npz", "part2.npz", "--x", "resid", "--y", "mlp"],
         lambda: keyed(["resid", "resid", "residual"]),
-        "part2.npz: there is no array 'resid'; found mlp, residual",
+        "part2.npz: there is no array 'resid'; found residual, mlp",
     ),
     "a pattern that fits nothing in the third file": (
-        ["part0.npz", "part1.npz", "part2.npz", "--x", "resid*", "--y", "mlp"],
+        ["part0.npz", "part1.npz", "part2.npz", "--x", "resid*", "--y", "mlp*"],
         lambda: keyed(["resid", "resid", "other"]),
-        "part2.npz: no array fits 'resid*'; found mlp, other",
+        "part2.npz: no array fits 'resid*'; found other, mlp",
     ),
     "layers of other widths": (
         ["bad0.npz", "bad1.npz", "--layers", "all"],
