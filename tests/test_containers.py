@@ -213,7 +213,10 @@ def test_a_safetensors_file_cut_short(size, tmp_path):
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, np.complex64, np.uint16])
 @pytest.mark.parametrize("form", FORMS)
 def test_other_dtypes_are_refused(form, dtype, tmp_path):
-    path = written(tmp_path / FORMS[form], form, x=OK.astype(dtype))
+    try:
+        path = written(tmp_path / FORMS[form], form, x=OK.astype(dtype))
+    except safetensors.SafetensorError:
+        pytest.skip("this version of safetensors writes no such numbers")
     with pytest.raises(InputError, match=r"a\.\w+.*: dtype .* cannot be read; needed") as e:
         read(path, "" if form == "npy" else "x", None, (0, 6), np.empty((6, 8)), False)
     assert ("--bfloat16" in str(e.value)) == (dtype is np.uint16 and form != "safetensors")
