@@ -17,7 +17,7 @@ _LENGTHS = (256, 32, 32, 32)  # rows of a window, level by level
 _FREQUENCIES = tuple(n // 2 for n in _LENGTHS)  # without that of the mean
 _FIRST = (0, 1, 4, 16)  # blocks of a stream that are transformed
 _EVERY = 64  # of the others, one in so many
-_COLUMNS = 128  # transformed at a time
+_COLUMNS = 64  # transformed at a time
 
 
 def _at_level(level: int) -> slice:
