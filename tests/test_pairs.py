@@ -198,6 +198,19 @@ def test_constant_in_the_rows_of_one_pair(value, dtype):
         assert parts[1].correlation()[1, 2] == 0
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e3 / 7])
+def test_constant_at_the_base_while_the_shift_moves(value):
+    """Most of the first panel is that constant, so it is the base; later panels lie elsewhere."""
+    rng = np.random.default_rng(17)
+    x, y = rng.standard_normal((2, 4000, 2)) + 1e3
+    here = rng.random(4000) < np.where(np.arange(4000) < 1000, 0.9, 0.3)
+    x[here, 0] = value
+    y[~here, 1] = np.nan
+    s = stats_of(x, y)
+    assert s.correlation()[0, 1] == 0 == s.noise()[0, 1]
+    assert s.correlation()[0, 0] != 0
+
+
 @pytest.mark.parametrize("outlier", [1e6, 1e12, 1e30])
 def test_an_outlier_costs_nothing_where_it_has_no_partner(outlier):
     x, y = with_gaps(np.random.default_rng(7), 500, (3, 3), 0.1, np.float32)
