@@ -360,6 +360,8 @@ def test_noise_of_a_feature_that_comes_late():
     x[:5000, :10], y[:6000, 5:9] = np.nan, np.nan
     z, _ = scatter(x, y)
     assert z == pytest.approx(1, abs=0.08)
+    in_turn = stats_of(x + 100, y + 100, range(1000, 8000, 1000))  # gaps before the first values
+    assert np.sqrt(np.mean((in_turn.correlation() / in_turn.noise()) ** 2)) > 0.92
     parts = [stats_of(x[i : i + 2000] + 100, y[i : i + 2000] + 100) for i in range(0, 8000, 2000)]
     for order in ((0, 1, 2, 3), (3, 2, 1, 0)):
         total = ContextStats(30, np.float64, nan="pairs")
