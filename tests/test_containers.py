@@ -65,7 +65,9 @@ def written(path, form=None, seed=0, **arrays):
             shards = {}
             if "shards" in form:
                 shards = dict(shards=tuple(c * int(rng.integers(1, 4)) for c in chunks))
-            group.create_array(key, data=np.ascontiguousarray(a), chunks=chunks, **shards)
+            # the lowest zarr that is taken knows no `data=`
+            group.create_array(key, shape=a.shape, dtype=a.dtype, chunks=chunks, **shards)
+            group[key][...] = np.ascontiguousarray(a)
     return path
 
 
@@ -143,7 +145,8 @@ def test_a_number_beyond_float32_is_refused(form, tmp_path):
 
 def test_one_array_without_a_name_in_zarr(tmp_path):
     a = np.arange(12.0).reshape(4, 3)
-    zarr.create_array(str(tmp_path / "one.zarr"), data=a)
+    one = zarr.create_array(str(tmp_path / "one.zarr"), shape=a.shape, dtype=a.dtype)
+    one[...] = a
     out = np.empty((4, 3))
     read(tmp_path / "one.zarr", "", None, (0, 4), out, False)
     np.testing.assert_array_equal(out, a)
@@ -210,7 +213,10 @@ def test_a_safetensors_file_cut_short(size, tmp_path):
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, bool, np.complex64, np.uint16])
 @pytest.mark.parametrize("form", FORMS)
 def test_other_dtypes_are_refused(form, dtype, tmp_path):
-    path = written(tmp_path / FORMS[form], form, x=OK.astype(dtype))
+    try:
+        path = written(tmp_path / FORMS[form], form, x=OK.astype(dtype))
+    except safetensors.SafetensorError:
+        pytest.skip("this version of safetensors writes no such numbers")
     with pytest.raises(InputError, match=r"a\.\w+.*: dtype .* cannot be read; needed") as e:
         read(path, "" if form == "npy" else "x", None, (0, 6), np.empty((6, 8)), False)
     assert ("--bfloat16" in str(e.value)) == (dtype is np.uint16 and form != "safetensors")

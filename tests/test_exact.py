@@ -14,6 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import zarr
 from test_containers import written as written_file
 
 import ctxlab
@@ -137,7 +138,13 @@ def test_it_says_where_it_comes_from(home):
     assert about["ctxlab"] == ctxlab.__version__
     assert about["numpy"] == np.__version__
     assert about["settings"] == dict(
-        memory="50MB", workers=None, scheduler=None, resumed=False, layer=None, nan="zero"
+        memory="50MB",
+        workers=None,
+        scheduler=None,
+        resumed=False,
+        layer=None,
+        nan="zero",
+        least_rows=2,
     )
     for i, f in enumerate(about["files"]):
         facts = os.stat(f"run/{i}.npz")
@@ -532,6 +539,45 @@ def test_rows_left_out(workers, home, data, capsys):
 
 
 @pytest.mark.parametrize("workers", [None, 2])
+def test_complete_pairs(workers, home, data, capsys):
+    if workers:
+        pytest.importorskip("distributed")
+    run("run", "--nan", "pairs", *(["--workers", workers] if workers else []))
+    got = result()
+    x, y = data
+    n = np.isfinite(x).astype(int).T @ np.isfinite(y)
+    assert np.array_equal(got["pair_rows"], n)
+    for i, j in ((0, 0), (1, 4), (1, 0), (9, 4)):
+        both = np.isfinite(x[:, i]) & np.isfinite(y[:, j])
+        want = np.tanh(np.corrcoef(x[both, i], y[both, j])[0, 1])
+        assert abs(got["context"][i, j] - want) < 1e-5
+    assert (got["count"], got["dropped"]) == (500, 0)
+    out = capsys.readouterr().out
+    assert "rows of a pair          498 to 500\n" in out
+    assert "0 of fewer than 2, which are 0" in out
+
+
+def test_pairs_of_few_rows_are_0(home, data, capsys):
+    run("run", "--nan", "pairs", "--least-rows", 499)
+    got = result()
+    assert (
+        np.argwhere(got["context"] == 0).tolist()
+        == [[1, 4]]
+        == np.argwhere(got["noise"] == 0).tolist()
+    )
+    assert "1 of fewer than 499" in capsys.readouterr().out
+    assert json.loads(str(got["about"]))["settings"]["least_rows"] == 499
+    with pytest.raises(InputError, match=r"^--least-rows: 500 of 500 rows are complete; .* 501"):
+        run("run", "--force", "--least-rows", 501)
+    Path(CHECKPOINT).unlink()
+    x = a(40)
+    x[::2, ::2], x[1::2, 1::2] = np.nan, np.nan
+    np.savez("apart.npz", x=x, y=np.roll(x, 1, axis=1)[:, ::2])
+    with pytest.raises(InputError, match=r"^--nan: no pair of features has 21 rows"):
+        run("apart.npz", "--out", "b.npz", "--nan", "pairs", "--least-rows", 21)
+
+
+@pytest.mark.parametrize("workers", [None, 2])
 def test_what_is_not_finite_is_refused_with_its_file(workers, home):
     if workers:
         pytest.importorskip("distributed")
@@ -545,6 +591,12 @@ def test_nothing_but_nan(home):
         run("none.npz", "--out", "a.npz")
     with pytest.raises(InputError, match=r"^--nan: 0 of 9 rows are complete"):
         run("none.npz", "--out", "b.npz", "--nan", "rows")
+    for nan in ("zero", "pairs"):
+        np.savez("none.npz", x=a(9), y=np.full((9, 3), np.nan, np.float32))
+        with pytest.raises(InputError, match=r"^y: no feature has any variance") as e:
+            run("none.npz", "--out", f"{nan}.npz", "--nan", nan)
+        assert "\n" not in str(e.value)
+        assert not Path(f"{nan}.npz").exists()
 
 
 def test_another_rule_does_not_go_on(home):
@@ -571,6 +623,18 @@ def spoil_folders(name):
 
 def a(n, dim=DIM, dtype=np.float32):
     return np.random.default_rng(1).standard_normal((n, dim)).astype(dtype)
+
+
+def keyed(keys):
+    """Three files, whose arrays have these names."""
+    for i, key in enumerate(keys):
+        np.savez(f"part{i}.npz", **{key: a(9), "mlp": a(9)})
+
+
+def chunked():
+    group = zarr.open_group("big.zarr", mode="w")
+    for key in "xy":
+        group.create_array(key, shape=(40_000, 16), dtype="f4", chunks=(40_000, 16))
 
 
 MISTAKES = {  # arguments, how to prepare, what the message holds
@@ -639,6 +703,40 @@ MISTAKES = {  # arguments, how to prepare, what the message holds
         ["bad.safetensors"],
         lambda: Path("bad.safetensors").write_bytes(b"\x02" + bytes(7) + b"{]"),
         "bad.safetensors: cannot be read",
+    ),
+    "a header with more rows than numbers": (
+        ["bad.safetensors"],
+        lambda: Path("bad.safetensors").write_bytes(
+            (b'{"x":{"dtype":"F32","shape":[9,9],"data_offsets":[0,8]}}').join(
+                ((55).to_bytes(8, "little"), bytes(8))
+            )
+        ),
+        "bad.safetensors: cannot be read",
+    ),
+    "a key that the third file has not": (
+        ["part0.npz", "part1.npz", "part2.npz", "--x", "resid", "--y", "mlp"],
+        lambda: keyed(["resid", "resid", "residual"]),
+        "part2.npz: there is no array 'resid'; found residual, mlp",
+    ),
+    "a pattern that fits nothing in the third file": (
+        ["part0.npz", "part1.npz", "part2.npz", "--x", "resid*", "--y", "mlp*"],
+        lambda: keyed(["resid", "resid", "other"]),
+        "part2.npz: no array fits 'resid*'; found other, mlp",
+    ),
+    "layers of other widths": (
+        ["bad0.npz", "bad1.npz", "--layers", "all"],
+        lambda: [np.savez(f"bad{i}.npz", hidden=np.ones((3, 5, 4 + i), "f")) for i in range(2)],
+        "bad1.npz, hidden: width 5, that of bad0.npz, hidden is 4",
+    ),
+    "two dtypes in one run": (
+        ["run", "bad.npz"],
+        lambda: spoil(x=a(5).astype(">f8"), y=a(5, dtype=np.float64)),
+        "bad.npz, x: dtype float64, that of run/0.npz, x is float32",
+    ),
+    "chunks larger than the budget": (
+        ["big.zarr", "--memory", "20MB"],
+        chunked,
+        "bytes for chunks of big.zarr, x; needed at least",
     ),
     "one row in batches": (["bad.npz"], lambda: spoil(x=a(1)[None], y=a(1)[None]), "1 rows in all"),
     "bfloat16 unsaid": (

@@ -359,9 +359,10 @@ def test_a_steady_update_allocates_no_matrix(dtype):
     x, y = (np.random.default_rng(i).standard_normal((1024, dim)).astype(dtype) for i in range(2))
     s = ContextStats(dim, dtype)
     assert traced_peak(lambda: s.update(x, y), warmup=2) < 150_000
+    s.update(x + 3, y)  # rows that are shifted take two panels more
     held = s.workspace.nbytes
     for _ in range(2):
-        s.update(np.concatenate([x] * 9), np.concatenate([y] * 9))
+        s.update(np.concatenate([x] * 9), np.concatenate([y + 3] * 9))
     assert s.workspace.nbytes == held
     x[5, 5] = np.nan
     s.update(x, y)
@@ -453,7 +454,8 @@ def test_bad_input_changes_nothing():
     ("options", "name"),
     [(dict(dim=d), "dim") for d in (0, -1, 2.0, "3", (3,), (3, 0), (1, 2, 3), [3, 4], None)]
     + [(dict(dim=3, floor=f), "floor") for f in (-1e-300, np.nan, np.inf)]
-    + [(dict(dim=3, nan=n), "nan") for n in ("pairs", "", None, 0)]
+    + [(dict(dim=3, nan=n), "nan") for n in ("pair", "", None, 0)]
+    + [(dict(dim=3, least_rows=n), "least_rows") for n in (1, 2.0, None)]
     + [(dict(dim=3, dtype=np.float16), "dtype"), (dict(dim=3, workspace=3), "workspace")],
 )
 def test_options_that_cannot_be(options, name):

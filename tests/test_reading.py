@@ -67,28 +67,31 @@ def test_parse_bytes():
             _parse_bytes(bad)
 
 
+@pytest.mark.parametrize("nan", ["zero", "pairs"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 64, 768, 4096])
-def test_chunk_rows_states_the_least(dim, dtype):
+def test_chunk_rows_states_the_least(dim, dtype, nan):
     with pytest.raises(ValueError, match="needed at least") as e:
-        _chunk_rows(1000, dim, dtype)
+        _chunk_rows(1000, dim, dtype, nan=nan)
+    assert ("with nan='pairs'" in str(e.value)) == (nan == "pairs")
     least = int(str(e.value).split("at least ")[1].split()[0])
-    assert _chunk_rows(least, dim, dtype) == 256
+    assert _chunk_rows(least, dim, dtype, nan=nan) == 256
     with pytest.raises(ValueError, match=str(least)):
-        _chunk_rows(least - 1, dim, dtype)
-    assert _chunk_rows("1TB", dim, dtype) == _SUB_ROWS
+        _chunk_rows(least - 1, dim, dtype, nan=nan)
+    assert _chunk_rows("1TB", dim, dtype, nan=nan) == _SUB_ROWS
 
 
+@pytest.mark.parametrize("nan", ["zero", "pairs"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 64, 768, (3, 500)])
-def test_what_is_held_is_what_is_counted(dim, dtype):
-    stats = ContextStats(dim, dtype)
+def test_what_is_held_is_what_is_counted(dim, dtype, nan):
+    stats = ContextStats(dim, dtype, nan=nan)
     held = 2 * (stats.nbytes - stats.workspace.nbytes)
-    assert held <= module._sums_bytes(dim) < held * 1.5 + 100
+    assert held <= module._sums_bytes(dim, nan) < held * 1.5 + 100
     x, y = (np.ones((2000, d), dtype) for d in stats._cross.shape)
     x[3, 0] = np.nan  # so that one panel is done in float64
     stats.update(x, y)
-    counted = module._fixed_bytes(dim, dtype) - module._sums_bytes(dim)
+    counted = module._fixed_bytes(dim, dtype, nan) - module._sums_bytes(dim, nan)
     assert stats.workspace.nbytes <= counted - module._SPARE
 
 
@@ -829,7 +832,8 @@ def test_chunks_larger_than_the_budget(name, tmp_path):
     else:
         group = zarr.open_group(tmp_path / name, mode="w")
         for key in "xy":
-            group.create_array(key, data=a, chunks=a.shape)
+            group.create_array(key, shape=a.shape, dtype=a.dtype, chunks=a.shape)
+            group[key][...] = a
     (s,) = shards(tmp_path / name)
     assert s.held == 2 * 4 * a.nbytes
     with pytest.raises(ValueError, match=rf"{s.held} bytes for chunks of .*{name}, x; needed") as e:
@@ -846,6 +850,33 @@ def test_a_compressed_array_in_fortran_order_is_counted(tmp_path):
     with pytest.raises(ValueError, match="bytes for chunks of"):
         stream([s], memory="4MB")
     assert_exact(stream([s], memory="20MB"), a, a)
+
+
+# --- complete pairs ---
+
+
+def test_complete_pairs_stay_within_the_budget_and_are_resumed(tmp_path):
+    rng = np.random.default_rng(48)
+    x, y = rng.standard_normal((2, 6000, 120), dtype=np.float32)
+    x[rng.random(x.shape) < 0.1] = np.nan
+    for i in range(4):
+        np.savez(tmp_path / f"{i}.npz", x=x[1500 * i :][:1500], y=y[1500 * i :][:1500])
+    listed = [s._replace(nan="pairs") for s in shards(tmp_path)]
+    with pytest.raises(ValueError, match="with nan='pairs'; needed at least") as e:
+        stream(listed, memory="1MB")
+    least = int(str(e.value).split("at least ")[1].split()[0])
+    assert least > module._least_bytes(120) + 2 * 8 * 6 * 120**2
+    assert traced_peak(lambda: stream(listed, memory=least), threads=True) < least
+    want, path = stream(listed, memory=least), tmp_path / "state"
+    stream(listed[:2], memory=least, checkpoint=path)
+    got = stream(listed, memory=least, checkpoint=path, resume=True)
+    assert same(got, want)
+    assert want.incomplete == 6000
+    assert same(load_stats(path, 120, nan="pairs"), want)
+    with pytest.raises(InputError, match="of another run"):
+        load_stats(path, 120)
+    with pytest.raises(ValueError, match=r"^stats: has nan='zero', the shard 'pairs'"):
+        shard_stats(listed[0], stats=ContextStats(120))
 
 
 # --- a writer at work ---
@@ -913,7 +944,8 @@ def test_memory_stays_within_the_budget_in_every_kind_of_file(form, tmp_path):
     elif "zarr" in form:
         group = zarr.open_group(path, mode="w", zarr_format=2 if form == "zarr 2" else 3)
         shards_of = dict(shards=(1, 10_000, 48)) if "shards" in form else {}
-        group.create_array("hidden", data=a, chunks=chunks, **shards_of)
+        group.create_array("hidden", shape=a.shape, dtype=a.dtype, chunks=chunks, **shards_of)
+        group["hidden"][...] = a
     else:
         written(path, form, hidden=a)
     listed = shards(path, 1)

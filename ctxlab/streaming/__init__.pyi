@@ -5,6 +5,7 @@ from ctxlab.streaming import distributed as distributed
 from ctxlab.streaming import exact as exact
 from ctxlab.streaming import moments as moments
 from ctxlab.streaming import null as null
+from ctxlab.streaming import pairs as pairs
 from ctxlab.streaming import reading as reading
 from ctxlab.streaming import summary as summary
 from ctxlab.streaming.distributed import local_workers as local_workers

@@ -17,7 +17,7 @@ _LENGTHS = (256, 32, 32, 32)  # rows of a window, level by level
 _FREQUENCIES = tuple(n // 2 for n in _LENGTHS)  # without that of the mean
 _FIRST = (0, 1, 4, 16)  # blocks of a stream that are transformed
 _EVERY = 64  # of the others, one in so many
-_COLUMNS = 32  # transformed at a time
+_COLUMNS = 64  # transformed at a time
 
 
 def _at_level(level: int) -> slice:
@@ -29,7 +29,8 @@ def _at_level(level: int) -> slice:
 def _at_our_frequencies(power: np.ndarray, n: int, F: int) -> np.ndarray:  # (F, W)
     "Of the power of `n` rows, what is nearest to each frequency; its sum is that of the squares."
     if n == 2 * F:
-        power = power[1:] * (2 / n)
+        power = power[1:]
+        power *= 2 / n
         power[-1] /= 2  # the highest frequency has no twin
         return power
     power[0] = 0  # that of the mean
@@ -47,10 +48,9 @@ def _add_power(rows: np.ndarray, out: np.ndarray, scale: np.ndarray | None = Non
         a = rows[:, columns]
         if scale is not None:
             a = a * scale[:, None]
-        z = rfft(a, axis=0)
-        power = np.square(z.real)
-        power += np.square(z.imag)
-        power = _at_our_frequencies(power, len(rows), len(out))
+        parts = rfft(a, axis=0).view(rows.dtype)  # real and imaginary parts in turn
+        np.multiply(parts, parts, out=parts)
+        power = _at_our_frequencies(parts[:, ::2] + parts[:, 1::2], len(rows), len(out))
         out[:, columns] += power.astype(np.float64)  # a sum of two dtypes would go through a buffer
 
 # %% ../../nbs/streaming/00_dependence.ipynb #77f9891a
@@ -136,10 +136,10 @@ class _Dependence:
         np.ldexp(self.means, by, out=self.means)
         np.ldexp(self.power, 2 * by, out=self.power)
 
-    def merge(self, other: "_Dependence", by: np.ndarray) -> None:
-        "Join another stream, whose columns are to be multiplied by powers of two."
+    def merge(self, other: "_Dependence", by: np.ndarray, means: np.ndarray) -> None:
+        "Join another stream, its columns times powers of two; its `means` are so already."
         part = copy.copy(self)  # what its windows have goes to the same powers
-        part.means = np.ldexp(other.means, by)
+        part.means = means
         part.weights, part.filled = other.weights.copy(), other.filled.copy()
         self.rows += other.rows
         for rows in panels(len(self.power), len(by) * 8):

@@ -59,11 +59,12 @@ def _worker_budget(
     dtype=np.float32,
     held: int = 0,  # bytes that reading holds on a worker, see `Shard`
     layers: int = 1,  # totals
+    nan: str = "zero",  # as for `ContextStats`
 ) -> int:  # bytes
     "The share of one worker; a ValueError states the least that would do."
-    client = _sums_bytes(dim) * (layers + 1) // 2 + _SPARE
-    least = client + workers * (_least_bytes(dim, dtype) + held)
-    more = f" on {workers} workers"
+    client = _sums_bytes(dim, nan) * (layers + 1) // 2 + _SPARE
+    least = client + workers * (_least_bytes(dim, dtype, nan) + held)
+    more = f" on {workers} workers" + (" with nan='pairs'" if nan == "pairs" else "")
     if held:
         more += f", with {held} bytes each for chunks of the files"
     return (_check_room(memory, least, dim, dtype, more) - client) // workers
@@ -77,7 +78,7 @@ def _stats_of(shard: Shard, memory: int) -> tuple[ContextStats, _Kernels]:
     if not hasattr(_own, "workspace"):
         threadpool_limits(1, user_api="blas")
         _own.workspace = Workspace(growth="exact")
-    stats = ContextStats(shard.width, shard.dtype, workspace=_own.workspace)
+    stats = ContextStats(shard.width, shard.dtype, nan=shard.nan, workspace=_own.workspace)
     return shard_stats(shard, memory, stats=stats), {_process(): _kernel()}
 
 # %% ../../nbs/streaming/04_distributed.ipynb #555dae37
@@ -367,7 +368,8 @@ def _stream_distributed(
         most = (workers or _cores()) if client is None else _slots(client, timeout)
         slots = min(most, len(todo))
         held, layers = max(s.held for s in todo), len({s.layer for s in todo})
-        budget = _worker_budget(memory, slots, todo[0].width, todo[0].dtype, held, layers)
+        first = todo[0]
+        budget = _worker_budget(memory, slots, first.width, first.dtype, held, layers, first.nan)
         if client is None:
             client = stack.enter_context(local_workers(slots))
         bar = stack.enter_context(_rows_bar(rows, progress))

@@ -48,7 +48,8 @@ these correlations if x and y were unrelated; effective_rows, so many independen
 noise; noise_floor; beyond and beyond_expected, how many correlations are beyond 1.96 times their
 noise, and how many would be by chance; count, dropped (rows left out), mean_x, mean_y, std_x,
 std_y, constant_x, constant_y (features without variance, whose entries are 0), nonfinite_x,
-nonfinite_y (entries that are not finite), dim, and about, a JSON text that tells what was read.
+nonfinite_y (entries that are not finite), dim, and about, a JSON text that tells what was read;
+with --nan pairs also pair_rows, the rows behind each entry of the context.
 Until it is complete, the work is kept in a checkpoint beside it.
 """
 
@@ -156,10 +157,19 @@ def _add_meaning(p: argparse.ArgumentParser) -> None:
     "What counts, and what is shown."
     p.add_argument(
         "--nan",
-        choices=("zero", "rows", "refuse"),
+        choices=("zero", "rows", "pairs", "refuse"),
         default="zero",
-        help="what is not finite: counts as 0; its row of x and y is left out; or is an error "
+        help="what is not finite: counts as 0; its row of x and y is left out; each pair of "
+        "features uses the rows that have both, which takes seven matrices of sums in place of "
+        "one, and several times as long where values are missing; or is an error "
         "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--least-rows",
+        type=lambda text: _whole(text, 2),
+        metavar="N",
+        default=2,
+        help="a correlation of fewer rows is 0 (default: %(default)s)",
     )
     p.add_argument(
         "--top",
@@ -355,6 +365,7 @@ def _about(args: argparse.Namespace, listed: Sequence["Shard"], seconds: float) 
         resumed=args.resume,
         layer=listed[0].layer or None,
         nan=args.nan,
+        least_rows=args.least_rows,
     )
     return dict(
         ctxlab=ctxlab.__version__,
@@ -387,7 +398,9 @@ def _stats(args: argparse.Namespace, listed: list["Shard"], checkpoint: Path) ->
     "The statistics, here or on workers; each error is an InputError of one line."
     totals = args.totals or _totals(args, listed, checkpoint)
     _check_free(args, [Path(args.out), Path(args.out).with_suffix(".png")])
-    return totals[listed[0].layer]
+    stats = totals[listed[0].layer]
+    stats.least_rows = args.least_rows
+    return stats
 
 
 def _totals(
@@ -436,14 +449,19 @@ def _hinting(checkpoint: Path) -> Iterator[None]:
 # %% ../../nbs/streaming/05_exact.ipynb #6796bf0e
 def _check_enough(stats: "ContextStats") -> None:
     "An InputError if no correlation can be told."
-    if stats.count < 2:
+    least = stats.least_rows
+    if stats.count < least:
         raise ctxlab.data.InputError(
-            f"--nan: {stats.count} of {stats.count + stats.dropped} rows are complete; "
-            "a correlation needs at least 2"
+            f"--{'least-rows' if least > 2 else 'nan'}: {stats.count} of "
+            f"{stats.count + stats.dropped} rows are complete; a correlation needs at least {least}"
         )
     if stats.constant_x.all() or stats.constant_y.all():
         name = "x" if stats.constant_x.all() else "y"
         raise ctxlab.data.InputError(f"{name}: no feature has any variance")
+    if stats.incomplete and not stats.noise().any():
+        raise ctxlab.data.InputError(
+            f"--nan: no pair of features has {least} rows in which both are finite and vary"
+        )
 
 
 def _run(args: argparse.Namespace) -> int:  # exit code

@@ -14,6 +14,16 @@ import numpy as np
 from ..gemm import gemm, panels, unbuffered
 from ..reference import _check_array, _check_number, _check_same_shape, _check_whole
 from .dependence import _LENGTHS, _Dependence, _shares
+from ctxlab.streaming.pairs import (
+    _absorb_gaps,
+    _gap,
+    _joined,
+    _merge_pairs,
+    _pair_rows,
+    _Pairs,
+    _PairSums,
+    _rescale_pairs,
+)
 from ..workspace import Workspace, _given_or_new
 
 # %% ../../nbs/streaming/01_moments.ipynb #7d0cca5e
@@ -44,7 +54,7 @@ def _panel_rows(dim: _Width, dtype=np.float32) -> int:  # p
 
 # %% ../../nbs/streaming/01_moments.ipynb #54189486
 def _shift_into(x: np.ndarray, y: np.ndarray, out: np.ndarray, ws: Workspace) -> None:
-    "Means of a few rows of x and y, rounded to the dtype of `out` (W,), W = Dx + Dy."
+    "Means of a few rows of x and y, rounded to the dtype of `out` (W,), or 0 if all are small."
     D = x.shape[1]
     step = -(-len(x) // _SAMPLE)
     picked = x[::step], y[::step]
@@ -52,8 +62,11 @@ def _shift_into(x: np.ndarray, y: np.ndarray, out: np.ndarray, ws: Workspace) ->
     few[:, :D], few[:, D:] = picked
     base = few[0].copy()
     few -= base
-    mean = np.add.reduce(few, axis=0) / len(few) + base
-    if not np.isfinite(mean).all():
+    left = np.add.reduce(few, axis=0) / len(few)
+    mean = left + base
+    if np.all(mean * mean <= np.einsum("ij,ij->j", few, few) / len(few) - left * left):
+        mean = np.zeros(len(out))
+    elif not np.isfinite(mean).all():
         few[:, :D], few[:, D:] = picked
         finite = np.isfinite(few)
         base = np.min(few, axis=0, where=finite, initial=np.inf)
@@ -63,15 +76,16 @@ def _shift_into(x: np.ndarray, y: np.ndarray, out: np.ndarray, ws: Workspace) ->
     out[...] = mean
 
 # %% ../../nbs/streaming/01_moments.ipynb #9c8eaa1b
-def _in_order(w: np.ndarray, squares: np.ndarray) -> bool:
-    "Whether products of columns of `w` keep their digits in its dtype, given sums of squares."
-    low, high = _RANGE[w.dtype]
-    if not squares.max() < high * len(w):
+def _in_order(sides: tuple[np.ndarray, np.ndarray], squares: np.ndarray) -> bool:
+    "Whether products of columns of x and y keep their digits, given sums of squares (W,)."
+    n, dtype = len(sides[0]), sides[0].dtype
+    low, high = _RANGE[dtype]
+    if not squares.max() < high * n:
         return False  # so written for NaN
-    if squares.min() >= low * len(w):
+    if squares.min() >= low * n:
         return True
-    spread = np.maximum(np.maximum.reduce(w, axis=0), -np.minimum.reduce(w, axis=0)) > 0
-    return not np.any(spread & (squares < low * len(w)))
+    largest = [np.maximum(np.max(a, axis=0), -np.min(a, axis=0)) for a in sides]
+    return not np.any((np.concatenate(largest) > 0) & (squares < low * n))
 
 # %% ../../nbs/streaming/01_moments.ipynb #0a3996ce
 _SPAN = 300  # binary exponents that a column may have, up or down, without being scaled
@@ -109,6 +123,8 @@ def _rescale(s: "ContextStats", exponents: np.ndarray) -> None:
         for rows in panels(len(s._cross), s._cross.shape[1] * 8):
             s._cross[rows] = _scaled(s._cross, by, rows)
         s._dependence.rescale(by)
+        if s._pairs is not None:
+            _rescale_pairs(s._pairs, by)
 
 # %% ../../nbs/streaming/01_moments.ipynb #56b1324b
 def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,11 +142,14 @@ def _join(
     m2: np.ndarray,  # (W,)
     left: np.ndarray | None = None,  # (W,) how far the products were off in the mean
 ) -> None:
-    "Join the vectors of some rows."
+    "Join the vectors of some rows without gaps."
     Dx, Dy = s._cross.shape
-    total = s.count + n
-    share = n / total
-    f = s.count * share
+    before = s.count - s.incomplete
+    if s.incomplete and not before:
+        unseen = _by_feature(s)[0] == 0
+        s._dependence.means[..., unseen] = (mean + rest)[unseen]
+    share = n / (before + n)
+    f = before * share
     far, near = mean - s._mean, rest - s._rest
     d = far + near
     a, b = np.zeros((2, Dx)), np.zeros((2, Dy))
@@ -142,11 +161,11 @@ def _join(
     moved, lost = _two_sum(s._mean, far * share)
     s._mean[...], s._rest[...] = _two_sum(moved, s._rest + (lost + near * share))
     s._m2 += m2 + f * d * d
-    s.count = total
+    s.count += n
 
 # %% ../../nbs/streaming/01_moments.ipynb #5eaa6611
 def _absorb_wide(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:
-    "Join one panel in float64; entries that are not finite count as 0."
+    "Join one panel in float64; entries that are not finite count as 0, or as gaps."
     n, D = x.shape
     size = _panel_rows(s.dim, s.dtype), len(s._mean)
     w = s.workspace.take("stream.wide", size, np.float64)[:n]
@@ -161,6 +180,9 @@ def _absorb_wide(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:
     exponents = _taken(s._exponent)
     if exponents.any():
         np.ldexp(w, -exponents, out=w)
+    if s._pairs is not None and odd.any():
+        _absorb_pairs(s, s._pairs, w, np.logical_not(odd, out=odd))
+        return
     base = w[0].copy()
     w -= base
     for rows in panels(n, 1, _BLOCK_ROWS):
@@ -193,6 +215,23 @@ def _parts(p: int) -> int:
     return p // _BLOCK_ROWS + p // _BLOCK + 2
 
 
+def _shifted(
+    s: "ContextStats",
+    x: np.ndarray,  # (n, Dx) of a panel
+    y: np.ndarray,  # (n, Dy)
+    shift: np.ndarray,  # (W,)
+) -> tuple[np.ndarray, np.ndarray]:
+    "`x - shift` and `y - shift` in C order; where the shift is 0 that may be x and y themselves."
+    p, moved = _panel_rows(s.dim, s.dtype), shift.any()
+    done = []
+    for name, a, by in (("x", x, shift[: x.shape[1]]), ("y", y, shift[x.shape[1] :])):
+        if moved or not (a.flags.c_contiguous and a.flags.aligned):
+            out = s.workspace.take(f"stream.{name}", (p, a.shape[1]), s.dtype)[: len(a)]
+            a = np.subtract(a, by, out=out)
+        done.append(a)
+    return done[0], done[1]
+
+
 def _product_into(
     s: "ContextStats",
     x: np.ndarray,
@@ -206,7 +245,6 @@ def _product_into(
     D, W = x.shape[1], len(shift)
     p = _panel_rows(s.dim, s.dtype)
     take = s.workspace.take
-    panel = take("stream.panel", (p, W), s.dtype)
     ones = take("stream.ones", (p,), s.dtype)
     parts = take("stream.parts", (_parts(p), W), s.dtype)
     both = take("stream.both", (2, W), np.float64)
@@ -217,20 +255,19 @@ def _product_into(
     odd = []
     for rows in panels(len(x), 1, p):
         n = rows.stop - rows.start
-        w = panel[:n]
-        np.subtract(x[rows], shift[:D], out=w[:, :D])
-        np.subtract(y[rows], shift[D:], out=w[:, D:])
+        X, Y = _shifted(s, x[rows], y[rows], shift)
         blocks = list(panels(n, 1, _BLOCK_ROWS))
         m = len(blocks)
-        for block, part in zip(blocks, parts, strict=False):
-            np.matmul(ones[: block.stop - block.start], w[block], out=part)
-        k = m + len(_squares_into(w, parts[m:]))
+        for a, columns in ((X, slice(0, D)), (Y, slice(D, W))):
+            for block, part in zip(blocks, parts, strict=False):
+                np.matmul(ones[: block.stop - block.start], a[block], out=part[columns])
+            k = m + len(_squares_into(a, parts[m:, columns]))
         np.copyto(wide[:k], parts[:k])  # a sum of two dtypes would go through a buffer
         np.add.reduce(wide[:m], axis=0, out=both[0])
         np.add.reduce(wide[m:k], axis=0, out=both[1])
-        if _in_order(w, both[1]):
+        if _in_order((X, Y), both[1]):
             sums += both
-            gemm(w[:, :D].T, w[:, D:], P, beta=float(len(kept) > 0))
+            gemm(X.T, Y, P, beta=float(len(kept) > 0))
             np.copyto(by_block[len(kept) : len(kept) + m], wide[:m])
             kept += [slice(rows.start + b.start, rows.start + b.stop) for b in blocks]
         else:
@@ -264,12 +301,12 @@ def _add_blocks(
 ) -> None:
     "Join blocks of rows to what is known of their dependence."
     D = x.shape[1]
-    panel = s.workspace.take("stream.panel", (_panel_rows(s.dim, s.dtype), len(shift)), s.dtype)
+    block = s.workspace.take("stream.block", (_BLOCK_ROWS, len(shift)), s.dtype)
     for rows, total in zip(blocks, sums, strict=False):
         n = rows.stop - rows.start
         few = None
         if s._dependence.chosen:
-            few = panel[:n]
+            few = block[:n]
             np.subtract(x[rows], shift[:D], out=few[:, :D])
             np.subtract(y[rows], shift[D:], out=few[:, D:])
         s._dependence.add(shift + total / n, n, few)
@@ -304,7 +341,7 @@ def _absorb(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:
         _absorb_wide(s, x[rows], y[rows])
 
 # %% ../../nbs/streaming/01_moments.ipynb #e92878b5
-_NAN = ("zero", "rows", "refuse")  # what to do with entries that are not finite
+_NAN = ("zero", "rows", "refuse", "pairs")  # what to do with entries that are not finite
 
 
 def _check_nan(nan: str) -> str:
@@ -349,6 +386,53 @@ def _absorb_complete(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:
         if keep.any():
             _absorb(s, x[rows][keep], y[rows][keep])
 
+# %% ../../nbs/streaming/01_moments.ipynb #221d37be
+def _by_feature(s: "ContextStats") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Entries, mean and sum of squares of each feature (W,), scaled as the sums are."
+    n = np.full(len(s._mean), s.count - s.incomplete)
+    if s._pairs is None or not s.incomplete:
+        return n, s._mean, s._m2
+    base, own = s._pairs.base, s._pairs.own
+    mean = s._mean - base + s._rest
+    share = own[0] / np.maximum(n + own[0], 1)
+    gap = _gap(mean, own[1], s._pairs.reach)
+    return n + own[0], base + (mean + gap * share), s._m2 + own[2] + n * share * gap * gap
+
+
+def _absorb_pairs(s: "ContextStats", pairs: _PairSums, w: np.ndarray, have: np.ndarray) -> None:
+    "Join a panel `w` (n, W) in float64, with 0 where `have` (n, W) says that there is a gap."
+    n, W = w.shape
+    Dx, Dy = s._cross.shape
+    take = s.workspace.take
+    p = _panel_rows(s.dim, s.dtype)
+    mask, squares = (take(f"stream.{name}", (p, W), np.float64)[:n] for name in ("mask", "square"))
+    products = take("stream.pairs", (6, _pair_rows(Dx, Dy), Dy), np.float64)
+    unseen, unfilled = _by_feature(s)[0] == 0, pairs.own[0] == 0
+    w += _absorb_gaps(pairs, w, have, mask, squares, products)
+    s.count += n
+    s.incomplete += n
+    fill = pairs.fill
+    fill[unfilled] = _by_feature(s)[1][unfilled]
+    s._dependence.means[..., unseen] = fill[unseen]
+    w -= fill
+    w *= mask
+    for rows in panels(n, 1, _BLOCK_ROWS):
+        few = w[rows]
+        chosen = few if s._dependence.chosen else None
+        s._dependence.add(fill + np.add.reduce(few, axis=0) / len(few), len(few), chosen)
+
+
+def _fill_each_other(
+    s: "ContextStats",
+    other: "ContextStats",
+    means: np.ndarray,  # those of the other's windows, in the scale of `s`
+    by: np.ndarray,  # (W,) powers of two, from the other's scale to that of `s`
+) -> None:
+    "Features that one of two streams has no value of get the mean of the other in its windows."
+    (mine, mean, _), (its, its_mean, _) = _by_feature(s), _by_feature(other)
+    means[..., its == 0] = mean[its == 0]
+    s._dependence.means[..., mine == 0] = np.ldexp(its_mean, by)[mine == 0]
+
 # %% ../../nbs/streaming/01_moments.ipynb #d7c0269a
 class ContextStats:
     """Mergeable moments of a stream of pairs (x, y), and the exact correlation of all their rows.
@@ -363,7 +447,8 @@ class ContextStats:
         dtype=np.float32,  # of the pairs: float32 or float64; sums are float64
         *,
         floor: float = 0.0,  # a product of norms at or below it gives 0
-        nan: str = "zero",  # what is not finite: 0; or "rows" left out; or "refuse"
+        nan: str = "zero",  # what is not finite: 0; "rows" left out; "refuse"; "pairs" complete
+        least_rows: int = 2,  # a correlation of fewer rows is 0
         workspace: Workspace | None = None,  # for scratch; default: its own
     ):
         Dx, Dy = _widths(dim)
@@ -371,11 +456,13 @@ class ContextStats:
         self.dtype = _check_array("dtype", np.empty((0, 0), dtype)).dtype
         self.floor = _check_number("floor", floor, least=0)
         self.nan = _check_nan(nan)
+        self.least_rows = _check_whole("least_rows", least_rows, 2)
         self.workspace = _given_or_new(workspace)
         self._mean, self._rest, self._m2 = np.empty((3, Dx + Dy))  # of x, then of y
         self._exponent = np.empty(Dx + Dy, np.intc)
         self._cross = np.empty((Dx, Dy))
         self._dependence = _Dependence(Dx + Dy)
+        self._pairs = _PairSums(Dx, Dy) if nan == "pairs" else None
         self.reset()
 
     def reset(self) -> None:
@@ -384,9 +471,12 @@ class ContextStats:
             a.fill(0)
         self._exponent.fill(_EMPTY)
         self._dependence.reset()
+        if self._pairs is not None:
+            self._pairs.reset()
         self.count = 0  # rows
         self.dropped = 0  # rows that were left out
-        self.nonfinite_x = 0  # entries that counted as 0, or whose rows were left out
+        self.incomplete = 0  # rows of panels that have gaps, with nan="pairs"
+        self.nonfinite_x = 0  # entries that counted as 0 or as gaps, or whose rows were left out
         self.nonfinite_y = 0
 
     def update(
@@ -437,15 +527,26 @@ class ContextStats:
         "Pearson correlation of feature i of x with feature j of y; 0 where one is constant."
         return _finish(self, tanh=False)
 
+    def pair_rows(self) -> np.ndarray:  # (Dx, Dy) int64
+        "The rows behind each correlation: `count`, or fewer with nan='pairs'."
+        out = np.empty(self._cross.shape, np.int64)
+        for rows in panels(len(out), out.shape[1] * 8):
+            out[rows] = _over_all(self, rows).n
+        return out
+
     def similarity(self) -> np.ndarray:  # (Dx, Dy), dtype of the pairs
         "tanh of the correlation."
         return _finish(self, tanh=True)
 
     def covariance(self) -> np.ndarray:  # (Dx, Dy) float64, units of x times units of y
-        "Mean product of the centred features, over `count` rows."
-        split = len(self._cross)
+        "Mean product of the centred features, over the rows of each pair."
+        out = np.empty(self._cross.shape)
+        for rows in panels(len(out), out.shape[1] * 8):
+            p = _over_all(self, rows)
+            out[rows] = p.cross / np.maximum(p.n, 1)
+        split = len(out)
         power = _taken(self._exponent)
-        return np.ldexp(self._cross / max(self.count, 1), power[:split, None] + power[split:])
+        return np.ldexp(out, power[:split, None] + power[split:], out=out)
 
     def noise(self) -> np.ndarray:  # (Dx, Dy), dtype of the pairs
         "Standard deviation of each correlation by chance; hand over 256 rows or more at a time."
@@ -466,7 +567,7 @@ class ContextStats:
 
     @property
     def std_x(self) -> np.ndarray:  # (Dx,) float64, units of x
-        "Over `count` rows, not one less."
+        "Over the rows that have the feature, not one less."
         return _means_and_spreads(self)["std_x"]
 
     @property
@@ -476,18 +577,20 @@ class ContextStats:
     @property
     def constant_x(self) -> np.ndarray:  # (Dx,) bool
         "Which features of x have no variance in the rows so far; their correlations are 0."
-        return self._m2[: len(self._cross)] == 0
+        return _by_feature(self)[2][: len(self._cross)] == 0
 
     @property
     def constant_y(self) -> np.ndarray:  # (Dy,) bool
         "Which features of y have no variance in the rows so far; their correlations are 0."
-        return self._m2[len(self._cross) :] == 0
+        return _by_feature(self)[2][len(self._cross) :] == 0
 
     @property
     def nbytes(self) -> int:
         "Sums and the whole workspace."
         sums: list[np.ndarray] = [self._mean, self._rest, self._m2, self._exponent, self._cross]
         sums += self._dependence.arrays().values()
+        if self._pairs is not None:
+            sums += self._pairs.arrays().values()
         return sum(a.nbytes for a in sums) + self.workspace.nbytes
 
     def state_dict(self) -> dict[str, Any]:
@@ -516,32 +619,59 @@ class ContextStats:
 # %% ../../nbs/streaming/01_moments.ipynb #f2dfdaeb
 def _merge_into(other: ContextStats, s: ContextStats) -> None:
     "Join the rows of `other`, which may be `s` itself."
+    complete, incomplete = other.count - other.incomplete, other.incomplete
     _rescale(s, other._exponent)
     by = np.where(other._exponent == _EMPTY, 0, other._exponent - s._exponent).astype(np.intc)
+    means = np.ldexp(other._dependence.means, by)
+    if s.incomplete or incomplete:
+        _fill_each_other(s, other, means, by)
+    if complete:
+        _merge_complete(other, s, complete, by)
+    if s._pairs is not None and other._pairs is not None and incomplete:
+        _merge_pairs(s._pairs, other._pairs, by)
+        s.count += incomplete
+        s.incomplete += incomplete
+    s._dependence.merge(other._dependence, by, means)
+
+
+def _merge_complete(other: ContextStats, s: ContextStats, n: int, by: np.ndarray) -> None:
+    "Join the `n` rows of `other` that are in panels without gaps."
     if by.any():
         for rows in panels(len(s._cross), s._cross.shape[1] * 8):
             s._cross[rows] += _scaled(other._cross, by, rows)
     else:
         s._cross += other._cross
     mean, rest = np.ldexp(other._mean, by), np.ldexp(other._rest, by)
-    _join(s, other.count, mean, rest, np.ldexp(other._m2, 2 * by))
-    s._dependence.merge(other._dependence, by)
+    _join(s, n, mean, rest, np.ldexp(other._m2, 2 * by))
+
+# %% ../../nbs/streaming/01_moments.ipynb #fb73c4e3
+def _over_all(s: ContextStats, rows: slice) -> _Pairs:
+    "Moments of some features of x with those of y, over all rows of each pair."
+    split = len(s._cross)
+    count = np.asarray(float(s.count - s.incomplete))
+    m2_x, m2_y, cross = s._m2[:split][rows][:, None], s._m2[split:], s._cross[rows]
+    if s._pairs is None or not s.incomplete:
+        return _Pairs(count, s._mean[:split][rows][:, None], s._mean[split:], m2_x, m2_y, cross)
+    mean = s._mean - s._pairs.base + s._rest
+    complete = _Pairs(count, mean[:split][rows][:, None], mean[split:], m2_x, m2_y, cross)
+    reach = s._pairs.reach
+    return _joined(complete, _Pairs(*s._pairs.sums[:, rows]), reach[:split][rows], reach[split:])
 
 
 def _finish(s: ContextStats, tanh: bool) -> np.ndarray:
     "Correlations, or their tanh, of what was summed."
     Dx, Dy = s._cross.shape
-    norms = np.sqrt(s._m2)
     exponents = _taken(s._exponent)
     out = np.zeros((Dx, Dy), s.dtype)
     for rows in panels(Dx, Dy * 8):
-        size = np.outer(norms[:Dx][rows], norms[Dx:])
-        large = size > 0
+        p = _over_all(s, rows)
+        size = np.sqrt(p.m2_x) * np.sqrt(p.m2_y)
+        large = (size > 0) & (p.n >= s.least_rows)
         if s.floor:
             with np.errstate(over="ignore", under="ignore"):
                 power = exponents[:Dx][rows, None] + exponents[Dx:]
                 large &= np.ldexp(size, power) > s.floor
-        r = np.divide(s._cross[rows], size, out=np.zeros_like(size), where=large)
+        r = np.divide(p.cross, size, out=np.zeros_like(size), where=large)
         np.clip(r, -1, 1, out=r)  # it may be an ulp more
         out[rows] = np.tanh(r, out=r) if tanh else r
     return out
@@ -555,6 +685,7 @@ def _state(s: ContextStats) -> dict[str, Any]:
         nan=_NAN.index(s.nan),
         count=s.count,
         dropped=s.dropped,
+        incomplete=s.incomplete,
         nonfinite_x=s.nonfinite_x,
         nonfinite_y=s.nonfinite_y,
     )
@@ -563,7 +694,9 @@ def _state(s: ContextStats) -> dict[str, Any]:
     x = {f"{name}_x": a[:split] for name, a in both.items()}
     y = {f"{name}_y": a[split:] for name, a in both.items()}
     null = {f"null_{name}": a for name, a in s._dependence.arrays().items()}
-    return numbers | x | y | null | dict(cross=s._cross)
+    of_pairs = {} if s._pairs is None else s._pairs.arrays()
+    pairs = {f"pairs_{name}": a for name, a in of_pairs.items()}
+    return numbers | x | y | null | dict(cross=s._cross) | pairs
 
 
 def _impossible(name: str, a: np.ndarray) -> bool:
@@ -573,17 +706,20 @@ def _impossible(name: str, a: np.ndarray) -> bool:
     if name == "null_filled" and np.any(a[1:] >= _LENGTHS[1:]):
         return True
     positive = name.startswith("m2") or (name.startswith("null") and name != "null_means")
+    some: dict[str, list] = {"pairs_sums": [0, 3, 4], "pairs_own": [0, 2], "pairs_reach": [...]}
+    if name in some and any(a[i].min() < 0 for i in some[name]):  # rows, and sums of squares
+        return True
     return not np.isfinite(a).all() or (positive and a.min() < 0)
 
 # %% ../../nbs/streaming/01_moments.ipynb #2598d7ce
 def _checked_state(s: ContextStats, state: Mapping[str, Any]) -> dict[str, Any]:
     "What of `state` is to be set, or an error that names what does not fit."
     like = _state(s)
+    for name in ("dim", "itemsize", "nan"):
+        if name in state and not np.array_equal(state[name], like[name]):
+            raise ValueError(f"state: {name} is {state[name]}, needed {like[name]}")
     if set(state) != set(like):
         raise ValueError(f"state: keys {sorted(state)}, needed {sorted(like)}")
-    for name in ("dim", "itemsize", "nan"):
-        if not np.array_equal(state[name], like[name]):
-            raise ValueError(f"state: {name} is {state[name]}, needed {like[name]}")
     new: dict[str, Any] = {}
     for name in like.keys() - {"dim", "itemsize", "nan"}:
         mine = like[name]
@@ -604,33 +740,55 @@ def _checked_state(s: ContextStats, state: Mapping[str, Any]) -> dict[str, Any]:
 def _means_and_spreads(
     s: ContextStats,
 ) -> dict[str, np.ndarray]:  # mean_x, mean_y, std_x, std_y: float64
-    "Mean and standard deviation of every feature, over all rows so far."
+    "Mean and standard deviation of every feature, over all rows that have it."
     split = len(s._cross)
     exponents = _taken(s._exponent)
-    mean = np.ldexp(s._mean, exponents)
-    std = np.ldexp(np.sqrt(s._m2 / max(s.count, 1)), exponents)
+    n, mean, m2 = _by_feature(s)
+    mean = np.ldexp(mean, exponents)
+    std = np.ldexp(np.sqrt(m2 / np.maximum(n, 1)), exponents)
     return dict(mean_x=mean[:split], mean_y=mean[split:], std_x=std[:split], std_y=std[split:])
 
 
 def _shares_of(s: ContextStats) -> tuple[np.ndarray, np.ndarray]:
     "Columns of x and of y, whose products are the squares of the noise."
-    A = _shares(s._dependence, s._m2)
+    A = _shares(s._dependence, _by_feature(s)[2])
     split = len(s._cross)
     return A[:, :split], A[:, split:]
+
+
+def _noise_squares(s: ContextStats, A: np.ndarray, B: np.ndarray, rows: slice) -> np.ndarray:
+    "Squares of the noise of some features of x with those of y; 0 where there is no correlation."
+    squares = A[:, rows].T @ B
+    if s.incomplete:
+        p = _over_all(s, rows)
+        known = (p.n >= s.least_rows) & (p.m2_x > 0) & (p.m2_y > 0)
+        squares *= np.where(known, s.count / np.maximum(p.n, 1), 0)
+    return squares
 
 
 def _noise(s: ContextStats) -> np.ndarray:
     A, B = _shares_of(s)
     out = np.empty(s._cross.shape, s.dtype)
     for rows in panels(len(out), out.shape[1] * 8):
-        np.sqrt(A[:, rows].T @ B, out=out[rows], casting="same_kind")
+        np.sqrt(_noise_squares(s, A, B, rows), out=out[rows], casting="same_kind")
     return out
+
+
+def _effective_rows_of_pairs(s: ContextStats, A: np.ndarray, B: np.ndarray) -> float:
+    total, known = 0.0, 0
+    for rows in panels(len(s._cross), s._cross.shape[1] * 8):
+        squares = _noise_squares(s, A, B, rows)
+        total += float(squares.sum())
+        known += int(np.count_nonzero(squares))
+    return 1 + known / total if known else float("nan")
 
 
 def _effective_rows(s: ContextStats) -> float:
     if s.constant_x.all() or s.constant_y.all():
         return float("nan")
     A, B = _shares_of(s)
+    if s.incomplete:
+        return _effective_rows_of_pairs(s, A, B)
     mean = A[:, ~s.constant_x].mean(axis=1) @ B[:, ~s.constant_y].mean(axis=1)
     return 1 + 1 / float(mean)
 
@@ -648,6 +806,9 @@ def linear_cka(
                 f"{name}: is of {s.count} rows and {s.dim} features, "
                 f"needed {xy.count} rows and {D} features"
             )
+    for name, s in (("xy", xy), ("xx", xx), ("yy", yy)):
+        if s.incomplete:
+            raise ValueError(f"{name}: has gaps, and CKA needs the same rows for all features")
     C, X, Y = (s.covariance() for s in (xy, xx, yy))
     unit_x, unit_y = np.sqrt(np.trace(X)), np.sqrt(np.trace(Y))
     if not (unit_x > 0 and unit_y > 0):

@@ -51,6 +51,7 @@ from ctxlab.streaming.moments import (
     _Width,
     _widths,
 )
+from .pairs import _pair_bytes, _pair_scratch
 from ..workspace import Workspace
 
 # %% ../../nbs/streaming/02_reading.ipynb #f9322ee9
@@ -85,29 +86,31 @@ def _parse_bytes(size: int | str) -> int:  # bytes
 _SPARE = 2**20  # bytes for small things: vectors, headers, the reader's own buffers
 
 
-def _sums_bytes(dim: _Width) -> int:
+def _sums_bytes(dim: _Width, nan: str = "zero") -> int:
     "Bytes of two sets of sums: the total, and the part at hand; and what joining them takes."
     Dx, Dy = _widths(dim)
-    return (
-        2 * 8 * (Dx * Dy + 4 * (Dx + Dy)) + 2 * _dependence_bytes(Dx + Dy) + _joining_bytes(Dx + Dy)
-    )
+    pairs = _pair_bytes(Dx, Dy) if nan == "pairs" else 0
+    one = 8 * (Dx * Dy + 4 * (Dx + Dy)) + _dependence_bytes(Dx + Dy) + pairs
+    return 2 * one + _joining_bytes(Dx + Dy)
 
 
-def _fixed_bytes(dim: _Width, dtype) -> int:
+def _fixed_bytes(dim: _Width, dtype, nan: str = "zero") -> int:
     "Bytes of a run without the buffers of rows."
     Dx, Dy = _widths(dim)
     p = _panel_rows(dim, dtype)
     item = np.dtype(dtype).itemsize
     panels_of_rows = p * (item + 8 + 1) + _parts(p) * (item + 8) + _SAMPLE * 8
-    blocks = _SUB_ROWS // _BLOCK_ROWS * 8
+    blocks = _SUB_ROWS // _BLOCK_ROWS * 8 + _BLOCK_ROWS * item  # means, and the rows of one
     vectors = 32 * 8
     scratch = Dx * Dy * item + (Dx + Dy) * (panels_of_rows + blocks + vectors) + p * item
-    return _sums_bytes(dim) + scratch + _SPARE
+    if nan == "pairs":
+        scratch += _pair_scratch(Dx, Dy, p)
+    return _sums_bytes(dim, nan) + scratch + _SPARE
 
 # %% ../../nbs/streaming/02_reading.ipynb #f278c219
-def _least_bytes(dim: _Width, dtype=np.float32) -> int:
+def _least_bytes(dim: _Width, dtype=np.float32, nan: str = "zero") -> int:
     "The smallest budget that `_chunk_rows` takes."
-    return _fixed_bytes(dim, dtype) + 256 * sum(_widths(dim)) * np.dtype(dtype).itemsize
+    return _fixed_bytes(dim, dtype, nan) + 256 * sum(_widths(dim)) * np.dtype(dtype).itemsize
 
 
 def _check_room(budget: int | str, least: int, dim: _Width, dtype, more: str = "") -> int:  # bytes
@@ -126,11 +129,13 @@ def _chunk_rows(
     dim: _Width,  # D, or (D of x, D of y)
     dtype=np.float32,
     held: int = 0,  # bytes that reading holds beside the buffers, see `Shard`
+    nan: str = "zero",  # as for `ContextStats`
 ) -> int:  # a multiple of 256, at most SUB_ROWS
     "Rows to read at a time so that a run stays within `budget`; a ValueError states the least."
     row = sum(_widths(dim)) * np.dtype(dtype).itemsize
-    have = _check_room(budget, _least_bytes(dim, dtype) + held, dim, dtype)
-    return min((have - held - _fixed_bytes(dim, dtype)) // row // 256 * 256, _SUB_ROWS)
+    more = " with nan='pairs'" if nan == "pairs" else ""
+    have = _check_room(budget, _least_bytes(dim, dtype, nan) + held, dim, dtype, more)
+    return min((have - held - _fixed_bytes(dim, dtype, nan)) // row // 256 * 256, _SUB_ROWS)
 
 # %% ../../nbs/streaming/02_reading.ipynb #31975407
 class Shard(NamedTuple):
@@ -465,9 +470,11 @@ def shard_stats(
     tick: Callable[[int], Any] | None = None,  # called with the number of rows after each chunk
 ) -> ContextStats:
     "The statistics of one shard."
-    stats = ContextStats(shard.width, shard.dtype) if stats is None else stats
-    stats.nan = shard.nan
-    chunk = _chunk_rows(memory, shard.width, shard.dtype, shard.held)
+    if stats is None:
+        stats = ContextStats(shard.width, shard.dtype, nan=shard.nan)
+    if stats.nan != shard.nan:
+        raise ValueError(f"stats: has nan={stats.nan!r}, the shard {shard.nan!r}")
+    chunk = _chunk_rows(memory, shard.width, shard.dtype, shard.held, shard.nan)
     stats.reset()
     with stats.workspace.scope(), closing(_read_chunks(shard, chunk, stats.workspace)) as chunks:
         for x, y in chunks:
@@ -480,7 +487,7 @@ def shard_stats(
     return stats
 
 # %% ../../nbs/streaming/02_reading.ipynb #018837da
-_FORMAT = "ctxlab.streaming.moments 4"
+_FORMAT = "ctxlab.streaming.moments 5"
 
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -578,9 +585,14 @@ def _load_states(totals: _Totals, arrays: Mapping[str, np.ndarray]) -> None:
         stats.load_state_dict(mine)
 
 
-def load_stats(path: str | Path, dim: _Width, dtype=np.float32) -> ContextStats:
+def load_stats(
+    path: str | Path,
+    dim: _Width,  # D, or (D of x, D of y)
+    dtype=np.float32,
+    nan: str = "zero",  # the rule that they were made with
+) -> ContextStats:
     "The statistics of a checkpoint; an InputError in one line if it is damaged or does not fit."
-    stats = ContextStats(dim, dtype)
+    stats = ContextStats(dim, dtype, nan=nan)
     _read_stats(path, {0: stats})
     return stats
 
@@ -669,9 +681,10 @@ def _shard_budget(memory: int | str, todo: Sequence[Shard]) -> int:  # bytes
     "What of a budget is left for one shard after the totals; a ValueError states the least."
     first, largest = todo[0], max(todo, key=lambda s: s.held)
     layers = len({s.layer for s in todo})
-    others = (layers - 1) * (_sums_bytes(first.width) // 2)
-    least = _least_bytes(first.width, first.dtype) + largest.held + others
-    more = f", {layers} layers" if layers > 1 else ""
+    others = (layers - 1) * (_sums_bytes(first.width, first.nan) // 2)
+    least = _least_bytes(first.width, first.dtype, first.nan) + largest.held + others
+    more = " with nan='pairs'" if first.nan == "pairs" else ""
+    more += f", {layers} layers" if layers > 1 else ""
     if largest.held:
         more += f", and {largest.held} bytes for chunks of {_place(largest)}"
     return _check_room(memory, least, first.width, first.dtype, more) - others
@@ -702,7 +715,7 @@ _Parts = Generator[tuple[ContextStats, _Kernels], None, None]  # and which proce
 
 def _each(left: list[Shard], memory, tick) -> _Parts:
     "The statistics of one shard after the other, in the same object."
-    part = ContextStats(left[0].width, left[0].dtype) if left else None
+    part = ContextStats(left[0].width, left[0].dtype, nan=left[0].nan) if left else None
     made_by = {_process(): _kernel()}
     for shard in left:
         yield shard_stats(shard, memory, stats=part, tick=tick), made_by

@@ -73,6 +73,8 @@ def _result_arrays(stats: "ContextStats", about: Mapping[str, Any]) -> dict[str,
     constant = dict(constant_x=stats.constant_x, constant_y=stats.constant_y)
     result: dict[str, Any] = dict(context=context, noise=noise, about=json.dumps(about))
     result |= _means_and_spreads(stats) | constant | numbers
+    if stats.nan == "pairs":
+        result["pair_rows"] = stats.pair_rows()
     return {name: np.asarray(a) for name, a in result.items()}
 
 # %% ../../nbs/streaming/04a_summary.ipynb #db441284
@@ -136,6 +138,14 @@ def _not_finite(stats: "ContextStats") -> dict[str, str]:
     entries = f"{stats.nonfinite_x:,} in x, {stats.nonfinite_y:,} in y"
     if stats.nan == "zero":
         return {"not finite, taken as 0": entries}
+    if stats.nan == "pairs":
+        n = stats.pair_rows()
+        few = int(np.count_nonzero(n < stats.least_rows))
+        return {
+            "not finite, left out": entries,
+            "rows of a pair": f"{n.min():,} to {n.max():,}",
+            "pairs of few rows": f"{few:,} of fewer than {stats.least_rows:,}, which are 0",
+        }
     return {"not finite": entries, "rows left out": f"{stats.dropped:,}"}
 
 # %% ../../nbs/streaming/04a_summary.ipynb #168e6c09
