@@ -186,6 +186,11 @@ def _without_spoilt_columns(context: np.ndarray) -> np.ndarray:
     return kept
 
 
+def _are_few(rows: np.ndarray, x: np.ndarray) -> bool:
+    "Whether it pays to treat these rows by themselves."
+    return 4 * len(rows) < len(x)
+
+
 def _between(rows: np.ndarray, n_rows: int) -> Iterator[slice]:
     "The stretches of `n_rows` rows that lie between these, which increase."
     start = 0
@@ -207,13 +212,12 @@ def _apply_spoilt(
     X, out = _as_matrix(X), _as_matrix(out)
     odd, square = _spoilt(X)
     rows = np.flatnonzero(odd)
-    if 2 * len(rows) >= len(X) or not square < largest:
+    if not (_are_few(rows, X) and square < largest):
         out[...] = apply_context(X, context, strength)
         return
-    by_rule = apply_context(X[rows], context, strength)  # may raise: before anything is written
     with np.errstate(over="ignore", invalid="ignore"):
         np.matmul(X, folded, out=out)
-    out[rows] = by_rule
+    out[rows] = apply_context(X[rows], context, strength)
 
 
 def _backward_safely(
@@ -230,15 +234,14 @@ def _backward_safely(
     (odd_x, square_x), (odd_g, square_g) = _spoilt(x), _spoilt(grad_out)
     rows, D = np.flatnonzero(odd_x | odd_g), len(context)
     usual = _factors_are_safe(context.dtype, norm, square_x, square_g)
-    if 2 * len(rows) >= len(x) or not usual:
+    if not (_are_few(rows, x) and usual):
         out[...], grad_s = apply_context_vjp(x, context, strength, grad_out)
         return grad_s
-    by_rule, grad_s = apply_context_vjp(x[rows], context, strength, grad_out[rows])
     with np.errstate(over="ignore", invalid="ignore"):
         np.matmul(grad_out, context.T, out=out)
+    out[rows], grad_s = apply_context_vjp(x[rows], context, strength, grad_out[rows])
     for part in _between(rows, len(x)):
         grad_s += _finish_backward(x[part], grad_out[part], strength / D, out[part]) / D
-    out[rows] = by_rule
     return grad_s
 
 
@@ -312,7 +315,8 @@ def _standardise(
     "Centre the columns and divide them by their norms; non-finite entries count as 0."
     exponent, norms = None, _centre_usual(a, single)
     if norms is None:
-        np.copyto(a, 0, where=~np.isfinite(a))
+        finite = np.isfinite(a)
+        np.copyto(a, 0, where=np.logical_not(finite, out=finite))
         norms = _centre_usual(a, single)
     if norms is None:
         a[...], exponent = _centred(a)

@@ -158,6 +158,21 @@ def test_a_fold_without_its_lock_is_caught():
     assert explore(speaking(Unlocked, operations, ("R", "R"))).races
 
 
+def test_a_fold_whose_flag_is_set_before_it_is_done_is_caught():
+    class Early(Folding):
+        def read(self):
+            with self._mixing.reading():
+                if self._norm is None:
+                    with self._folding:
+                        if self._norm is None:
+                            self._norm = 1.0
+                            self._folded[:] = 1.25
+                assert float(self._folded[0, 0]) == 1.25
+
+    operations = {"R": unless_refused(Early.read)}
+    assert explore(speaking(Early, operations, ("R", "R"))).races
+
+
 def a_context():
     context = SharedAttentionContext(0.5)
     context.workspace = None  # which only learning uses
