@@ -487,91 +487,6 @@ def _update_requirement(
         buffers.append(Buffer("context.narrow", ("n", "2 D"), dtype))
     return all_of(*buffers, Buffer("context.panel", ("p", "D"), dtype))
 
-# %% ../nbs/07_context.ipynb #bc70d41b
-def _learnable(
-    x: np.ndarray, y: np.ndarray, dim: int | None, dtype: DTypeLike, ndim: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    "Input and output to learn from, cut to `dim` columns when that is asked for."
-    x = _check_array("x", x, ndim=ndim, dtype=dtype)
-    y = _check_array("y", y, ndim=(x.ndim,), dtype=dtype)
-    if dim is not None:
-        dim = _check_whole("dim", dim, 0, min(x.shape[-1], y.shape[-1]))
-        x, y = x[..., :dim], y[..., :dim]
-    _check_same_shape("y", y, "x", x)
-    return x, y
-
-
-def _check_several(rows: _Rows, n_rows: int) -> None:
-    "A ValueError unless there are two different rows."
-    if isinstance(rows, slice):
-        several = len(range(n_rows)[rows]) > 1
-    else:
-        several = rows.size > 1 and rows.min() < rows.max()
-    if not several:
-        raise ValueError(
-            f"rows: fewer than two different ones of {n_rows}, and a correlation needs two; "
-            "update_step learns from single tokens"
-        )
-
-
-def _check_width(x: np.ndarray, outgoing: np.ndarray | None) -> None:
-    if outgoing is not None and len(outgoing) != x.shape[-1]:
-        raise ValueError(
-            f"x: shape {x.shape} does not fit the outgoing context: {outgoing.shape}; "
-            "call reset() first"
-        )
-
-# %% ../nbs/07_context.ipynb #ea214422
-def _check_rate(value: Any, dtype: np.dtype) -> float:
-    "The update rate, clipped to [0, 1]; a ValueError if only its rounding makes it 0."
-    rate = _as_rate(value)
-    limits = np.finfo(dtype)
-    least = float(limits.tiny) * float(limits.eps)  # the smallest subnormal number
-    if 0 < rate < least:
-        raise ValueError(
-            f"update_rate: {rate:g} is too small for {dtype}; needed 0 or at least {least:.2g}"
-        )
-    return rate
-
-# %% ../nbs/07_context.ipynb #5d0c1a77
-def _is_usual(dtype: np.dtype, a: object, out: object) -> bool:
-    "Whether an input, and `out` for it, would pass all checks, told cheaply; False for the rest."
-    if type(a) is not np.ndarray or a.dtype is not dtype or not 0 < a.ndim < 4:
-        return False
-    lies = a.flags
-    if not (lies.c_contiguous and lies.aligned):
-        return False
-    if out is None:
-        return True
-    if type(out) is not np.ndarray or out.dtype is not dtype or out.shape != a.shape:
-        return False
-    return out.flags.carray and not np.may_share_memory(a, out)
-
-
-def _checked(
-    dtype: np.dtype, out: np.ndarray | None, x: np.ndarray, *grads: np.ndarray
-) -> list[np.ndarray]:  # x, and grad_out if given
-    "The inputs of apply or backward; they and `out` are checked before anything is computed."
-    if all(_is_usual(dtype, a, out) and a.shape == x.shape for a in (x, *grads)):
-        return [x, *grads]
-    inputs = {"x": _check_operand("x", x, (1, 2, 3), dtype)}
-    for G in grads:
-        inputs["grad_out"] = _check_operand("grad_out", G, (inputs["x"].ndim,), dtype)
-    for name, a in inputs.items():
-        _check_same_shape(name, a, "x", inputs["x"])
-    if out is not None:
-        out = check_out(out, inputs["x"].shape, dtype, inputs)
-        _check_operand("out", out, (out.ndim,), dtype)
-    return list(inputs.values())
-
-
-def _unmixed(X: np.ndarray, x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-    "A copy in `out`; without one, what was handed in."
-    if out is None:
-        return x
-    out[...] = X
-    return out
-
 # %% ../nbs/07_context.ipynb #cc08d488
 class _Gate:
     """Many readers, or one writer. Who comes second and does not fit is refused at once.
@@ -947,3 +862,88 @@ def _restored(
     context = kind(dtype=dtype, workspace=workspace)
     context.load_state_dict(state)
     return context
+
+# %% ../nbs/07_context.ipynb #bc70d41b
+def _learnable(
+    x: np.ndarray, y: np.ndarray, dim: int | None, dtype: DTypeLike, ndim: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    "Input and output to learn from, cut to `dim` columns when that is asked for."
+    x = _check_array("x", x, ndim=ndim, dtype=dtype)
+    y = _check_array("y", y, ndim=(x.ndim,), dtype=dtype)
+    if dim is not None:
+        dim = _check_whole("dim", dim, 0, min(x.shape[-1], y.shape[-1]))
+        x, y = x[..., :dim], y[..., :dim]
+    _check_same_shape("y", y, "x", x)
+    return x, y
+
+
+def _check_several(rows: _Rows, n_rows: int) -> None:
+    "A ValueError unless there are two different rows."
+    if isinstance(rows, slice):
+        several = len(range(n_rows)[rows]) > 1
+    else:
+        several = rows.size > 1 and rows.min() < rows.max()
+    if not several:
+        raise ValueError(
+            f"rows: fewer than two different ones of {n_rows}, and a correlation needs two; "
+            "update_step learns from single tokens"
+        )
+
+
+def _check_width(x: np.ndarray, outgoing: np.ndarray | None) -> None:
+    if outgoing is not None and len(outgoing) != x.shape[-1]:
+        raise ValueError(
+            f"x: shape {x.shape} does not fit the outgoing context: {outgoing.shape}; "
+            "call reset() first"
+        )
+
+# %% ../nbs/07_context.ipynb #ea214422
+def _check_rate(value: Any, dtype: np.dtype) -> float:
+    "The update rate, clipped to [0, 1]; a ValueError if only its rounding makes it 0."
+    rate = _as_rate(value)
+    limits = np.finfo(dtype)
+    least = float(limits.tiny) * float(limits.eps)  # the smallest subnormal number
+    if 0 < rate < least:
+        raise ValueError(
+            f"update_rate: {rate:g} is too small for {dtype}; needed 0 or at least {least:.2g}"
+        )
+    return rate
+
+# %% ../nbs/07_context.ipynb #5d0c1a77
+def _is_usual(dtype: np.dtype, a: object, out: object) -> bool:
+    "Whether an input, and `out` for it, would pass all checks, told cheaply; False for the rest."
+    if type(a) is not np.ndarray or a.dtype is not dtype or not 0 < a.ndim < 4:
+        return False
+    lies = a.flags
+    if not (lies.c_contiguous and lies.aligned):
+        return False
+    if out is None:
+        return True
+    if type(out) is not np.ndarray or out.dtype is not dtype or out.shape != a.shape:
+        return False
+    return out.flags.carray and not np.may_share_memory(a, out)
+
+
+def _checked(
+    dtype: np.dtype, out: np.ndarray | None, x: np.ndarray, *grads: np.ndarray
+) -> list[np.ndarray]:  # x, and grad_out if given
+    "The inputs of apply or backward; they and `out` are checked before anything is computed."
+    if all(_is_usual(dtype, a, out) and a.shape == x.shape for a in (x, *grads)):
+        return [x, *grads]
+    inputs = {"x": _check_operand("x", x, (1, 2, 3), dtype)}
+    for G in grads:
+        inputs["grad_out"] = _check_operand("grad_out", G, (inputs["x"].ndim,), dtype)
+    for name, a in inputs.items():
+        _check_same_shape(name, a, "x", inputs["x"])
+    if out is not None:
+        out = check_out(out, inputs["x"].shape, dtype, inputs)
+        _check_operand("out", out, (out.ndim,), dtype)
+    return list(inputs.values())
+
+
+def _unmixed(X: np.ndarray, x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    "A copy in `out`; without one, what was handed in."
+    if out is None:
+        return x
+    out[...] = X
+    return out
