@@ -691,7 +691,8 @@ class SharedAttentionContext(_State):
                 out = aligned_empty(X.shape, self.dtype)
             if self._norm is None:
                 self._fold_first(C)
-            if not _inner(X, X) < self._largest:
+            square = np.vdot(X, X) if usual else _inner(X, X)
+            if not square < self._largest:
                 _apply_spoilt(X, C, self._folded, self._strength, self._largest, out)
             elif usual:  # a method of arrays, which takes less time than a ufunc
                 _as_rows(X).dot(self._folded, _as_rows(out))
