@@ -534,6 +534,31 @@ def _read_only(a: np.ndarray | None) -> np.ndarray | None:
     view.flags.writeable = False
     return view
 
+# %% ../nbs/07_context.ipynb #7e20b3c9
+def _context_gradient_into(
+    X: np.ndarray,  # (S, D)
+    strength: float,  # s
+    G: np.ndarray,  # (S, D): dL/d(apply(X))
+    out: np.ndarray,  # (D, D), receives dL/dC
+) -> None:
+    "`reference.context_gradient`, into `out` where nothing can overflow."
+    factor = strength / max(X.shape[-1], 1)
+    if _cannot_overflow(out.dtype, _frobenius(X), _frobenius(G), max(1.0, abs(factor))):
+        gemm(X.T, G, out, alpha=factor)
+    else:
+        out[...] = context_gradient(X, strength, G)
+
+
+def _check_state(state: object) -> None:
+    "A TypeError or ValueError unless a mapping has the keys of a state, and no others."
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: {type(state).__name__} is no mapping of names to values")
+    needed, perhaps = {"strength", "update_rate", "max_rows"}, {"floor", "incoming", "outgoing"}
+    if not needed <= set(state) <= needed | perhaps:
+        raise ValueError(
+            f"state: keys {sorted(state)}, needed {sorted(needed)} and perhaps {sorted(perhaps)}"
+        )
+
 # %% ../nbs/07_context.ipynb #5888bc74
 class _State:
     "What a context remembers, and the rules for setting it."
@@ -731,16 +756,11 @@ class SharedAttentionContext(_State):
         X, G = map(_as_matrix, _checked(self.dtype, None, x, grad_out))
         self._settle()
         shape = 2 * X.shape[-1:]
-        factor = self._strength / max(X.shape[-1], 1)
-        out = (
-            aligned_empty(shape, self.dtype)
-            if out is None
-            else check_out(out, shape, self.dtype, {"x": X, "grad_out": G})
-        )
-        if not _cannot_overflow(self.dtype, _frobenius(X), _frobenius(G), max(1.0, abs(factor))):
-            out[...] = context_gradient(X, self._strength, G)
+        if out is None:
+            out = aligned_empty(shape, self.dtype)
         else:
-            gemm(X.T, G, out, alpha=factor)
+            out = check_out(out, shape, self.dtype, {"x": X, "grad_out": G})
+        _context_gradient_into(X, self._strength, G, out)
         return out
 
     def update(
@@ -823,14 +843,7 @@ class SharedAttentionContext(_State):
         state: Mapping[str, Any],  # from `state_dict`, or an opened .npz; `floor` may be missing
     ) -> None:
         "Restore what `state_dict` gave; a ValueError or TypeError leaves everything as it was."
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: {type(state).__name__} is no mapping of names to values")
-        needed, perhaps = {"strength", "update_rate", "max_rows"}, {"floor", "incoming", "outgoing"}
-        if not needed <= set(state) <= needed | perhaps:
-            raise ValueError(
-                f"state: keys {sorted(state)}, needed {sorted(needed)} "
-                f"and perhaps {sorted(perhaps)}"
-            )
+        _check_state(state)
         new = SharedAttentionContext(
             state["strength"],
             state["update_rate"],
