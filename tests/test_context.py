@@ -357,7 +357,7 @@ def test_what_is_not_finite_is_no_warning_and_needs_no_batch_of_memory(place, va
     rng = np.random.default_rng(5)
     shapes = dict(x=(300, 96), grad_out=(300, 96), context=(96, 96))
     arrays = {name: make(rng, shape) for name, shape in shapes.items()}
-    arrays[place][17, 5] = value
+    arrays[place][17, 5:7] = value, -value  # whose sum is no number
     x, G, C = arrays.values()
     ctx, out = context(C), np.empty_like(x)
     with np.errstate(divide="raise", over="raise", invalid="raise"):
