@@ -56,6 +56,11 @@ def _as_rows(a: np.ndarray) -> np.ndarray:
     return a.reshape(a.shape[0] * a.shape[1], a.shape[2]) if a.ndim == 3 else a
 
 
+def _as_matrix(a: np.ndarray) -> np.ndarray:
+    "A token as one row, a batch as all its rows."
+    return np.atleast_2d(_as_rows(a))
+
+
 def _check_written(
     name: str, a: np.ndarray, D: int, dtype: DTypeLike, inputs: dict[str, np.ndarray]
 ) -> None:
@@ -83,15 +88,19 @@ def _inner(a: np.ndarray, b: np.ndarray) -> float:  # inf or NaN when an entry o
     if a.flags.f_contiguous and b.flags.f_contiguous:
         a, b = a.T, b.T
     if a.flags.c_contiguous and b.flags.c_contiguous:
-        return float(np.dot(a.reshape(-1), b.reshape(-1)))
-    with unbuffered():
+        return float(np.vdot(a, b))  # the one product that never warns
+    with np.errstate(all="ignore"), unbuffered():
         return float(np.vecdot(a, b).sum(dtype=np.float64))
 
 
 def _frobenius(a: np.ndarray) -> float:  # inf or NaN when an entry is, or when the squares overflow
     "Square root of the sum of squares."
-    with np.errstate(over="ignore", invalid="ignore"):
-        return math.sqrt(_inner(a, a))
+    return math.sqrt(_inner(a, a))
+
+
+def _larger(a: float, b: float) -> float:
+    "The larger number; NaN if one is."
+    return float(np.maximum(a, b))
 
 
 _LIMITS = {  # what a product of norms must stay below, with a margin for rounding
@@ -103,7 +112,32 @@ def _cannot_overflow(dtype: np.dtype, *norms: float) -> bool:  # False for NaN
     "Whether sums of products of factors with these norms stay finite, in any order."
     return math.prod(norms) < _LIMITS[dtype]
 
+
+def _largest_square(dtype: np.dtype, norm: float) -> float:  # 0 for NaN: no square is below it
+    "The square of a norm below which a factor, and its product with one of `norm`, stay finite."
+    limit = _LIMITS[dtype]
+    if not norm < limit:
+        return 0.0
+    other = limit / max(norm, 1.0)
+    return min(other * other, float(np.finfo(dtype).max))
+
 # %% ../nbs/07_context.ipynb #f14245af
+def _finish_backward(
+    x: np.ndarray,  # (S, D)
+    grad_out: np.ndarray,  # (S, D)
+    factor: float,  # s / D
+    out: np.ndarray,  # (S, D), holds T and receives dL/dX
+) -> float:  # the sum of T * x
+    "`out = grad_out + factor T`, panel by panel."
+    total = 0.0
+    # Few panels, less Python.
+    for rows in panels(len(x), out.shape[1] * out.itemsize, 4 * _PANEL_BYTES):
+        T = out[rows]
+        total += _inner(T, x[rows])
+        blend(grad_out[rows], T, 1.0, factor)
+    return total
+
+
 def _backward_into(
     x: np.ndarray,  # (S, D)
     context: np.ndarray,  # (D, D), same dtype
@@ -112,15 +146,9 @@ def _backward_into(
     out: np.ndarray,  # (S, D), receives dL/dX
 ) -> float:  # dL/ds
     "`backward_into`, for operands that have been checked."
-    D, total = max(len(context), 1), 0.0
-    factor = strength / D
+    D = max(len(context), 1)
     np.matmul(grad_out, context.T, out=out)
-    # Few panels, less Python.
-    for rows in panels(len(x), out.shape[1] * out.itemsize, 4 * _PANEL_BYTES):
-        T = out[rows]
-        total += _inner(T, x[rows])
-        blend(grad_out[rows], T, 1.0, factor)
-    return total / D
+    return _finish_backward(x, grad_out, strength / D, out) / D
 
 
 def backward_into(
@@ -140,6 +168,88 @@ def backward_into(
     inputs = {"x": x, "grad_out": grad_out, "context": context}
     check_out(out, x.shape, context.dtype, inputs)
     return _backward_into(x, context, strength, grad_out, _check_operand("out", out))
+
+# %% ../nbs/07_context.ipynb #7e20b3c1
+def _spoilt(a: np.ndarray) -> tuple[np.ndarray, float]:  # (S,) bool, and the sum over other rows
+    "Rows with an entry that is not finite; the sum of squares of the rest, inf if it overflows."
+    squares = np.einsum("ij,ij->i", a, a)
+    odd = ~np.isfinite(squares)
+    if np.isfinite(a[odd]).all(axis=1).any():
+        return odd, math.inf
+    with np.errstate(over="ignore"):
+        return odd, float(squares[~odd].sum(dtype=np.float64))
+
+
+def _without_spoilt_columns(context: np.ndarray) -> np.ndarray:
+    "A copy in which a column with an entry that is not finite is 0: it mixes nothing into any row."
+    kept: np.ndarray = np.where(np.isfinite(context).all(axis=0), context, context.dtype.type(0))
+    return kept
+
+
+def _are_few(rows: np.ndarray, x: np.ndarray) -> bool:
+    "Whether it pays to treat these rows by themselves."
+    return 4 * len(rows) < len(x)
+
+
+def _between(rows: np.ndarray, n_rows: int) -> Iterator[slice]:
+    "The stretches of `n_rows` rows that lie between these, which increase."
+    start = 0
+    for row in (*rows.tolist(), n_rows):
+        if row > start:
+            yield slice(start, row)
+        start = row + 1
+
+# %% ../nbs/07_context.ipynb #7e20b3c3
+def _apply_spoilt(
+    X: np.ndarray,  # (S, D), (B, S, D) or (D,)
+    context: np.ndarray,  # (D, D), same dtype
+    folded: np.ndarray,  # (D, D), I + (s/D) context, without its spoilt columns
+    strength: float,  # s
+    largest: float,  # sum of squares below which `X @ folded` needs no rule
+    out: np.ndarray,  # shape of X
+) -> None:
+    "`apply` for a batch whose sum of squares is not below the bound."
+    X, out = _as_matrix(X), _as_matrix(out)
+    odd, square = _spoilt(X)
+    rows = np.flatnonzero(odd)
+    if not (_are_few(rows, X) and square < largest):
+        out[...] = apply_context(X, context, strength)
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.matmul(X, folded, out=out)
+    out[rows] = apply_context(X[rows], context, strength)
+
+
+def _backward_safely(
+    x: np.ndarray,  # (S, D)
+    context: np.ndarray,  # (D, D), same dtype
+    strength: float,  # s
+    grad_out: np.ndarray,  # (S, D)
+    norm: float,  # of the context, or of the folded one if that is larger
+    out: np.ndarray,  # (S, D), receives dL/dX
+) -> float:  # dL/ds
+    "`backward` for any input."
+    if _factors_are_safe(context.dtype, norm, _inner(x, x), _inner(grad_out, grad_out)):
+        return _backward_into(x, context, strength, grad_out, out)
+    (odd_x, square_x), (odd_g, square_g) = _spoilt(x), _spoilt(grad_out)
+    rows, D = np.flatnonzero(odd_x | odd_g), len(context)
+    usual = _factors_are_safe(context.dtype, norm, square_x, square_g)
+    if not (_are_few(rows, x) and usual):
+        out[...], grad_s = apply_context_vjp(x, context, strength, grad_out)
+        return grad_s
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.matmul(grad_out, context.T, out=out)
+    out[rows], grad_s = apply_context_vjp(x[rows], context, strength, grad_out[rows])
+    for part in _between(rows, len(x)):
+        grad_s += _finish_backward(x[part], grad_out[part], strength / D, out[part]) / D
+    return grad_s
+
+
+def _factors_are_safe(dtype: np.dtype, norm: float, *squares: float) -> bool:
+    "Whether no product of these factors, nor of some of them, can overflow."
+    # At least 1: bounds each product, and all of them.
+    norms = [max(1.0, math.sqrt(n)) if n == n else n for n in squares]
+    return _cannot_overflow(dtype, norm, *norms)
 
 # %% ../nbs/07_context.ipynb #0cc9c546
 _Take = Callable[..., np.ndarray]  # (name, shape, dtype) -> buffer, as `Workspace.take`
@@ -204,6 +314,10 @@ def _standardise(
 ) -> _Norms:  # what was divided by
     "Centre the columns and divide them by their norms; non-finite entries count as 0."
     exponent, norms = None, _centre_usual(a, single)
+    if norms is None:
+        finite = np.isfinite(a)
+        np.copyto(a, 0, where=np.logical_not(finite, out=finite))
+        norms = _centre_usual(a, single)
     if norms is None:
         a[...], exponent = _centred(a)
         norms = _column_norms(a)
@@ -373,55 +487,11 @@ def _update_requirement(
         buffers.append(Buffer("context.narrow", ("n", "2 D"), dtype))
     return all_of(*buffers, Buffer("context.panel", ("p", "D"), dtype))
 
-# %% ../nbs/07_context.ipynb #bc70d41b
-def _learnable(
-    x: np.ndarray, y: np.ndarray, dim: int | None, dtype: DTypeLike, ndim: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    "Input and output to learn from, cut to `dim` columns when that is asked for."
-    x = _check_array("x", x, ndim=ndim, dtype=dtype)
-    y = _check_array("y", y, ndim=(x.ndim,), dtype=dtype)
-    if dim is not None:
-        dim = _check_whole("dim", dim, 0, min(x.shape[-1], y.shape[-1]))
-        x, y = x[..., :dim], y[..., :dim]
-    _check_same_shape("y", y, "x", x)
-    return x, y
-
-
-def _check_several(rows: _Rows, n_rows: int) -> None:
-    "A ValueError unless there are two different rows."
-    if isinstance(rows, slice):
-        several = len(range(n_rows)[rows]) > 1
-    else:
-        several = rows.size > 1 and rows.min() < rows.max()
-    if not several:
-        raise ValueError(
-            f"rows: fewer than two different ones of {n_rows}, and a correlation needs two; "
-            "update_step learns from single tokens"
-        )
-
-
-def _check_width(x: np.ndarray, outgoing: np.ndarray | None) -> None:
-    if outgoing is not None and len(outgoing) != x.shape[-1]:
-        raise ValueError(
-            f"x: shape {x.shape} does not fit the outgoing context: {outgoing.shape}; "
-            "call reset() first"
-        )
-
-# %% ../nbs/07_context.ipynb #ea214422
-def _check_rate(value: Any, dtype: np.dtype) -> float:
-    "The update rate, clipped to [0, 1]; a ValueError if only its rounding makes it 0."
-    rate = _as_rate(value)
-    limits = np.finfo(dtype)
-    least = float(limits.tiny) * float(limits.eps)  # the smallest subnormal number
-    if 0 < rate < least:
-        raise ValueError(
-            f"update_rate: {rate:g} is too small for {dtype}; needed 0 or at least {least:.2g}"
-        )
-    return rate
-
 # %% ../nbs/07_context.ipynb #cc08d488
 class _Gate:
-    "Many readers, or one writer. Who comes second and does not fit is refused at once."
+    """Many readers, or one writer. Who comes second and does not fit is refused at once.
+
+    `with gate.reading()` enters the gate itself: a generator would take three times as long."""
 
     def __init__(self, what: str) -> None:  # what is guarded, for the message
         self._what = what
@@ -429,9 +499,19 @@ class _Gate:
         self._readers = 0
         self._writing = False
 
-    def reading(self) -> "_Reading":
+    def reading(self) -> "_Gate":
         "Hold off writers for a block; a RuntimeError if one is at work."
-        return _Reading(self)
+        return self
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._writing:
+                raise RuntimeError(f"{self._what} is being changed by another thread")
+            self._readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._readers -= 1
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -446,24 +526,6 @@ class _Gate:
             with self._lock:
                 self._writing = False
 
-
-class _Reading:
-    "The block of a reader. (A generator would take twice the time of this.)"
-
-    def __init__(self, gate: _Gate) -> None:
-        self._gate = gate
-
-    def __enter__(self) -> None:
-        gate = self._gate
-        with gate._lock:
-            if gate._writing:
-                raise RuntimeError(f"{gate._what} is being changed by another thread")
-            gate._readers += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._gate._lock:
-            self._gate._readers -= 1
-
 # %% ../nbs/07_context.ipynb #91a73af1
 def _read_only(a: np.ndarray | None) -> np.ndarray | None:
     if a is None:
@@ -471,6 +533,31 @@ def _read_only(a: np.ndarray | None) -> np.ndarray | None:
     view = a.view()
     view.flags.writeable = False
     return view
+
+# %% ../nbs/07_context.ipynb #7e20b3c9
+def _context_gradient_into(
+    X: np.ndarray,  # (S, D)
+    strength: float,  # s
+    G: np.ndarray,  # (S, D): dL/d(apply(X))
+    out: np.ndarray,  # (D, D), receives dL/dC
+) -> None:
+    "`reference.context_gradient`, into `out` where nothing can overflow."
+    factor = strength / max(X.shape[-1], 1)
+    if _cannot_overflow(out.dtype, _frobenius(X), _frobenius(G), max(1.0, abs(factor))):
+        gemm(X.T, G, out, alpha=factor)
+    else:
+        out[...] = context_gradient(X, strength, G)
+
+
+def _check_state(state: object) -> None:
+    "A TypeError or ValueError unless a mapping has the keys of a state, and no others."
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: {type(state).__name__} is no mapping of names to values")
+    needed, perhaps = {"strength", "update_rate", "max_rows"}, {"floor", "incoming", "outgoing"}
+    if not needed <= set(state) <= needed | perhaps:
+        raise ValueError(
+            f"state: keys {sorted(state)}, needed {sorted(needed)} and perhaps {sorted(perhaps)}"
+        )
 
 # %% ../nbs/07_context.ipynb #5888bc74
 class _State:
@@ -490,10 +577,9 @@ class _State:
         self._floor = _check_number("floor", floor, least=0)
         self._incoming: np.ndarray | None = None
         self._outgoing: np.ndarray | None = None
+        self._norm: float | None = None  # larger norm of incoming and folded; None: fold before use
         self._folded: Any = None  # (D, D), I + (s/D) incoming while _norm is not None
-        self._norm: float | None = (
-            None  # the larger norm of incoming and folded; None: fold before use
-        )
+        self._largest = 0.0  # sum of squares below which `x @ folded` needs no rule
         self._arrivals = 0  # how often an incoming context was set
         self._parameter = np.zeros(1, self.dtype)  # the strength
         self._strength = self._rounded = 0.0  # as it was set and is folded; as the array holds it
@@ -507,8 +593,8 @@ class _State:
 
     @property
     def strength(self) -> float:  # s; 0 leaves the input as it is
-        held = self._parameter[0]
-        return self._strength if held == self._rounded else float(held)  # with all its digits
+        held = self._parameter.item()
+        return self._strength if held == self._rounded else held  # with all its digits
 
     @strength.setter
     def strength(self, value: float) -> None:
@@ -516,7 +602,7 @@ class _State:
         with self._mixing.writing():
             self._parameter[0] = value
             self._strength = value
-            self._rounded = self._parameter[0]
+            self._rounded = self._parameter.item()
             self._norm = None
 
     @property
@@ -589,7 +675,7 @@ class SharedAttentionContext(_State):
 
     def _settle(self) -> None:
         "A strength that was written into the array of `parameters()` counts as if it had been set."
-        if self.strength != self._strength:
+        if self._parameter.item() != self._rounded:
             with self._folding:  # of several first readers one sets it
                 value = self.strength
                 if value != self._strength:
@@ -599,52 +685,19 @@ class SharedAttentionContext(_State):
         "Something that differs after each change of what `apply` does."
         return self._arrivals, self.strength
 
-    def _is_safe(self, C: np.ndarray, *arrays: np.ndarray) -> bool:
-        "Whether no product can overflow; folds if need be."
+    def _fold_first(self, C: np.ndarray) -> float:  # the norm
+        "Of several readers that find no fold, one folds and the others wait for it."
         with self._folding:
-            if self._norm is None:
+            norm = self._norm
+            if norm is None:
+                norm = _frobenius(C)
+                if not math.isfinite(norm):
+                    C = _without_spoilt_columns(C)
                 with np.errstate(over="ignore"):  # which the norm shows
-                    _fold(C, self._strength, self._folded)
-                # NaN if either is.
-                self._norm = float(np.maximum(_frobenius(C), _frobenius(self._folded)))
-        # At least 1: bounds each product, and all of them.
-        norms = [max(1.0, n) if n == n else n for n in map(_frobenius, arrays)]
-        return _cannot_overflow(self.dtype, self._norm, *norms)
-
-    def _are_usual(self, out: object, x: object, *grads: object) -> bool:
-        "Whether `_operands` would pass, told cheaply for the usual arrays; False for all others."
-        if type(x) is not np.ndarray or not 1 <= x.ndim <= 3:
-            return False
-        for a in (x, *grads):
-            if type(a) is not np.ndarray or a.dtype is not self.dtype or a.shape != x.shape:
-                return False
-            if not (a.flags.c_contiguous and a.flags.aligned):
-                return False
-        if out is None:
-            return True
-        if type(out) is not np.ndarray or out.dtype is not self.dtype or out.shape != x.shape:
-            return False
-        return out.flags.carray and not any(np.may_share_memory(out, a) for a in (x, *grads))
-
-    def _operands(
-        self, out: np.ndarray | None, x: np.ndarray, *grads: np.ndarray
-    ) -> list[np.ndarray]:  # x, and grad_out if given
-        "The inputs of apply or backward; they and `out` are checked before anything is computed."
-        if self._are_usual(out, x, *grads):
-            return [x, *grads]
-        inputs = {"x": _check_operand("x", x, (1, 2, 3), self.dtype)}
-        for G in grads:
-            inputs["grad_out"] = _check_operand("grad_out", G, (inputs["x"].ndim,), self.dtype)
-        for name, a in inputs.items():
-            _check_same_shape(name, a, "x", inputs["x"])
-        if out is not None:
-            _check_operand(
-                "out",
-                check_out(out, inputs["x"].shape, self.dtype, inputs),
-                (out.ndim,),
-                self.dtype,
-            )
-        return list(inputs.values())
+                    folded = _frobenius(_fold(C, self._strength, self._folded))
+                self._largest = _largest_square(self.dtype, _larger(_frobenius(C), folded))
+                self._norm = norm = _larger(norm, folded)  # last: who sees it sees the rest
+            return norm
 
     def apply(
         self,
@@ -652,20 +705,24 @@ class SharedAttentionContext(_State):
         out: np.ndarray | None = None,  # same shape; default: a new array
     ) -> np.ndarray:  # `out`; without a context, or with strength 0, and no `out`: `x` itself
         "`x + (s/D) x @ incoming`, as `reference.apply_context`."
-        (X,) = self._operands(out, x)
+        usual = _is_usual(self.dtype, x, out)
+        X = x if usual else _checked(self.dtype, out, x)[0]
         self._settle()
         with self._mixing.reading():
             C = self._context_for(X)
-            idle = C is None or self._strength == 0
+            if C is None or self._strength == 0:
+                return _unmixed(X, x, out)
             if out is None:
-                out = x if idle else aligned_empty(X.shape, self.dtype)
-            if C is None or idle:
-                if out is not x:
-                    out[...] = X
-            elif self._is_safe(C, X):
-                np.matmul(_as_rows(X), self._folded, out=_as_rows(out))
+                out = aligned_empty(X.shape, self.dtype)
+            if self._norm is None:
+                self._fold_first(C)
+            square = np.vdot(X, X) if usual else _inner(X, X)
+            if not square < self._largest:
+                _apply_spoilt(X, C, self._folded, self._strength, self._largest, out)
+            elif usual:  # a method of arrays, which takes less time than a ufunc
+                _as_rows(X).dot(self._folded, _as_rows(out))
             else:
-                out[...] = apply_context(_as_rows(X), C, self._strength).reshape(X.shape)
+                np.matmul(_as_rows(X), self._folded, out=_as_rows(out))
         return out
 
     def backward(
@@ -675,20 +732,18 @@ class SharedAttentionContext(_State):
         out: np.ndarray | None = None,  # same shape, receives dL/dx; default: a new array
     ) -> tuple[np.ndarray, float]:  # dL/dx, and dL/d(strength)
         "Gradients of `apply`, as `reference.apply_context_vjp`; without a context: `grad_out`, 0."
-        X, G = self._operands(out, x, grad_out)
+        X, G = _checked(self.dtype, out, x, grad_out)
         self._settle()
-        rows, grad_s = np.atleast_2d if X.ndim == 1 else _as_rows, 0.0
         with self._mixing.reading():
             C = self._context_for(X)
-            if out is None:
-                out = grad_out if C is None else aligned_empty(X.shape, self.dtype)
             if C is None:
-                if out is not grad_out:
-                    out[...] = G
-            elif self._is_safe(C, X, G):
-                grad_s = _backward_into(rows(X), C, self._strength, rows(G), rows(out))
-            else:
-                rows(out)[...], grad_s = apply_context_vjp(rows(X), C, self._strength, rows(G))
+                return _unmixed(G, grad_out, out), 0.0
+            if out is None:
+                out = aligned_empty(X.shape, self.dtype)
+            norm = self._fold_first(C) if self._norm is None else self._norm
+            grad_s = _backward_safely(
+                _as_matrix(X), C, self._strength, _as_matrix(G), norm, _as_matrix(out)
+            )
         return out, grad_s
 
     def context_gradient(
@@ -698,19 +753,14 @@ class SharedAttentionContext(_State):
         out: np.ndarray | None = None,  # (D, D); default: a new array
     ) -> np.ndarray:  # dL/d(incoming)
         "Gradient of `apply` with respect to the incoming context, as `reference.context_gradient`."
-        X, G = (np.atleast_2d(_as_rows(a)) for a in self._operands(None, x, grad_out))
+        X, G = map(_as_matrix, _checked(self.dtype, None, x, grad_out))
         self._settle()
         shape = 2 * X.shape[-1:]
-        factor = self._strength / max(X.shape[-1], 1)
-        out = (
-            aligned_empty(shape, self.dtype)
-            if out is None
-            else check_out(out, shape, self.dtype, {"x": X, "grad_out": G})
-        )
-        if not _cannot_overflow(self.dtype, _frobenius(X), _frobenius(G), max(1.0, abs(factor))):
-            out[...] = context_gradient(X, self._strength, G)
+        if out is None:
+            out = aligned_empty(shape, self.dtype)
         else:
-            gemm(X.T, G, out, alpha=factor)
+            out = check_out(out, shape, self.dtype, {"x": X, "grad_out": G})
+        _context_gradient_into(X, self._strength, G, out)
         return out
 
     def update(
@@ -793,14 +843,7 @@ class SharedAttentionContext(_State):
         state: Mapping[str, Any],  # from `state_dict`, or an opened .npz; `floor` may be missing
     ) -> None:
         "Restore what `state_dict` gave; a ValueError or TypeError leaves everything as it was."
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: {type(state).__name__} is no mapping of names to values")
-        needed, perhaps = {"strength", "update_rate", "max_rows"}, {"floor", "incoming", "outgoing"}
-        if not needed <= set(state) <= needed | perhaps:
-            raise ValueError(
-                f"state: keys {sorted(state)}, needed {sorted(needed)} "
-                f"and perhaps {sorted(perhaps)}"
-            )
+        _check_state(state)
         new = SharedAttentionContext(
             state["strength"],
             state["update_rate"],
@@ -833,3 +876,88 @@ def _restored(
     context = kind(dtype=dtype, workspace=workspace)
     context.load_state_dict(state)
     return context
+
+# %% ../nbs/07_context.ipynb #bc70d41b
+def _learnable(
+    x: np.ndarray, y: np.ndarray, dim: int | None, dtype: DTypeLike, ndim: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    "Input and output to learn from, cut to `dim` columns when that is asked for."
+    x = _check_array("x", x, ndim=ndim, dtype=dtype)
+    y = _check_array("y", y, ndim=(x.ndim,), dtype=dtype)
+    if dim is not None:
+        dim = _check_whole("dim", dim, 0, min(x.shape[-1], y.shape[-1]))
+        x, y = x[..., :dim], y[..., :dim]
+    _check_same_shape("y", y, "x", x)
+    return x, y
+
+
+def _check_several(rows: _Rows, n_rows: int) -> None:
+    "A ValueError unless there are two different rows."
+    if isinstance(rows, slice):
+        several = len(range(n_rows)[rows]) > 1
+    else:
+        several = rows.size > 1 and rows.min() < rows.max()
+    if not several:
+        raise ValueError(
+            f"rows: fewer than two different ones of {n_rows}, and a correlation needs two; "
+            "update_step learns from single tokens"
+        )
+
+
+def _check_width(x: np.ndarray, outgoing: np.ndarray | None) -> None:
+    if outgoing is not None and len(outgoing) != x.shape[-1]:
+        raise ValueError(
+            f"x: shape {x.shape} does not fit the outgoing context: {outgoing.shape}; "
+            "call reset() first"
+        )
+
+# %% ../nbs/07_context.ipynb #ea214422
+def _check_rate(value: Any, dtype: np.dtype) -> float:
+    "The update rate, clipped to [0, 1]; a ValueError if only its rounding makes it 0."
+    rate = _as_rate(value)
+    limits = np.finfo(dtype)
+    least = float(limits.tiny) * float(limits.eps)  # the smallest subnormal number
+    if 0 < rate < least:
+        raise ValueError(
+            f"update_rate: {rate:g} is too small for {dtype}; needed 0 or at least {least:.2g}"
+        )
+    return rate
+
+# %% ../nbs/07_context.ipynb #5d0c1a77
+def _is_usual(dtype: np.dtype, a: object, out: object) -> bool:
+    "Whether an input, and `out` for it, would pass all checks, told cheaply; False for the rest."
+    if type(a) is not np.ndarray or a.dtype is not dtype or not 0 < a.ndim < 4:
+        return False
+    lies = a.flags
+    if not (lies.c_contiguous and lies.aligned):
+        return False
+    if out is None:
+        return True
+    if type(out) is not np.ndarray or out.dtype is not dtype or out.shape != a.shape:
+        return False
+    return out.flags.carray and not np.may_share_memory(a, out)
+
+
+def _checked(
+    dtype: np.dtype, out: np.ndarray | None, x: np.ndarray, *grads: np.ndarray
+) -> list[np.ndarray]:  # x, and grad_out if given
+    "The inputs of apply or backward; they and `out` are checked before anything is computed."
+    if all(_is_usual(dtype, a, out) and a.shape == x.shape for a in (x, *grads)):
+        return [x, *grads]
+    inputs = {"x": _check_operand("x", x, (1, 2, 3), dtype)}
+    for G in grads:
+        inputs["grad_out"] = _check_operand("grad_out", G, (inputs["x"].ndim,), dtype)
+    for name, a in inputs.items():
+        _check_same_shape(name, a, "x", inputs["x"])
+    if out is not None:
+        out = check_out(out, inputs["x"].shape, dtype, inputs)
+        _check_operand("out", out, (out.ndim,), dtype)
+    return list(inputs.values())
+
+
+def _unmixed(X: np.ndarray, x: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    "A copy in `out`; without one, what was handed in."
+    if out is None:
+        return x
+    out[...] = X
+    return out

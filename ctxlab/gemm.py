@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -453,7 +454,7 @@ def aligned_empty(
     dtype = np.dtype(dtype)
     lengths = shape if isinstance(shape, tuple) else (shape,)
     nbytes = math.prod(map(operator.index, lengths)) * dtype.itemsize
-    if min(lengths, default=0) < 0 or nbytes > np.iinfo(np.intp).max // 2:
+    if min(lengths, default=0) < 0 or nbytes > sys.maxsize // 2:
         raise ValueError(f"shape: {shape} is negative, or more than an array can hold")
     if dtype.hasobject:
         raise TypeError(f"dtype: {dtype} holds Python objects; needed a dtype of numbers")
@@ -462,7 +463,7 @@ def aligned_empty(
             f"offset: {offset} bytes, needed a multiple of {dtype.alignment}, at least 0"
         )
     raw = np.empty(nbytes + _ALIGNMENT + offset, np.uint8)
-    return np.ndarray(shape, dtype, raw, -raw.ctypes.data % _ALIGNMENT + offset)
+    return np.ndarray(shape, dtype, raw, -_address(raw) % _ALIGNMENT + offset)
 
 # %% ../nbs/05_gemm.ipynb #48252972
 _Product = Callable[[str, np.ndarray, np.ndarray], np.ndarray]  # (site, a, b) -> a @ b

@@ -118,17 +118,19 @@ class Folding:
     """What `apply` and `set_incoming` share, with their own code."""
 
     dtype = np.dtype(np.float32)
-    _is_safe = SharedAttentionContext._is_safe
+    _fold_first = SharedAttentionContext._fold_first
 
     def __init__(self):
         self._mixing, self._folding = _Gate("the incoming context"), threading.Lock()
-        self._norm, self._strength, self._arrivals = None, 0.5, 0
+        self._norm, self._largest, self._strength, self._arrivals = None, 0.0, 0.5, 0
         self._incoming, self._folded = np.eye(2, dtype=np.float32), np.zeros((2, 2), np.float32)
 
     def read(self):
         with self._mixing.reading():
             C = self._incoming
-            assert self._is_safe(C)
+            if self._norm is None:
+                self._fold_first(C)
+            assert self._largest > 1
             assert (float(C[0, 0]), float(self._folded[0, 0])) in ((1.0, 1.25), (2.0, 1.5))
 
     def write(self):
@@ -154,6 +156,21 @@ def test_a_fold_without_its_lock_is_caught():
 
     operations = {"R": unless_refused(Unlocked.read)}
     assert explore(speaking(Unlocked, operations, ("R", "R"))).races
+
+
+def test_a_fold_whose_flag_is_set_before_it_is_done_is_caught():
+    class Early(Folding):
+        def read(self):
+            with self._mixing.reading():
+                if self._norm is None:
+                    with self._folding:
+                        if self._norm is None:
+                            self._norm = 1.0
+                            self._folded[:] = 1.25
+                assert float(self._folded[0, 0]) == 1.25
+
+    operations = {"R": unless_refused(Early.read)}
+    assert explore(speaking(Early, operations, ("R", "R"))).races
 
 
 def a_context():
