@@ -140,6 +140,33 @@ def test_the_index_leads_to_every_notebook(path):
     assert f"]({path.relative_to(NBS).as_posix()})" in index
 
 
+@by_notebook
+def test_a_notebook_shows_a_picture_before_it_builds(path):
+    before = 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            break
+        before += not re.match(r"#\| (hide|default_exp|export)", "".join(cell["source"]))
+    assert before <= 8
+
+
+def reading_minutes(path):
+    "200 words of prose and 40 lines of code a minute, as the index says."
+    words = sum(len(cell.split()) for cell in cells(path, "markdown"))
+    shown = [cell for cell in cells(path, "code") if "#| hide" not in cell]
+    lines = [line for cell in shown for line in cell.splitlines()]
+    return words / 200 + sum(bool(s.strip()) and not s.startswith("#|") for s in lines) / 40
+
+
+@by_notebook
+def test_the_map_of_the_index_tells_how_long_a_notebook_takes(path):
+    link = re.escape(f"]({path.relative_to(NBS).as_posix()})")
+    index = "\n".join(cells(ROOT / "nbs/index.ipynb", "markdown"))
+    minutes = re.search(link + r" (\d+)\b", index)
+    assert minutes, "no minutes behind the link in the map"
+    assert abs(int(minutes[1]) - reading_minutes(path)) <= max(2, 0.1 * reading_minutes(path))
+
+
 def test_two_commands_make_everything_from_nothing():
     blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert [block.count("\n") for block in blocks] == [1, 1]
