@@ -155,7 +155,3 @@ def test_the_notebook_shows_the_file_as_it_is():
         if "text/markdown" in output.get("data", {})
     ]
     assert shown == [f"```python\n{TEXT}```"]
-
-
-def test_the_ledger_is_in_the_source_archive():
-    assert "include docs/example_ledger.py" in (ROOT / "MANIFEST.in").read_text().splitlines()

@@ -106,8 +106,9 @@ def read_origins(readme: str, text: str) -> list[Origin]:
     data = tomllib.loads(text)
     entries: list[dict[str, Any]] = data["number"]
     origins = [
-        Origin(e["text"], e.get("from", ""), e.get("holds", []), e.get("convention", ""))
+        Origin(phrase, e.get("from", ""), e.get("holds", []), e.get("convention", ""))
         for e in entries
+        for phrase in (re.findall(e["lines"], readme, re.M) if "lines" in e else [e["text"]])
     ]
     return [*origins, *scoreboard(readme, data["scoreboard"])]
 
