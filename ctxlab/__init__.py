@@ -5,7 +5,7 @@ The names in `__all__` and the submodules are loaded when they are first used.
 
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {  # name -> the module that defines it
     "Claim": "audit.trials",

@@ -159,6 +159,13 @@ def test_without_valgrind_one_line_says_so(counts, quick, monkeypatch, capsys):
         counts.main(["store", ONE])
 
 
+def test_nothing_to_compare_is_no_success(counts, quick, monkeypatch, capsys):
+    monkeypatch.setattr(counts, "counted_memory", lambda names, stored: ({}, ["no memray"]))
+    monkeypatch.setattr(counts, "counted_instructions", lambda names, stored: ({}, []))
+    assert counts.main(["check", ONE]) == 2
+    assert "0 counts of 1 paths compared" in capsys.readouterr().out
+
+
 def test_what_valgrind_cannot_run_is_said(counts, quick, monkeypatch, capsys):
     def broken(names):
         raise ChildProcessError("no such tool")

@@ -132,6 +132,7 @@ def derived_value(S, D):
 
 
 def stream_update(S, D):
+    """Moments alone: one block in 64 goes into the spectra, and none of those that are counted."""
     from ctxlab.streaming.moments import ContextStats
 
     X, Y, _ = arrays(S, D)
@@ -389,7 +390,7 @@ def counted_instructions(names: list[str], stored: dict) -> tuple[Table, list[st
 
 
 def check(names: list[str]) -> int:  # exit code
-    """Print the counts beside the stored ones; 1 where one has grown beyond its limit."""
+    """Print the counts beside those stored; 1 if one has grown, 2 if none could be compared."""
     stored = load(STORED)
     memory, remarks = counted_memory(names, stored["environment"])
     counted, more = counted_instructions(names, stored["environment"])
@@ -399,10 +400,13 @@ def check(names: list[str]) -> int:  # exit code
         f"{path}: stored, but no longer counted" for path in stored["paths"] if path not in PATHS
     ]
     head = f"{'path':30}{'':13}{'stored':>14}{'now':>14}{'change':>10}"
-    tail = f"{len(names)} paths; what is not shown is as stored, or a peak within its limit"
-    for line in (head, *lines, *remarks, *more, tail, *wrong, *gone):
+    compared = sum(map(len, now.values()))
+    tail = f"{compared} counts of {len(names)} paths compared; of these, what is not shown is as"
+    for line in (head, *lines, *remarks, *more, f"{tail} stored", *wrong, *gone):
         print(line)
-    return 1 if wrong or gone else 0
+    if wrong or gone:
+        return 1
+    return 0 if compared else 2
 
 
 def store(names: list[str]) -> int:  # exit code

@@ -54,7 +54,8 @@ class Origin(NamedTuple):
 
 def holds(text: str, number: str) -> bool:
     """Does a text hold this number, and not a longer one that contains it?"""
-    return re.search(rf"(?<![\w.]){re.escape(number)}(?!\w|[.,]\d)", text) is not None
+    alone = rf"(?<![\w.])(?<!\d,)(?<!e[-+]){re.escape(number)}(?!\w|[.,]\d)"
+    return re.search(alone, text) is not None
 
 
 @cache
@@ -101,6 +102,14 @@ def scoreboard(readme: str, entry: dict[str, Any]) -> Iterator[Origin]:
             yield Origin(found, entry["from"], [plain(found)], "")
 
 
+def phrases_of(entry: dict[str, Any], readme: str) -> list[str]:
+    """The phrase of an entry, or all lines of README.md that its `lines` matches."""
+    if "lines" not in entry:
+        return [entry["text"]]
+    found = [m[0] for m in re.finditer(entry["lines"], readme, re.MULTILINE)]
+    return found or [f"a line like {entry['lines']}"]  # which README.md does not say: a fault
+
+
 def read_origins(readme: str, text: str) -> list[Origin]:
     """What docs/numbers.toml says, and what the scoreboard is read from."""
     data = tomllib.loads(text)
@@ -108,7 +117,7 @@ def read_origins(readme: str, text: str) -> list[Origin]:
     origins = [
         Origin(phrase, e.get("from", ""), e.get("holds", []), e.get("convention", ""))
         for e in entries
-        for phrase in (re.findall(e["lines"], readme, re.M) if "lines" in e else [e["text"]])
+        for phrase in phrases_of(e, readme)
     ]
     return [*origins, *scoreboard(readme, data["scoreboard"])]
 

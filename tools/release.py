@@ -4,6 +4,7 @@ Nothing is published. `check` wants a tagged and clean tree; `check --draft` is 
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -33,7 +34,8 @@ print(count)
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
     """The output of a command; exits with what it printed if it fails."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
     if done.returncode:
         printed = f"{done.stdout}{done.stderr}"[-3000:]
         sys.exit(f"{' '.join(words)}: exit code {done.returncode}\n{printed}")
