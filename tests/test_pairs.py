@@ -260,6 +260,17 @@ def test_a_constant_far_from_the_median_is_one():
         assert s.covariance()[0, 0] == 0
 
 
+def test_a_constant_of_which_each_panel_has_one_row():
+    rng = np.random.default_rng(21)
+    x, y = rng.standard_normal((2, 2000, 2))
+    x[100:, 0] += np.repeat(1e6 * rng.standard_normal(19), 100)  # the shift moves
+    x[50::100, 0] = 0.1
+    y[np.arange(2000) % 100 != 50, 1] = np.nan
+    s = stats_of(x, y, range(100, 2000, 100))
+    assert s.pair_rows()[0, 1] == 20
+    assert s.correlation()[0, 1] == 0 != s.correlation()[0, 0]
+
+
 UNSEEN = {
     "a": lambda rng: rng.standard_normal((2, 1000, 1)),
     "b": lambda rng: np.stack([np.full((1000, 1), 1e15), np.full((1000, 1), np.nan)]),

@@ -843,6 +843,24 @@ def test_a_reuse_that_enlarges_the_arena_is_dropped():
     assert both.nbytes == 256
 
 
+def test_all_reuses_are_dropped_where_one_at_a_time_does_not_help(monkeypatch):
+    monkeypatch.setattr(planning, "_EXACT", 0)  # by the orders alone
+    units = {
+        "r0": (3, 4, 6),
+        "r1": (3, 1, 1),
+        "q1": (2, 1, 2, "r1"),
+        "r2": (4, 2, 4),
+        "q2": (1, 4, 7, "r2"),
+        "r3": (4, 2, 3),
+        "q3": (1, 3, 6, "r3"),
+    }
+    requests = {name: ((64 * n,), u1, *life) for name, (n, *life) in units.items()}
+    assert planning._arena({n: planning._Lifetime(*r) for n, r in requests.items()}, None)[0] == 704
+    p = plan(requests)
+    assert p.nbytes == plan({n: r[:4] for n, r in requests.items()}).nbytes == 640
+    assert not any(r.reuses for r in p.requests.values())
+
+
 @debugging
 def test_a_workspace_follows_a_plan_that_dropped_a_reuse(debug):
     ws = Workspace(debug=debug)
