@@ -299,10 +299,40 @@ def _packed(
         best = min(best, _solved(items, meets, seconds), key=operator.itemgetter(0))
     return best
 
+# %% ../nbs/06a_planning.ipynb #a2c0f0a2
+def _arena(
+    requests: Mapping[str, _Lifetime], order: str | None, seconds: float = 0.0
+) -> tuple[int, dict[str, int]]:  # bytes in all; name -> offset
+    "Pack the requests, with every reuse that they ask for."
+    live = _live_curve(requests)
+    items, place_of = _places(requests)
+    solid = [item for item in items if item.size]
+    nbytes, spans = _packed(solid, live, max(live.values(), default=0), order, seconds)
+    offsets = [spans[i][0] if i in spans else 0 for i in place_of]
+    return nbytes, dict(zip(requests, offsets, strict=True))
+
+
+def _without_harm(
+    requests: dict[str, _Lifetime], bound: int, order: str | None
+) -> dict[str, _Lifetime]:
+    "The requests without reuses that enlarge the arena."
+    reusing = [name for name, r in requests.items() if r.reuses is not None]
+    if not reusing:
+        return requests
+    best, nbytes = requests, _arena(requests, order)[0]
+    for names in (*([name] for name in reusing), reusing):
+        if nbytes == bound:
+            break
+        fewer = best | {name: best[name]._replace(reuses=None) for name in names}
+        size = _arena(fewer, order)[0]
+        if size < nbytes:
+            best, nbytes = fewer, size
+    return best
+
 # %% ../nbs/06a_planning.ipynb #55ae8b77
 def plan(
     requests: Mapping[str, tuple[Any, ...]],  # name -> (shape, dtype, first, last), or these and
-    # the name of an earlier request in whose place it lies; that one's last is its first step
+    # the name of an earlier request in whose place it may lie; that one's last is its first step
     order: str | None = None,  # 'size', 'breadth' or 'length'; None: the best of all
     *,
     seconds: float = 0.0,  # to look for a better one than these; needs the extra `planning`
@@ -310,21 +340,17 @@ def plan(
     """Pack buffers into one arena by their lifetimes (Pisarchyk and Lee 2020, arXiv:2001.03288).
 
     `gap` of the result says how far it is above the bound that no packing can beat. With
-    `seconds`, and unless that bound is reached, the solver of omnimalloc searches on."""
+    `seconds`, and unless that bound is reached, the solver of omnimalloc searches on. `requests`
+    of the result are without reuses that would enlarge the arena."""
     seconds = _check_number("seconds", seconds, least=0)
     if order is not None and (not isinstance(order, str) or order not in _ORDERS):
         raise ValueError(f"order: {order!r}, needed one of {', '.join(map(repr, _ORDERS))}")
     checked = {name: _check_lifetime(name, r) for name, r in requests.items()}
     _check_reuses(checked)
-    live = _live_curve(checked)
-    bound = max(live.values(), default=0)
-    items, place_of = _places(checked)
-    solid = [item for item in items if item.size]
-    nbytes, spans = _packed(solid, live, bound, order, seconds)
-    offsets = {
-        name: spans[i][0] if i in spans else 0 for name, i in zip(checked, place_of, strict=True)
-    }
-    return _Plan(checked, offsets, nbytes, bound)
+    bound = max(_live_curve(checked).values(), default=0)
+    useful = _without_harm(checked, bound, order)
+    nbytes, offsets = _arena(useful, order, seconds)
+    return _Plan(useful, offsets, nbytes, bound)
 
 # %% ../nbs/06a_planning.ipynb #1fdb8fc5
 class _Recorder(Workspace):
@@ -378,6 +404,11 @@ def _let_reuse(found: dict[str, _Lifetime], new: str, old: str, begun: int) -> N
     for name in (new, old):
         if name not in found:
             raise ValueError(f"reuses: {name!r} was not taken, needed one of {', '.join(found)}")
+    if new == old:
+        raise ValueError(f"reuses: {new!r} has its own place, needed that of another")
+    names = list(found)
+    if names.index(new) < names.index(old):
+        raise ValueError(f"reuses: {new!r} is taken before {old!r}, needed after")
     if found[old].last > begun:
         raise ValueError(
             f"reuses: {old!r} is used after the first use of {new!r}, which cannot lie in its place"

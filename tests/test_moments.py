@@ -406,6 +406,7 @@ BAD_STATES = {
     "mean_y": [np.full(5, np.nan), None],
     "nan": [1],
     "dropped": [-1],
+    "incomplete": [-1, 1],  # only with nan="pairs"
     "null_power": [np.full((176, 10), -1.0), np.zeros((3, 10))],
     "null_means": [np.full((3, 32, 10), np.nan)],
     "null_filled": [np.array([0, 32, 0, 0]), np.array([-1, 0, 0, 0]), np.zeros(4)],

@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from conftest import DTYPES, dtypes, seeds
+from conftest import DTYPES, dtypes, few, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -221,6 +221,82 @@ def test_an_outlier_costs_nothing_where_it_has_no_partner(outlier):
     assert abs(s.correlation()[0, 0]) > 0.1
 
 
+@pytest.mark.parametrize("far", [30.0, 1e3, 1e5, -1e7, 1e10])
+@pytest.mark.parametrize("near", [True, False])
+def test_rows_of_a_pair_far_from_the_median(far, near):
+    """Most of a column lies elsewhere than the rows that have a partner."""
+    rng = np.random.default_rng(18)
+    z = rng.standard_normal((400, 3))
+    most, few = (0.0, far + z) if near else (far, z)
+    x = np.concatenate([np.full((600, 3), most), few])
+    y = np.concatenate([np.full((600, 2), np.nan), z[:, :2] + rng.standard_normal((400, 2))])
+    y[::3, 1] = rng.standard_normal(334)  # this one is there for all kinds of rows
+    for a, b in ((x, y), (y, x)):
+        assert_pairs(stats_of(a, b), a, b, digits=4e4)  # ten digits are left
+
+
+@few
+@given(seed=seeds, dims=st.tuples(st.integers(1, 5), st.integers(1, 5)), share=st.floats(0, 0.6))
+def test_levels_that_some_pairs_never_see(seed, dims, share):
+    """Columns at up to three levels, and gaps that hide some levels from some pairs."""
+    rng = np.random.default_rng(seed)
+    x, y = with_gaps(rng, 200, dims, share)
+    level = rng.integers(0, 3, 200)
+    for a in (x, y):
+        a += rng.choice([0, 1e2, 1e6, -1e9], (3, a.shape[1]))[level]
+        a[np.equal.outer(level, rng.integers(0, 6, a.shape[1]))] = np.nan
+        constant = rng.random(a.shape[1]) < 0.3
+        a[:, constant] = np.where(np.isfinite(a), np.round(a, -2), np.nan)[:, constant]
+    assert_pairs(stats_of(x, y), x, y, digits=4e4)
+
+
+def test_a_constant_far_from_the_median_is_one():
+    x, y = np.random.default_rng(19).standard_normal((2, 900, 2))
+    x[:, 0] = np.where(np.arange(900) < 600, 0.1, 1e6 / 3)
+    y[:600, 0] = np.nan
+    for cuts in ((), (650, 700)):
+        s = stats_of(x, y, cuts)
+        assert s.correlation()[0, 0] == 0 != s.correlation()[0, 1]
+        assert s.covariance()[0, 0] == 0
+
+
+def test_a_constant_of_which_each_panel_has_one_row():
+    rng = np.random.default_rng(21)
+    x, y = rng.standard_normal((2, 2000, 2))
+    x[100:, 0] += np.repeat(1e6 * rng.standard_normal(19), 100)  # the shift moves
+    x[50::100, 0] = 0.1
+    y[np.arange(2000) % 100 != 50, 1] = np.nan
+    s = stats_of(x, y, range(100, 2000, 100))
+    assert s.pair_rows()[0, 1] == 20
+    assert s.correlation()[0, 1] == 0 != s.correlation()[0, 0]
+
+
+UNSEEN = {
+    "a": lambda rng: rng.standard_normal((2, 1000, 1)),
+    "b": lambda rng: np.stack([np.full((1000, 1), 1e15), np.full((1000, 1), np.nan)]),
+    "c": lambda rng: rng.standard_normal((2, 1000, 1)) + 3,
+}
+
+
+@pytest.mark.parametrize("order", ["ac", "abc", "bac", "acb", "bca", "cab", "babc"])
+def test_rows_without_a_partner_do_not_hide_that_means_move(order):
+    rng = np.random.default_rng(20)
+    s, total = (ContextStats(1, np.float64, nan="pairs") for _ in range(2))
+    rows = []
+    for k in order:
+        x, y = UNSEEN[k](rng)
+        y[0] = np.nan
+        rows.append((x, y))
+        s.update(x, y)
+        total.merge(stats_of(x, y))
+    x, y = map(np.concatenate, zip(*rows, strict=True))
+    for one in (s, total):
+        assert_pairs(one, x, y)
+        assert one.correlation()[0, 0] > 0.6
+        np.testing.assert_allclose(one.mean_x, x.mean(axis=0), rtol=1e-14)
+        np.testing.assert_allclose(one.std_x, x.std(axis=0), rtol=1e-14)
+
+
 def test_fewer_rows_than_asked_for_are_0():
     x, y = with_gaps(np.random.default_rng(8), 60, (3, 3), 0)
     x[7:, 0], x[30:, 1] = np.nan, np.nan
@@ -306,6 +382,8 @@ def test_a_bad_state_changes_nothing(name, at, value):
     bad[at] = value
     with pytest.raises(ValueError, match=name):
         s.load_state_dict(before | {name: bad})
+    with pytest.raises(ValueError, match=r"^state: incomplete is 91, needed at most 90 rows$"):
+        s.load_state_dict(before | {"incomplete": 91})
     with pytest.raises(ValueError, match="keys"):
         s.load_state_dict({k: v for k, v in before.items() if k != name})
     after = s.state_dict()
@@ -383,6 +461,10 @@ def test_what_it_takes_is_known(dims):
     peak = traced_peak(lambda: s.update(x, y))
     plain_peak = traced_peak(lambda: plain.update(x, y))
     assert peak - plain_peak < scratch
+    x[:600], x[600:] = 0, x[600:] + 1e6  # every pair is far from its medians
+    y[:600] = np.nan
+    far = ContextStats(dims, nan="pairs")
+    assert traced_peak(lambda: far.update(x, y)) - plain_peak < scratch
     other = stats_of(x, y)
     peak = traced_peak(lambda: s.merge(other), warmup=1)
     assert peak < scratch + 8 * 110 * sum(dims)

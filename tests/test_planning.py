@@ -805,6 +805,8 @@ def test_plans_with_reuse_are_valid(requests, data):
             requests[new] = shape, dtype, last, last + data.draw(st.integers(0, 5)), name
     p = plan(requests)
     sizes = {n: units(math.prod(r[0]) * np.dtype(r[1]).itemsize) for n, r in requests.items()}
+    dropped = {n for n, place in place_of.items() if n != place and p.requests[n].reuses is None}
+    place_of |= {n: n for n in dropped}
     assert all(p.offsets[n] == p.offsets[place] for n, place in place_of.items())
     assert p.bound <= p.nbytes
     for a, b in itertools.combinations(requests, 2):
@@ -812,8 +814,74 @@ def test_plans_with_reuse_are_valid(requests, data):
         if meet and place_of[a] != place_of[b] and sizes[a] and sizes[b]:
             low, high = sorted((a, b), key=p.offsets.get)
             assert p.offsets[low] + sizes[low] <= p.offsets[high]
-    plain = plan({n: r[:4] for n, r in requests.items()})
-    assert p.bound <= plain.bound
+    for order in (None, *_ORDERS):
+        plain = plan({n: r[:4] for n, r in requests.items()}, order)
+        shared = plan(requests, order)
+        assert shared.nbytes <= plain.nbytes
+        assert shared.bound == p.bound <= plain.bound
+    wanted = {n: planning._Lifetime(*r) for n, r in requests.items()}
+    granted = planning._arena(wanted, None)[0]
+    assert p.nbytes <= granted
+    assert not dropped or p.nbytes < granted
+
+
+LARGE_AND_SHORT = {
+    "z": ((48,), f4, 0, 1),
+    "a": ((16,), f4, 1, 5, "z"),
+    "b": ((32,), f4, 2, 5),
+}
+
+
+def test_a_reuse_that_enlarges_the_arena_is_dropped():
+    p = plan(LARGE_AND_SHORT)
+    assert (p.nbytes, p.bound) == (256, 192)
+    assert p.requests["a"].reuses is None
+    later = {f"{n}2": (s, d, f + 9, last + 9) for n, (s, d, f, last, *_) in in_line().items()}
+    later = {n: (*r, "a2") if n == "b2" else r for n, r in later.items()}
+    both = plan(LARGE_AND_SHORT | later)  # the other wish costs nothing, and stays
+    assert both.requests["b2"].reuses == "a2"
+    assert both.nbytes == 256
+
+
+def test_all_reuses_are_dropped_where_one_at_a_time_does_not_help(monkeypatch):
+    monkeypatch.setattr(planning, "_EXACT", 0)  # by the orders alone
+    units = {
+        "r0": (3, 4, 6),
+        "r1": (3, 1, 1),
+        "q1": (2, 1, 2, "r1"),
+        "r2": (4, 2, 4),
+        "q2": (1, 4, 7, "r2"),
+        "r3": (4, 2, 3),
+        "q3": (1, 3, 6, "r3"),
+    }
+    requests = {name: ((64 * n,), u1, *life) for name, (n, *life) in units.items()}
+    assert planning._arena({n: planning._Lifetime(*r) for n, r in requests.items()}, None)[0] == 704
+    p = plan(requests)
+    assert p.nbytes == plan({n: r[:4] for n, r in requests.items()}).nbytes == 640
+    assert not any(r.reuses for r in p.requests.values())
+
+
+@debugging
+def test_a_workspace_follows_a_plan_that_dropped_a_reuse(debug):
+    ws = Workspace(debug=debug)
+    ws.arrange(plan(LARGE_AND_SHORT))
+    z = ws.take("z", (48,))
+    z.fill(0.5)
+    a = np.tanh(z[:16], out=ws.take("a", (16,)))
+    assert np.all(z == 0.5)  # still its own
+    assert np.all(a == np.tanh(f4(0.5)))
+
+
+def test_a_bound_that_is_reached_needs_no_other_packing(monkeypatch):
+    packed = []
+    honest = planning._arena
+    monkeypatch.setattr(planning, "_arena", lambda *a: packed.append(a) or honest(*a))
+    plan({n: r[:4] for n, r in in_line().items()})
+    assert len(packed) == 1  # without reuse nothing is tried
+    plan(in_line())
+    assert len(packed) == 3
+    plan(LARGE_AND_SHORT)
+    assert len(packed) <= 3 + 4
 
 
 def stages(ws, late=False):
@@ -860,6 +928,20 @@ def test_what_is_read_after_its_place_was_reused_is_refused_by_name():
         record(stages, reuses={"x": "z0"})
     with pytest.raises(ValueError, match=r"^reuses: 'x' was not taken"):
         record(stages, reuses={"a0": "x"})
+    with pytest.raises(
+        ValueError, match=r"^reuses: 'a0' has its own place, needed that of another$"
+    ):
+        record(stages, reuses={"a0": "a0"})
+
+
+def test_what_is_taken_before_the_place_it_wants_is_refused_by_name():
+    def fn(ws):
+        a, z = ws.take("a", (4,)), ws.take("z", (4,))
+        z.fill(1)
+        np.tanh(z, out=a)
+
+    with pytest.raises(ValueError, match=r"^reuses: 'a' is taken before 'z', needed after$"):
+        record(fn, reuses={"a": "z"})
 
 
 def test_a_rehearsal_finds_what_is_read_after_its_place_was_reused():

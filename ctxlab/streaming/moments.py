@@ -405,10 +405,12 @@ def _absorb_pairs(s: "ContextStats", pairs: _PairSums, w: np.ndarray, have: np.n
     Dx, Dy = s._cross.shape
     take = s.workspace.take
     p = _panel_rows(s.dim, s.dtype)
-    mask, squares = (take(f"stream.{name}", (p, W), np.float64)[:n] for name in ("mask", "square"))
+    mask, near, squares = (
+        take(f"stream.{name}", (p, W), np.float64)[:n] for name in ("mask", "near", "square")
+    )
     products = take("stream.pairs", (6, _pair_rows(Dx, Dy), Dy), np.float64)
     unseen, unfilled = _by_feature(s)[0] == 0, pairs.own[0] == 0
-    w += _absorb_gaps(pairs, w, have, mask, squares, products)
+    _absorb_gaps(pairs, w, have, mask, near, squares, products)
     s.count += n
     s.incomplete += n
     fill = pairs.fill
@@ -734,6 +736,9 @@ def _checked_state(s: ContextStats, state: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"state: {name} is {state[name]!r}, needed a whole number")
         else:
             new[name] = int(a)
+    most = 0 if s._pairs is None else new["count"]
+    if new["incomplete"] > most:
+        raise ValueError(f"state: incomplete is {new['incomplete']}, needed at most {most} rows")
     return new
 
 

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..gemm import gemm
+from ..gemm import gemm, panels
 
 _BLOCK = 2**16  # entries of the matrices that are worked on at a time
+_FEW_BYTES = 2**18  # of the columns of pairs that are computed once more at a time
+_FAR = 1e-6  # a smaller share of the squares about the median is no spread to rely on
 _EPS = float(np.finfo(np.float64).eps)
 
 
@@ -76,6 +78,48 @@ def _moments_of(
         m2[m2 <= 2 * _EPS * some * square] = 0  # a constant, but for rounding
     cross[(m2_x == 0) | (m2_y == 0)] = 0
     return _Pairs(n, at_x[:, None] + mean_x, at_y + mean_y, m2_x, m2_y, cross)
+
+# %% ../../nbs/streaming/00a_pairs.ipynb #a5c1e0d1
+def _far(
+    sums: np.ndarray,  # (6, features, Dy), as from `_products_into`
+    p: _Pairs,
+) -> np.ndarray:  # (features, Dy) bool
+    "Pairs whose rows lie so far from the medians that their spread has lost its digits."
+    lost_x = (p.m2_x <= _FAR * sums[3]) & (sums[3] > 0)
+    lost_y = (p.m2_y <= _FAR * sums[4]) & (sums[4] > 0)
+    return (lost_x | lost_y) & (p.n >= 2)
+
+
+def _centred(
+    a: np.ndarray,  # (p, k)
+    both: np.ndarray,  # (p, k) bool: the rows to use of each column, at least one
+    base: np.ndarray,  # (k,) from which the means are counted
+) -> tuple[np.ndarray, np.ndarray]:  # (p, k), (k,)
+    "Columns about their means, 0 in the other rows; and the means."
+    first = np.take_along_axis(a, both.argmax(axis=0)[None], axis=0)[0]
+    a = (a - first) * both
+    mean = np.add.reduce(a, axis=0) / np.count_nonzero(both, axis=0)
+    return (a - mean) * both, first - base + mean
+
+
+def _mend(
+    p: _Pairs,  # written where `which`
+    which: np.ndarray,  # (features, Dy) bool
+    X: np.ndarray,  # (p, features), not shifted, 0 where there is a gap
+    Y: np.ndarray,  # (p, Dy)
+    have: tuple[np.ndarray, np.ndarray],  # of x, of y: bool, which entries are there
+    base: tuple[np.ndarray, np.ndarray],  # of x, of y: from which the means are counted
+) -> None:
+    "Moments of some pairs once more, in two passes over the rows of each."
+    of_x, of_y = np.nonzero(which)
+    for some in panels(len(of_x), 8 * len(X), _FEW_BYTES):
+        i, j = of_x[some], of_y[some]
+        both = have[0][:, i] & have[1][:, j]
+        a, p.mean_x[i, j] = _centred(X[:, i], both, base[0][i])
+        b, p.mean_y[i, j] = _centred(Y[:, j], both, base[1][j])
+        p.m2_x[i, j] = np.add.reduce(a * a, axis=0)
+        p.m2_y[i, j] = np.add.reduce(b * b, axis=0)
+        p.cross[i, j] = np.add.reduce(a * b, axis=0)
 
 # %% ../../nbs/streaming/00a_pairs.ipynb #7de91de1
 def _gap(a: np.ndarray, b: np.ndarray, reach: np.ndarray) -> np.ndarray:
@@ -146,37 +190,66 @@ def _pair_bytes(Dx: int, Dy: int) -> int:
 
 
 def _pair_scratch(Dx: int, Dy: int, p: int) -> int:
-    "Bytes that joining a panel of `p` rows takes: masks, squares, and a block of pairs at work."
-    return 8 * (2 * p * (Dx + Dy) + 40 * _pair_rows(Dx, Dy) * Dy + 16 * (Dx + Dy))
+    "Bytes that joining a panel of `p` rows takes: shifted, masks, squares, and pairs at work."
+    block = _pair_rows(Dx, Dy) * Dy
+    return 8 * (3 * p * (Dx + Dy) + 40 * block + 20 * (Dx + Dy)) + 8 * max(_FEW_BYTES, 8 * p)
+
+# %% ../../nbs/streaming/00a_pairs.ipynb #a5c1e0d5
+def _with_partner(mask: np.ndarray, Dx: int) -> np.ndarray:  # (p, W) -> (W,) bool
+    "Which features have a complete pair in these rows."
+    X, Y = mask[:, :Dx], mask[:, Dx:]
+    return np.concatenate([Y.any(axis=1) @ X, X.any(axis=1) @ Y]) > 0
+
+
+def _paired(s: _PairSums) -> np.ndarray:  # (W,) bool
+    "Which features have had a complete pair."
+    return np.concatenate([s.sums[0].any(axis=1), s.sums[0].any(axis=0)])
+
+
+def _rebase(
+    s: _PairSums,
+    base: np.ndarray,  # (W,)
+    met: np.ndarray,  # (W,) bool: which features come with a complete pair
+    there: np.ndarray,  # (W,) bool: which features come with a value
+) -> None:
+    "Take over bases for what had no complete pair so far."
+    had = s.own[0] > 0
+    new = there & ~_paired(s) & (met | ~had)
+    s.own[1] += np.where(new & had, s.base - base, 0)
+    s.base[new] = base[new]
 
 # %% ../../nbs/streaming/00a_pairs.ipynb #a5b084a8
 def _absorb_gaps(
     s: _PairSums,
-    w: np.ndarray,  # (p, W) float64, 0 where there is a gap; it is shifted in place
+    w: np.ndarray,  # (p, W) float64, 0 where there is a gap
     have: np.ndarray,  # (p, W) bool
-    mask: np.ndarray,  # (p, W) float64, scratch
+    mask: np.ndarray,  # (p, W) float64, written: 1 where there is a value
+    near: np.ndarray,  # (p, W) float64, scratch
     squares: np.ndarray,  # (p, W) float64, scratch
     products: np.ndarray,  # (6, features, Dy), scratch
-) -> np.ndarray:  # (W,) what was taken from the columns
+) -> None:
     "Join the rows of a panel."
     Dx = s.sums.shape[1]
-    shift = _medians(w, have, mask)
+    shift = _medians(w, have, near)
     np.copyto(mask, have)
-    w -= shift
-    w *= mask
-    np.multiply(w, w, out=squares)
-    n = np.count_nonzero(have, axis=0)
-    s.base[...] = np.where((s.own[0] == 0) & (n > 0), shift, s.base)
+    np.subtract(w, shift, out=near)
+    near *= mask
+    np.multiply(near, near, out=squares)
+    n, met = np.count_nonzero(have, axis=0), _with_partner(mask, Dx)
+    _rebase(s, shift, met, n > 0)
     at = np.where(n > 0, shift - s.base, 0)
-    np.maximum(s.reach, np.abs(at), out=s.reach)
+    np.maximum(s.reach, np.abs(at), out=s.reach, where=met)
+    Y, have_y, base_y = (a[..., Dx:] for a in (w, have, s.base))
     for rows in s.blocks():
         few = products[:, : rows.stop - rows.start]
-        _products_into(w, mask, squares, Dx, rows, few)
-        s.join(rows, _moments_of(few, at[:Dx][rows], at[Dx:]))
-    mean = np.add.reduce(w, axis=0) / np.maximum(n, 1)
+        _products_into(near, mask, squares, Dx, rows, few)
+        p = _moments_of(few, at[:Dx][rows], at[Dx:])
+        X, have_x, base_x = (a[..., :Dx][..., rows] for a in (w, have, s.base))
+        _mend(p, _far(few, p), X, Y, (have_x, have_y), (base_x, base_y))
+        s.join(rows, p)
+    mean = np.add.reduce(near, axis=0) / np.maximum(n, 1)
     m2 = np.maximum(np.add.reduce(squares, axis=0) - n * mean * mean, 0)
     _join_own(s, np.stack([n, at + mean, m2]))
-    return shift
 
 
 def _join_own(s: _PairSums, new: np.ndarray) -> None:
@@ -210,11 +283,11 @@ def _merge_pairs(s: _PairSums, other: _PairSums, by: np.ndarray) -> None:
     Dx = s.sums.shape[1]
     base, own = np.ldexp(other.base, by), other.own.copy()
     own[1], own[2] = np.ldexp(own[1], by), np.ldexp(own[2], 2 * by)
-    there = own[0] > 0
-    new = (s.own[0] == 0) & there
-    s.base[new], s.fill[new] = base[new], np.ldexp(other.fill, by)[new]
+    there, met = own[0] > 0, _paired(other)
+    np.copyto(s.fill, np.ldexp(other.fill, by), where=there & (s.own[0] == 0))
+    _rebase(s, base, met, there)
     moved = np.where(there, base - s.base, 0)
-    np.maximum(s.reach, np.ldexp(other.reach, by) + np.abs(moved), out=s.reach)
+    np.maximum(s.reach, np.ldexp(other.reach, by) + np.abs(moved), out=s.reach, where=met)
     for rows in s.blocks():
         its = _scaled_pairs(other.sums[:, rows], by[:Dx][rows], by[Dx:])
         its[1] += moved[:Dx][rows][:, None]
