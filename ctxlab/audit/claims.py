@@ -811,7 +811,7 @@ def _tell_kinds(figures: _Figures) -> tuple[str, str]:
         return (
             f"{f['kind']} {_percent(f['gain'])}, {f['faults without']:.0f} page faults a step "
             f"without a pool and {f['faults pooled']:.0f} with it, "
-            f"thresholds raised {_percent(f['thresholds raised'])}"
+            f"raised thresholds alone, without a pool, {_percent(f['thresholds raised'])}"
         )
 
     return _kinds_sentence(figures), "; ".join(map(told, figures.values()))
@@ -974,7 +974,11 @@ def _cost(f: Mapping[str, Any]) -> str:
 def _tell_cost(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
     grows = f["growth"].low >= 2
-    plain = "It grows with D." if grows else "It is |s|, which takes as long at any D."
+    plain = (
+        "It grows with D."
+        if grows
+        else "The norm is |s|, of one number, and takes as long at any D."
+    )
     told = f"{f['growth'].median:.2f} x the time at 4 x the D"
     if "share" in f:
         told += f"; {f['share']:.2g}% of a Transformer block's training step"

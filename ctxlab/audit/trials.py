@@ -481,7 +481,7 @@ def _saving_sentence(f: Mapping[str, Any], least: float) -> str:
         more = "more than" if saved <= -noticeable else "as much as"
         return f"Not saved: it allocates {more} before."
     if verdict == Verdict.PARTLY:
-        return "Allocated less often, but as much is held at a time."
+        return "Allocated less often, but no less is held at a time."
     return "Saved: less is held at a time."
 
 
