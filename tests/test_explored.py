@@ -194,7 +194,7 @@ class Settling:
         self._strength = self._rounded = self._norm = 0.5
         self.told = held  # what was set or written last
 
-    def read(self, among=(0.5, 1.0, 2.0)):
+    def read(self, among=(0.5, 0.9, 1.0)):
         self._settle()
         with self._mixing.reading():
             assert self._strength in among
@@ -221,7 +221,7 @@ STRENGTH = {
     "r": Settling.read,  # and must not be refused
     "R": unless_refused(Settling.read),
     "s": unless_refused(partial(Settling.set, value=1.0)),
-    "t": unless_refused(partial(Settling.set, value=2.0)),
+    "t": unless_refused(partial(Settling.set, value=0.9)),
     "w": partial(Settling.write, value=1.0),
     "v": partial(Settling.write, value=0.5),
     "V": unless_refused(partial(Settling.read, among=(0.5,))),
@@ -233,9 +233,8 @@ STRENGTH = {
     [
         (Settling, ("st", "R")),  # no value is lost to a reader
         (Settling, ("ss", "RR")),
-        (changed_meanwhile, ("t", "R")),
+        (changed_meanwhile, ("t", "R")),  # nor one of its digits
         (changed_meanwhile, ("r", "r")),  # any number may read
-        (changed_meanwhile, ("r", "r", "r")),
         (Settling, ("wR", "R")),
         (changed_meanwhile, ("vV", "R")),  # who has written finds that, or is refused
     ],
