@@ -759,7 +759,7 @@ def test_what_underflows_is_learned_from_in_silence(how):
     before = ctx.outgoing.copy()
     assert _panel_shape(D, np.float32)[0] < D - 2
     if how == "update":
-        x[:, -1], y[:, -1] = (1, -1, 1e-30, -1e-30), (1e-30, -1e-30, 1, -1)
+        x[:, -1] = y[:, -1] = 1e-30, -1e-30, 1, -1
     else:
         x[...] = 0
         x[:, [0, 1, -2, -1]] = 1, -1, 1e-30, -1e-30
