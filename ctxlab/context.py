@@ -215,9 +215,10 @@ def _apply_spoilt(
     if not (_are_few(rows, X) and square < largest):
         out[...] = apply_context(X, context, strength)
         return
-    with np.errstate(over="ignore", invalid="ignore"):
+    mixed = apply_context(X[rows], context, strength)  # first: it may raise
+    with np.errstate(all="ignore"):
         np.matmul(X, folded, out=out)
-    out[rows] = apply_context(X[rows], context, strength)
+    out[rows] = mixed
 
 
 def _backward_safely(
@@ -230,16 +231,19 @@ def _backward_safely(
 ) -> float:  # dL/ds
     "`backward` for any input."
     if _factors_are_safe(context.dtype, norm, _inner(x, x), _inner(grad_out, grad_out)):
-        return _backward_into(x, context, strength, grad_out, out)
+        with np.errstate(all="ignore"):
+            return _backward_into(x, context, strength, grad_out, out)
     (odd_x, square_x), (odd_g, square_g) = _spoilt(x), _spoilt(grad_out)
     rows, D = np.flatnonzero(odd_x | odd_g), len(context)
     usual = _factors_are_safe(context.dtype, norm, square_x, square_g)
     if not (_are_few(rows, x) and usual):
         out[...], grad_s = apply_context_vjp(x, context, strength, grad_out)
         return grad_s
-    with np.errstate(over="ignore", invalid="ignore"):
+    # First: it may raise.
+    grad_rows, grad_s = apply_context_vjp(x[rows], context, strength, grad_out[rows])
+    with np.errstate(all="ignore"):
         np.matmul(grad_out, context.T, out=out)
-    out[rows], grad_s = apply_context_vjp(x[rows], context, strength, grad_out[rows])
+    out[rows] = grad_rows
     for part in _between(rows, len(x)):
         grad_s += _finish_backward(x[part], grad_out[part], strength / D, out[part]) / D
     return grad_s
@@ -401,6 +405,7 @@ def _narrow(wide: np.ndarray, dtype: np.dtype, take: _Take) -> np.ndarray:
     return narrow
 
 # %% ../nbs/07_context.ipynb #f87072ff
+@np.errstate(all="ignore")  # nothing overflows, and what underflows counts as 0
 def _update_into(
     x: np.ndarray,  # (S, D)
     y: np.ndarray,  # (S, D), same dtype
@@ -437,6 +442,7 @@ def update_into(
     _update_into(x, y, rows, rate, C, take, floor)
 
 # %% ../nbs/07_context.ipynb #7d951473
+@np.errstate(all="ignore")  # nothing overflows, and what underflows counts as 0
 def _update_step_into(
     x: np.ndarray,  # (B, D) tokens, one of each sequence
     y: np.ndarray,  # (B, D), same dtype
@@ -544,7 +550,8 @@ def _context_gradient_into(
     "`reference.context_gradient`, into `out` where nothing can overflow."
     factor = strength / max(X.shape[-1], 1)
     if _cannot_overflow(out.dtype, _frobenius(X), _frobenius(G), max(1.0, abs(factor))):
-        gemm(X.T, G, out, alpha=factor)
+        with np.errstate(all="ignore"):
+            gemm(X.T, G, out, alpha=factor)
     else:
         out[...] = context_gradient(X, strength, G)
 
@@ -582,9 +589,10 @@ class _State:
         self._largest = 0.0  # sum of squares below which `x @ folded` needs no rule
         self._arrivals = 0  # how often an incoming context was set
         self._parameter = np.zeros(1, self.dtype)  # the strength
-        self._strength = self._rounded = 0.0  # as it was set and is folded; as the array holds it
+        self._strength = 0.0  # as it was set and is folded
+        self._rounded = 0.0  # as the array holds it; NaN while it is read from there
         self._mixing, self._learning = _Gate("the incoming context"), _Gate("the outgoing context")
-        self._folding = threading.Lock()  # the first reader folds, the others wait for it
+        self._folding = threading.Lock()  # the first reader settles and folds, the others wait
         self.strength, self.update_rate, self.max_rows = strength, update_rate, max_rows
 
     def parameters(self) -> dict[str, np.ndarray]:
@@ -599,11 +607,10 @@ class _State:
     @strength.setter
     def strength(self, value: float) -> None:
         value = _check_number("strength", value, self.dtype)
-        with self._mixing.writing():
+        with self._mixing.writing(), self._folding:
             self._parameter[0] = value
-            self._strength = value
-            self._rounded = self._parameter.item()
-            self._norm = None
+            self._strength, self._norm = value, None
+            self._rounded = self.dtype.type(value).item()
 
     @property
     def update_rate(self) -> float:
@@ -656,15 +663,17 @@ class SharedAttentionContext(_State):
         "Copy `context` as the one to apply; the storage is reused when the shape is unchanged."
         C = None if context is None else _check_context(context, self.dtype)
         with self._mixing.writing():
+            incoming, folded = self._incoming, self._folded
+            if C is None:
+                incoming = folded = None
+            elif incoming is None or incoming.shape != C.shape:
+                incoming = aligned_empty(C.shape, self.dtype)
+                folded = aligned_empty(C.shape, self.dtype)
             self._norm = None
             self._arrivals += 1
-            if C is None:
-                self._incoming = self._folded = None
-            else:
-                if self._incoming is None or self._incoming.shape != C.shape:
-                    self._incoming = aligned_empty(C.shape, self.dtype)
-                    self._folded = aligned_empty(C.shape, self.dtype)
-                self._incoming[...] = C
+            if incoming is not None:
+                incoming[...] = C
+            self._incoming, self._folded = incoming, folded
 
     def _context_for(self, x: np.ndarray) -> np.ndarray | None:
         "The incoming context, if there is one."
@@ -676,10 +685,17 @@ class SharedAttentionContext(_State):
     def _settle(self) -> None:
         "A strength that was written into the array of `parameters()` counts as if it had been set."
         if self._parameter.item() != self._rounded:
-            with self._folding:  # of several first readers one sets it
-                value = self.strength
-                if value != self._strength:
-                    self.strength = value
+            self._settle_first()
+
+    def _settle_first(self) -> None:
+        "Of several readers that find another strength, one sets it and the others wait for it."
+        with self._folding:
+            if self._parameter.item() != self._rounded:
+                with self._mixing.writing():
+                    self._rounded = math.nan  # first: from now on all readers have to wait
+                    value = _check_number("strength", self._parameter.item(), self.dtype)
+                    self._strength, self._norm = value, None
+                self._rounded = value  # last: who passes finds the gate open
 
     def _applied_with(self) -> tuple[int, float]:
         "Something that differs after each change of what `apply` does."
@@ -693,7 +709,7 @@ class SharedAttentionContext(_State):
                 norm = _frobenius(C)
                 if not math.isfinite(norm):
                     C = _without_spoilt_columns(C)
-                with np.errstate(over="ignore"):  # which the norm shows
+                with np.errstate(all="ignore"):  # an overflow shows in the norm
                     folded = _frobenius(_fold(C, self._strength, self._folded))
                 self._largest = _largest_square(self.dtype, _larger(_frobenius(C), folded))
                 self._norm = norm = _larger(norm, folded)  # last: who sees it sees the rest
@@ -857,7 +873,7 @@ class SharedAttentionContext(_State):
         if "outgoing" in state:
             new._outgoing = _check_context(state["outgoing"], self.dtype).copy()
         kept = ("_mixing", "_learning", "_folding", "_parameter", "_arrivals")
-        with self._mixing.writing(), self._learning.writing():
+        with self._mixing.writing(), self._learning.writing(), self._folding:
             self.__dict__.update({k: v for k, v in new.__dict__.items() if k not in kept})
             self._parameter[...] = new._parameter  # others hold the array
             self._arrivals += 1

@@ -715,6 +715,61 @@ def test_folding_a_context_that_overflows_is_silent():
     assert_equiv(got, apply_context(x, C, 4.0), scale=np.abs(got))
 
 
+def test_an_underflow_is_silent():
+    tiny, C, out = (np.full((2, 2), v, np.float32) for v in (3e-20, 1e-20, 7))
+    for strength in (0.5, 2.0):  # 2: the factor of the gradient of the context is 1
+        ctx = context(C, strength)
+        with np.errstate(all="raise"):
+            grad_x, grad_s = ctx.backward(tiny, tiny)
+            ctx.context_gradient(tiny, C, out=out)
+        assert np.array_equal(grad_x, tiny)
+        assert grad_s >= 0
+        want = context_gradient(tiny, strength, C)
+        assert_equiv(out, want, scale=float(np.finfo(np.float32).tiny))
+
+
+def test_folding_a_context_that_underflows_is_silent():
+    ctx, x = context(np.full((2, 2), 1e-38, np.float32)), np.ones((3, 2), np.float32)
+    with np.errstate(all="raise"):
+        assert np.array_equal(ctx.apply(x), x)
+
+
+def test_an_underflow_in_a_spoilt_batch_leaves_the_output():
+    C, x = np.full((2, 2), 1e-20, np.float32), np.ones((8, 2), np.float32)
+    tiny, out = np.full_like(x, 3e-20), np.full_like(x, 7)
+    x[3] = 1e-20, np.nan
+    ctx = context(C)
+    for call in (lambda: ctx.apply(x, out=out), lambda: ctx.backward(x, tiny, out=out)):
+        with np.errstate(under="raise"), pytest.raises(FloatingPointError):
+            call()
+        assert (out == 7).all()
+    tiny[3] = np.nan
+    with np.errstate(all="raise"):
+        ctx.apply(tiny, out=out)
+    assert_applies(out, tiny, C, 0.5)
+
+
+@pytest.mark.parametrize("how", ["update", "update_step"])
+def test_what_underflows_is_learned_from_in_silence(how):
+    D = 700  # several panels, the last of which underflows
+    x, y = make(np.random.default_rng(0), (2, 4, D))
+    ctx = context(rate=0.5, floor=0.0)
+    learn = getattr(ctx, how)
+    learn(x, y)
+    before = ctx.outgoing.copy()
+    assert _panel_shape(D, np.float32)[0] < D - 2
+    if how == "update":
+        x[:, -1] = y[:, -1] = 1e-30, -1e-30, 1, -1
+    else:
+        x[...] = 0
+        x[:, [0, 1, -2, -1]] = 1, -1, 1e-30, -1e-30
+        y = x
+    with np.errstate(all="raise"):
+        learn(x, y)
+    new = {"update": similarity, "update_step": similarity_step}[how](x, y, floor=0.0)
+    assert_equiv(ctx.outgoing, ema(before, new, 0.5), depth=4, scale=1.0)
+
+
 def test_an_overflow_obeys_errstate_and_leaves_the_output():
     big, C, out = (np.full((2, 2), v, np.float32) for v in (1e18, 1e5, 7))
     ctx = context(C, 1e16)
@@ -1573,6 +1628,28 @@ def test_alternating_shapes_reuse_what_is_there():
     assert ctx.nbytes == held
 
 
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_context_that_finds_no_memory_changes_nothing(fails, monkeypatch):
+    calls = []
+
+    def no_memory(shape, dtype):
+        calls.append(shape)
+        if len(calls) == fails:
+            raise MemoryError
+        return np.full(shape, np.nan, dtype)
+
+    ctx, new = context(C4), np.ones((5, 5), np.float32)
+    applied, before = ctx.apply(X), ctx._applied_with()
+    monkeypatch.setattr("ctxlab.context.aligned_empty", no_memory)
+    with pytest.raises(MemoryError):
+        ctx.set_incoming(new)
+    monkeypatch.undo()
+    assert len(calls) == fails
+    assert np.array_equal(ctx.incoming, C4)
+    assert ctx._applied_with() == before
+    assert np.array_equal(ctx.apply(X), applied)
+
+
 def test_setting_a_context_of_the_same_shape_allocates_nothing():
     C = make(np.random.default_rng(0), (256, 256))
     ctx, x, out = (
@@ -1796,26 +1873,17 @@ def test_many_threads_may_be_the_first_to_see_a_new_strength():
 
 def test_who_is_overtaken_by_another_first_reader_is_not_refused():
     class Slow(SharedAttentionContext):
-        looks = 0
-
-        @property
-        def strength(self):
-            self.looks += 1
-            if self.looks == 1:  # meanwhile another thread sees the new strength, and applies
-                self.strength = 2
-                other.enter_context(self._mixing.reading())
-            return super().strength
-
-        @strength.setter
-        def strength(self, value):
-            SharedAttentionContext.strength.fset(self, value)
+        def _settle_first(self):  # meanwhile another thread sees the new strength, and applies
+            super()._settle_first()
+            other.enter_context(self._mixing.reading())
+            super()._settle_first()
 
     ctx = Slow(0.5)
     ctx.set_incoming(C4)
-    ctx.parameters()["strength"][0], ctx.looks = 2, 0
+    ctx.parameters()["strength"][0] = 2
     with contextlib.ExitStack() as other:
         assert_applies(ctx.apply(X), X, C4, 2.0)
-    assert ctx.looks == 1
+        assert ctx._mixing._readers == 1
 
 
 def test_an_array_that_changes_while_others_apply_is_refused():

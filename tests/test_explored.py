@@ -82,9 +82,13 @@ class Guarded:
             self.b = n
 
 
+def is_open(gate):
+    assert gate._readers == 0
+    assert not gate._writing
+
+
 def all_open(guarded):
-    assert guarded.gate._readers == 0
-    assert not guarded.gate._writing
+    is_open(guarded.gate)
 
 
 GATE = {"R": unless_refused(Guarded.read), "W": unless_refused(Guarded.write)}
@@ -173,6 +177,76 @@ def test_a_fold_whose_flag_is_set_before_it_is_done_is_caught():
     assert explore(speaking(Early, operations, ("R", "R"))).races
 
 
+# The strength of a context: of several readers that find another one in its array, one sets it
+
+
+class Settling:
+    """What the strength and all who read it share, with their own code."""
+
+    dtype = np.dtype(np.float32)
+    strength = SharedAttentionContext.strength
+    _settle = SharedAttentionContext._settle
+    _settle_first = SharedAttentionContext._settle_first
+
+    def __init__(self, held=0.5):
+        self._mixing, self._folding = _Gate("the incoming context"), threading.Lock()
+        self._parameter = np.array([held], np.float32)
+        self._strength = self._rounded = self._norm = 0.5
+        self.told = held  # what was set or written last
+
+    def read(self, among=(0.5, 0.9, 1.0)):
+        self._settle()
+        with self._mixing.reading():
+            assert self._strength in among
+
+    def set(self, value):
+        self.strength = value
+        self.told = value
+
+    def write(self, value):
+        self._parameter[0] = value
+        self.told = value
+
+
+def holds_what_was_told(settling):
+    is_open(settling._mixing)
+    assert settling.strength == settling.told
+    if settling._rounded == settling.told:  # who comes next uses it as it is
+        assert settling._strength == settling.told
+
+
+changed_meanwhile = partial(Settling, 1.0)  # the array, while nobody applied
+
+STRENGTH = {
+    "r": Settling.read,  # and must not be refused
+    "R": unless_refused(Settling.read),
+    "s": unless_refused(partial(Settling.set, value=1.0)),
+    "t": unless_refused(partial(Settling.set, value=0.9)),
+    "w": partial(Settling.write, value=1.0),
+    "v": partial(Settling.write, value=0.5),
+    "V": unless_refused(partial(Settling.read, among=(0.5,))),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Settling, ("st", "R")),  # no value is lost to a reader
+        (Settling, ("ss", "RR")),
+        (changed_meanwhile, ("t", "R")),  # nor one of its digits
+        (changed_meanwhile, ("r", "r")),  # any number may read
+        (Settling, ("wR", "R")),
+        (changed_meanwhile, ("vV", "R")),  # who has written finds that, or is refused
+    ],
+)
+def test_the_strength_of_a_context_with_two_preemptions(make, words):
+    scenario = speaking(make, STRENGTH, words, holds_what_was_told)
+    assert explore(scenario, preemptions=2).races == []
+
+
+# Whole contexts, with a bound on the switches
+
+
 def a_context():
     context = SharedAttentionContext(0.5)
     context.workspace = None  # which only learning uses
@@ -190,16 +264,33 @@ def strengthened(context):
     context.strength = 1.0
 
 
+def written(context):
+    context.parameters()["strength"][0] = 1.0
+
+
+def a_context_changed_meanwhile():
+    context = a_context()
+    written(context)
+    return context
+
+
 CONTEXT = {
     "A": unless_refused(applied),
     "S": unless_refused(lambda context: context.set_incoming(TWICE)),
     "s": unless_refused(strengthened),
+    "w": written,
+    "a": applied,  # and must not be refused
 }
 
 
-@pytest.mark.parametrize("words", [("A", "A"), ("A", "S"), ("A", "s"), ("AS", "A")])
+@pytest.mark.parametrize("words", [("A", "A"), ("A", "S"), ("A", "s"), ("AS", "A"), ("A", "wA")])
 def test_a_whole_context_in_every_order_with_one_preemption(words):
     assert explore(speaking(a_context, CONTEXT, words), preemptions=1).races == []
+
+
+def test_all_may_apply_after_the_array_has_changed():
+    scenario = speaking(a_context_changed_meanwhile, CONTEXT, ("a", "a"))
+    assert explore(scenario, preemptions=1).races == []
 
 
 # A workspace and a stream of moments, whose locks outlive a run: by another explorer
