@@ -455,7 +455,7 @@ def held(nbytes):
 MEMORY = [  # before, after (bytes that are kept, and that a call allocates), verdict, sentence
     ((0, 300), (0, 100), CONFIRMED, "Saved"),
     ((300, 100), (0, 100), CONFIRMED, "Saved"),  # a buffer that is no longer kept
-    ((0, 300), (300, 0), PARTLY, "as much is held"),
+    ((0, 300), (300, 0), PARTLY, "no less is held"),
     ((0, 300), (0, 300), REFUTED, "it allocates as much as before"),
     ((0, 100), (0, 300), REFUTED, "it allocates more than before"),
     ((300, 0), (0, 300), REFUTED, "it allocates more than before"),

@@ -282,10 +282,11 @@ def test_witnesses_call_as_often_as_they_say(witness, warmup):
 
 def test_page_faults_tell_fresh_memory_from_reused():
     pytest.importorskip("resource")
-    big = np.empty(64 << 20, np.uint8)
+    size = 256 << 20  # more than a heap keeps that has grown in other tests
+    big = np.empty(size, np.uint8)
     reused, fresh = (
         page_faults(lambda: big.fill(1)),
-        page_faults(lambda: np.ones(64 << 20, np.uint8)),
+        page_faults(lambda: np.ones(size, np.uint8)),
     )
     assert isinstance(fresh, int)
     assert 0 <= reused < fresh
