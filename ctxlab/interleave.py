@@ -1600,20 +1600,20 @@ def _cells(value: Any) -> set[int]:
     "The variables of outer functions that a body can reach."
     found: set[int] = set()
     seen: set[int] = set()
-    todo = [value]
-    while todo:
-        each = todo.pop()
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
         if id(each) in seen:
             continue
         seen.add(id(each))
         if isinstance(each, types.FunctionType):
             for cell in each.__closure__ or ():
                 found.add(id(cell))
-                todo += _contents_of(cell).values()
+                waiting += _contents_of(cell).values()
         if isinstance(each, (types.FunctionType, types.MethodType, partial)):
-            todo += _parts(each)
+            waiting += _parts(each)
         elif type(each) in (tuple, list):
-            todo += each
+            waiting += each
     return found
 
 # %% ../nbs/08_interleave.ipynb #7a6d181a
