@@ -437,8 +437,6 @@ def test_figures_from_a_file_are_judged_alike(claim, findings, bench):
 
 
 NUMBERS = {  # claim -> figures, and the number that is found in them
-    "mem-update": ({"actual": 4e6}, 4),
-    "mem-apply": ({"actual": 4e6}, 4),
     "mem-forward": (memory((40e6, 0, 9e6), (1e6, 0, 9e6)), 39),
     "mem-batch": (memory((40e6, 0, 9e6), (1e6, 0, 9e6)), 39),
     "lazy": (dict(before=1e6, outgoing=4e6), 3),

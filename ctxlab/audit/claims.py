@@ -296,7 +296,6 @@ def _arithmetic(id: str, says: str, claimed: float, floats: int) -> Claim:
         where=_GAINS,
         group="memory",
         units="bytes of one such array, or two; actual: 4 for each float",
-        number=Number("MB", claimed / _MB, claimed / _MB, _in_mb(lambda f: f["actual"])),
         notebook="audit/04_claims",
         section="Memory: arithmetic",
     )

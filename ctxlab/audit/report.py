@@ -189,13 +189,15 @@ def _styled() -> Iterator[None]:
 
 
 @contextmanager
-def _figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Any, Any]]:
-    "A figure and its axes, without global state."
+def _figure(
+    width: float, height: float, heights: Sequence[float] = (1,)
+) -> Iterator[tuple[Any, Any]]:
+    "A figure and its axes, one below the other in these proportions, without global state."
     from matplotlib.figure import Figure
 
     with _styled():
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, figure.subplots(1, columns)
+        yield figure, figure.subplots(len(heights), height_ratios=heights)
 
 
 def _label(text: str) -> str:
@@ -279,33 +281,40 @@ def _numbers(findings: Sequence[Finding]) -> list[tuple[Finding, Number, Interva
     return rows
 
 # %% ../../nbs/audit/05_report.ipynb #9beb70a2
-_UNITS = {"MB": "MB saved (left of 0: more is needed)", "%": "gain, %"}
+_UNITS = {
+    "MB": "MB saved, logarithmic beyond 1 (left of 0: more is needed)",
+    "%": "gain, % (a dot for each case, with its interval)",
+}
 
 
 def _plot_scoreboard(findings: Sequence[Finding]):  # -> matplotlib Figure, or None
     "For every claim with a number: the claimed range, and the measured interval."
     rows = _numbers(findings)
-    units = [u for u in _UNITS if any(n.unit == u for _, n, _ in rows)]
     if not rows:
         return None
-    with _figure(8, 1.2 + 0.28 * len(rows), len(units)) as (figure, axes):
-        for ax, unit in zip(np.atleast_1d(axes), units, strict=True):
-            for y, (f, n, i) in enumerate(rows):
-                if n.unit == unit:
-                    _draw_number(ax, y, n, n.cases(f.figures) if n.cases else [i])
-            ax.axvline(0, color="k", lw=1)
-            ax.set_xlabel(_UNITS[unit])
-            names = [f"{_label(f.claim.id)}\n{f.verdict}" for f, _, _ in rows]
-            ax.set_yticks(range(len(rows)), names)
-            ax.tick_params(axis="y", labelsize=7)
-            ax.set_ylim(len(rows) - 0.5, -0.5)
-            _spread(ax, unit)
-            ax.label_outer()
+    groups = {unit: [row for row in rows if row[1].unit == unit] for unit in _UNITS}
+    groups = {unit: group for unit, group in groups.items() if group}
+    heights = [1 + len(group) for group in groups.values()]  # in rows; one for the axis
+    with _figure(6.4, 0.5 + 0.4 * sum(heights), heights) as (figure, axes):
+        for ax, (unit, group) in zip(np.atleast_1d(axes), groups.items(), strict=True):
+            _draw_numbers(ax, unit, group)
+        held = sum(f.verdict == Verdict.CONFIRMED for f, _, _ in rows)
         figure.suptitle(
-            "Claimed (hatched, or a bar) and measured (a dot for each case, with its interval)",
-            fontsize=10,
+            f"{held} of {len(rows)} claims with a number confirmed\n"
+            "hatched, or a bar: claimed; dot: measured"
         )
     return figure
+
+
+def _draw_numbers(ax: Any, unit: str, rows: Sequence[tuple[Finding, Number, Interval]]) -> None:
+    "The claims in one unit, one below the other."
+    for y, (f, n, found) in enumerate(rows):
+        _draw_number(ax, y, n, n.cases(f.figures) if n.cases else [found])
+    ax.axvline(0, color="k", lw=1)
+    ax.set_xlabel(_UNITS[unit])
+    ax.set_yticks(range(len(rows)), [f"{_label(f.claim.id)}\n{f.verdict}" for f, _, _ in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    _spread(ax, unit)
 
 
 def _spread(ax: Any, unit: str) -> None:
