@@ -46,7 +46,7 @@ class _Allocated:
 # %% ../../nbs/audit/01a_rust.ipynb #bf08649c
 @dataclass(frozen=True)
 class _Timed:
-    "Time of a path in its plans."
+    "Time of a path by plan; a plan says which form each array has."
 
     milliseconds: Interval  # of the path before the change
     ratios: dict[str, Interval]  # plan -> time in units of it; 'before again' is the control
