@@ -89,7 +89,7 @@ def test_a_figure_that_is_not_the_one_that_was_measured_is_named():
         ("#0de138ab", "#0de138ac", "nbs/04_data.ipynb: no cell 0de138ac"),
         ('"settings.ini"', '"settings.cfg"', "settings.cfg: no such file"),
         ("min_python = 3.11", "min_python = 3.12", "does not hold 'min_python = 3.12'"),
-        ("#425f869c", "#5d148bb1", ""),  # says thirty lines, too
+        ("#ddf5bb1a", "#7c2ce597", ""),  # says 512 x 768, too
         ("nbs/04_data.ipynb#0de138ab", "LICENSE", "LICENSE: does not hold '384'"),
         ('convention = "the version of a licence"', "", "needed 'from' or 'convention'"),
     ],
