@@ -24,6 +24,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 # %% ../nbs/00a_witness.ipynb #b0d9e701
+def _processor_seconds(thread: threading.Thread) -> float:
+    """What the processor has done for a thread; OSError if it has ended, or if there is no clock.
+
+    Linux makes the number of this clock from that of the thread (`include/linux/posix-timers.h`).
+    `time.pthread_getcpuclockid` gives the same, but ends the process where the thread has ended.
+    """
+    if sys.platform != "linux" or thread.native_id is None:
+        raise OSError(f"no clock of thread {thread.name}")
+    return time.clock_gettime(~thread.native_id << 3 | 6)
+
+
 def _marks() -> dict[threading.Thread, Any]:
     "How far each other thread has come: its processor time; elsewhere the place where it is."
     frames = sys._current_frames()
@@ -32,8 +43,8 @@ def _marks() -> dict[threading.Thread, Any]:
         if thread is threading.current_thread() or thread.ident is None:
             continue
         try:
-            marks[thread] = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-        except (AttributeError, OSError):  # no such clock, or the thread has just ended
+            marks[thread] = _processor_seconds(thread)
+        except OSError:  # no such clock, or the thread has just ended
             frame = frames.get(thread.ident)
             marks[thread] = frame and (id(frame), frame.f_lasti)
     return marks

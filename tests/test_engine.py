@@ -54,8 +54,13 @@ def nothing_is_left():
     assert children() == []
 
 
-def test_a_form_of_five_times_the_work():
-    c = compare({"once": sums, "five": fivefold}, **SURE)
+@pytest.fixture(scope="module")
+def once_and_five():
+    return compare({"once": sums, "five": fivefold}, **SURE)
+
+
+def test_a_form_of_five_times_the_work(once_and_five):
+    c = once_and_five
     assert c["five"].outcome == "slower"
     assert c["five"].ratio.low > 2
     assert c["five"].control.low <= 1 <= c["five"].control.high
@@ -65,6 +70,19 @@ def test_a_form_of_five_times_the_work():
     assert len(c["five"].ratios) >= 6
     assert (c.base, c.threads, c.allocator, c.agreement) == ("once", 1, "default", "results agree")
     assert c.seconds < 60 + measure._GRACE
+
+
+def test_it_is_a_mapping_that_prints_and_travels(once_and_five):
+    c = once_and_five
+    assert isinstance(c, Comparison)
+    assert len(c) == 2
+    assert "five" in c
+    text = str(c)
+    assert all(word in text for word in ("once", "five", "control", "1 BLAS thread", "NumPy"))
+    assert c["five"].outcome in text
+    plain = json.loads(json.dumps(c.to_dict()))
+    assert plain["forms"]["five"]["ratio"] == list(c["five"].ratio)
+    assert plain["machine"]["cores"] == len(_usable_cores())
 
 
 @pytest.mark.thorough
@@ -112,19 +130,6 @@ def test_names_of_factories(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     c = compare({"one": "my_forms:one", "other": f"{tmp_path}/my_forms.py:other"}, **BRIEF)
     assert list(c) == ["one", "other"]
-
-
-def test_it_is_a_mapping_that_prints_and_travels():
-    c = compare({"once": sums, "twice": twice}, **BRIEF)
-    assert isinstance(c, Comparison)
-    assert len(c) == 2
-    assert "twice" in c
-    text = str(c)
-    assert all(word in text for word in ("once", "twice", "control", "1 BLAS thread", "NumPy"))
-    assert c["twice"].outcome in text
-    plain = json.loads(json.dumps(c.to_dict()))
-    assert plain["forms"]["twice"]["ratio"] == list(c["twice"].ratio)
-    assert plain["machine"]["cores"] == len(_usable_cores())
 
 
 def test_what_has_no_interval_yet_is_still_json():

@@ -28,6 +28,11 @@ SAFE = (
 )
 
 
+def thorough(*values):
+    """A case that takes seconds, of what the others hold already."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
+
+
 def pairs(letters, depth):
     words = ["".join(word) for n in range(1, depth + 1) for word in product(letters, repeat=n)]
     return list(combinations_with_replacement(words, 2))
@@ -94,7 +99,14 @@ def all_open(guarded):
 GATE = {"R": unless_refused(Guarded.read), "W": unless_refused(Guarded.write)}
 
 
-@pytest.mark.parametrize("words", [*pairs("RW", 2), ("RWR", "WRW")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(words for words in pairs("RW", 2) if len("".join(words)) < 4),
+        *(thorough(words) for words in pairs("RW", 2) if len("".join(words)) == 4),
+        thorough(("RWR", "WRW")),
+    ],
+)
 def test_a_gate_lets_in_many_readers_or_one_writer(words):
     assert explore(speaking(Guarded, GATE, words, all_open)).races == []
 
@@ -144,9 +156,18 @@ class Folding:
 FOLD = {"R": unless_refused(Folding.read), "W": unless_refused(Folding.write)}
 
 
-@pytest.mark.parametrize("words", [("R", "R"), ("R", "W"), ("W", "W"), ("RR", "W")])
-def test_the_fold_of_a_context_in_every_order(words):
-    assert explore(speaking(Folding, FOLD, words)).races == []
+@pytest.mark.parametrize(
+    ("words", "preemptions"),
+    [
+        (("R", "R"), 2),
+        (("R", "W"), None),
+        (("W", "W"), None),
+        thorough(("R", "R"), None),
+        thorough(("RR", "W"), None),
+    ],
+)
+def test_the_fold_of_a_context_in_every_order(words, preemptions):
+    assert explore(speaking(Folding, FOLD, words), preemptions=preemptions).races == []
 
 
 def test_a_fold_without_its_lock_is_caught():
@@ -159,7 +180,7 @@ def test_a_fold_without_its_lock_is_caught():
                 assert float(self._folded[0, 0]) == 1.25
 
     operations = {"R": unless_refused(Unlocked.read)}
-    assert explore(speaking(Unlocked, operations, ("R", "R"))).races
+    assert explore(speaking(Unlocked, operations, ("R", "R")), preemptions=2).races
 
 
 def test_a_fold_whose_flag_is_set_before_it_is_done_is_caught():
@@ -174,7 +195,7 @@ def test_a_fold_whose_flag_is_set_before_it_is_done_is_caught():
                 assert float(self._folded[0, 0]) == 1.25
 
     operations = {"R": unless_refused(Early.read)}
-    assert explore(speaking(Early, operations, ("R", "R"))).races
+    assert explore(speaking(Early, operations, ("R", "R")), preemptions=2).races
 
 
 # The strength of a context: of several readers that find another one in its array, one sets it
@@ -232,11 +253,11 @@ STRENGTH = {
     ("make", "words"),
     [
         (Settling, ("st", "R")),  # no value is lost to a reader
-        (Settling, ("ss", "RR")),
+        thorough(Settling, ("ss", "RR")),
         (changed_meanwhile, ("t", "R")),  # nor one of its digits
         (changed_meanwhile, ("r", "r")),  # any number may read
-        (Settling, ("wR", "R")),
-        (changed_meanwhile, ("vV", "R")),  # who has written finds that, or is refused
+        thorough(Settling, ("wR", "R")),
+        thorough(changed_meanwhile, ("vV", "R")),  # who has written finds that, or is refused
     ],
 )
 def test_the_strength_of_a_context_with_two_preemptions(make, words):
@@ -364,7 +385,7 @@ EXPLORED = """
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("frontrun"), reason="frontrun is not installed")
-@pytest.mark.parametrize("what", ["workspace", "stats"])
+@pytest.mark.parametrize("what", ["workspace", thorough("stats")])
 def test_one_thread_at_a_time_uses_a_workspace(what, tmp_path):
     file = tmp_path / "explored.py"
     file.write_text(textwrap.dedent(EXPLORED))

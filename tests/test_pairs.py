@@ -452,7 +452,9 @@ def test_noise_of_a_feature_that_comes_late():
 # --- memory ---
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (700, 300), (40, 1500)])
+@pytest.mark.parametrize(
+    "dims", [(64, 64), pytest.param((700, 300), marks=pytest.mark.thorough), (40, 1500)]
+)
 def test_what_it_takes_is_known(dims):
     x, y = with_gaps(np.random.default_rng(16), 1100, dims, 0.1, np.float32)
     s, plain = ContextStats(dims, nan="pairs"), ContextStats(dims)

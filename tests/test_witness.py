@@ -169,8 +169,13 @@ def busy(name):
         thread.join()
 
 
+def no_clock(thread):
+    """As on a system without clocks of threads."""
+    raise OSError(f"no clock of thread {thread.name}")
+
+
 def test_without_clocks_a_thread_that_has_moved_is_named(monkeypatch):
-    monkeypatch.delattr(time, "pthread_getcpuclockid", raising=False)
+    monkeypatch.setattr(witness, "_processor_seconds", no_clock)
     go, moved = ([threading.Event() for _ in range(4)] for _ in range(2))
 
     def run():  # waits at another place after each call
@@ -226,7 +231,55 @@ def test_a_thread_that_ran_once_by_chance_costs_one_more_call():
     assert len(calls) == 2
 
 
-@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clocks of threads here")
+ENDED = """
+import os, threading, time
+from ctxlab import witness
+threading.stack_size(1 << 26)  # so large that the C library gives back those that ended before
+ends = [threading.Event() for _ in range(3)]
+threads = [threading.Thread(target=end.wait) for end in ends]
+for thread in threads:
+    thread.start()
+for end, thread in zip(ends, threads):
+    end.set()
+    thread.join()
+    while str(thread.native_id) in os.listdir("/proc/self/task"):
+        time.sleep(0.01)
+threading.enumerate = lambda: threads  # as it was just before
+assert witness._marks() == dict.fromkeys(threads)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no clocks of threads here")
+def test_a_thread_that_ends_just_then_has_no_mark():
+    # In a process of its own, since a clock asked for by the thread's identity ended it.
+    done = subprocess.run(
+        [sys.executable, "-c", "import os" + ENDED], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no clocks of threads here")
+def test_the_processor_time_of_a_thread():
+    spent, stop = [], threading.Event()
+
+    def run():
+        while time.thread_time() < 0.05:
+            pass
+        spent.append(time.thread_time())
+        stop.wait()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        while not spent:
+            time.sleep(0.01)
+        assert spent[0] <= witness._processor_seconds(thread) < spent[0] + 0.02
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no clocks of threads here")
 def test_a_thread_beside_the_call_is_named():
     with busy("noisy"), pytest.raises(RuntimeError, match=r"other threads ran .*noisy"):
         traced_peak(lambda: time.sleep(0.05))
@@ -241,7 +294,7 @@ def test_a_thread_that_starts_meanwhile_is_named():
 @pytest.mark.parametrize("clock", [True, False])
 def test_threads_that_wait_or_belong_to_the_call_are_no_matter(monkeypatch, clock):
     if not clock:
-        monkeypatch.delattr(time, "pthread_getcpuclockid", raising=False)
+        monkeypatch.setattr(witness, "_processor_seconds", no_clock)
 
     def own():
         with busy("own"):

@@ -143,14 +143,9 @@ def images(readme: str) -> Iterator[tuple[int, str, str]]:
         yield readme.count("\n", 0, m.start()) + 1, m[1], drawn[int(m[2]) - 1]
 
 
-def covers(origin: Origin, number: Number, readme: str) -> bool:
-    """Does the number stand within the phrase?"""
-    at = readme.find(origin.phrase)
-    while at >= 0:
-        if at <= number.start < at + len(origin.phrase):
-            return True
-        at = readme.find(origin.phrase, at + 1)
-    return False
+def places(phrase: str, readme: str) -> list[tuple[int, int]]:
+    """Where a phrase stands in README.md: start and end."""
+    return [m.span() for m in re.finditer(re.escape(phrase), readme)]
 
 
 def origin_faults(origin: Origin, readme: str, root: Path = ROOT) -> Iterator[str]:
@@ -178,8 +173,9 @@ def make(readme: str, origins: list[Origin], root: Path = ROOT) -> tuple[str, li
     """The manifest, and what is wrong: a line each."""
     faults = [fault for origin in origins for fault in origin_faults(origin, readme, root)]
     rows: dict[tuple[int, str], list[str]] = {}
+    phrases = [(*span, o) for o in origins for span in places(o.phrase, readme)]
     for number in numbers(readme):
-        origin = next((o for o in origins if covers(o, number, readme)), None)
+        origin = next((o for start, end, o in phrases if start <= number.start < end), None)
         if origin is None:
             faults.append(f"README.md:{number.line}: {number.text!r} has no origin")
         else:
