@@ -175,8 +175,9 @@ def compare_versions(
 # %% ../nbs/04b_versions.ipynb #aa4993c4
 def _plot_comparison(c: Comparison, ax: Any) -> None:
     "Each form's interval and the control's, with the band that counts as the same."
-    names = [*(name for name in c if name != c.base), f"{c.base} again"]
-    shown = [*(c[name].ratio for name in c if name != c.base), c[c.base].control]
+    others = [name for name in c if name != c.base]
+    names = [*others, f"{c.base} again"]
+    shown = [*(c[name].ratio for name in others), c[c.base].control]
     for y, i in enumerate(shown):
         if np.isfinite(i.high):  # too few blocks give no interval
             ax.plot([i.low, i.high], [y, y], "k-")
@@ -186,4 +187,5 @@ def _plot_comparison(c: Comparison, ax: Any) -> None:
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(f"time in units of {c.base}; grey: the same within {c.resolution:.0%}")
-    ax.set_title(f"Time of a call, with {1 - c.error:.0%} intervals")
+    told = f"{others[0]}: {c[others[0]].outcome}" if len(others) == 1 else "Time of a call"
+    ax.set_title(f"{told}, with {1 - c.error:.0%} intervals")
