@@ -10,7 +10,6 @@ import importlib
 import io
 import json
 import math
-import os
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
