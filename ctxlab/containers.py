@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import math
+import os
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
