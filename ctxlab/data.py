@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .containers import _KINDS, _Container, _naming, _Npz, _open, _some
-from .containers import InputError as InputError  # where it has always been found
+from .containers import InputError as InputError  # users import it from here, too
 
 # %% ../nbs/04_data.ipynb #495362fd
 class _Pair(NamedTuple):

@@ -30,7 +30,10 @@ def median_interval(
     samples: ArrayLike,  # (n,) independent measurements, n >= 6
     confidence: float = 0.95,  # at least this probability to hold the true median
 ) -> Interval:
-    "Median and its distribution-free interval from order statistics (binomial, exact)."
+    """Median and its distribution-free interval from order statistics (binomial, exact).
+
+    A ValueError where the samples are too few for that confidence.
+    """
     x = np.sort(np.asarray(samples, np.float64))
     n, tail, k = len(x), 0.0, 0
     while k < n // 2 and 2 * (tail + comb(n, k) / 2**n) <= 1 - confidence:
@@ -47,10 +50,11 @@ def _sequential_ranks(
     looks: int,  # N, samples at the last look; there is a look after each sample
     error: float = 0.05,  # at most this probability that any of the intervals misses the median
 ) -> list[int]:  # ranks[n - 1] = k: the interval at look n is `(x[k - 1], x[n - k])`; 0: none yet
-    """Ranks of sorted samples whose intervals all hold the median, with probability `1 - error`.
+    """Ranks of sorted samples whose intervals all hold the median, with at least `1 - error`.
 
     A sign test with repeated looks, turned into intervals (Jennison and Turnbull 1989); the
-    error is spent evenly over the looks (Lan and DeMets 1983), and computed exactly.
+    error is spent evenly over the looks (Lan and DeMets 1983), and computed exactly. A
+    ValueError where `error` is not between 0 and 1.
     """
     if not 0 < error < 1:
         raise ValueError(f"error: {error}, needed a probability between 0 and 1")

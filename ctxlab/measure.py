@@ -72,16 +72,16 @@ class _Comparison(NamedTuple):
 
     @property
     def outcome(self) -> str:
-        "'faster', 'slower', or 'no difference' where the interval meets the control's, or 1."
+        "'faster', 'slower', or 'not told apart' where the interval meets the control's, or 1."
         if self.ratio.high < min(self.control.low, 1.0):
             return "faster"
         if self.ratio.low > max(self.control.high, 1.0):
             return "slower"
-        return "no difference"
+        return "not told apart"
 
     @property
     def widened(self) -> Interval:
-        "The ratio's interval, widened by what the control strayed from 1."
+        "The ratio's interval, widened by as far as the control's interval reaches from 1."
         r, c = self.ratio, self.control
         return Interval(r.median, r.low / max(c.high, 1.0), r.high / min(c.low, 1.0))
 
@@ -92,17 +92,23 @@ def _apart(one: _Comparison, other: _Comparison) -> bool:
     return a.high < b.low or b.high < a.low
 
 # %% ../nbs/02_measure.ipynb #041fc9e0
-def _sample(fn: Callable[[], Any], calls: int) -> float:
+_LONG_CALL = 0.1  # seconds; in such a call, what it takes to fill the caches is small
+
+
+def _sample(fn: Callable[[], Any], calls: int, warm: bool) -> float:
+    "Seconds of a call; `warm`: one comes first that does not count."
+    if warm:
+        fn()
     start = time.perf_counter()
     for _ in range(calls):
         fn()
     return (time.perf_counter() - start) / calls
 
 
-def _calls_per_sample(fn: Callable[[], Any], least: float) -> int:
-    "Calls of `fn` that fill `least` seconds; warms it up on the way."
-    fn()
-    return max(1, int(np.ceil(least / max(_sample(fn, 2), 1e-9))))
+def _calls_per_sample(fn: Callable[[], Any], least: float) -> tuple[int, float]:
+    "Calls of `fn` that fill `least` seconds, and the seconds of one; warms it up on the way."
+    seconds = max(_sample(fn, 2, warm=True), 1e-9)
+    return max(1, int(np.ceil(least / seconds))), seconds
 
 # %% ../nbs/02_measure.ipynb #2334aacb
 def _check_timing(fns: Mapping[str, Callable[[], Any]], control: str, budget: float) -> None:
@@ -129,14 +135,16 @@ def time_paired(
     """Time functions in turn, in random order, round after round, for `budget` seconds.
 
     Where the budget is too small for the least number of rounds, these are made nevertheless:
-    functions that take longer than the budget run six rounds, and no more.
+    functions that take longer than the budget run six rounds, and no more. A ValueError names
+    an argument that makes no sense.
     """
     if control is None:
         control = next(iter(fns), "")
     _check_timing(fns, control, budget)
     timed = dict(fns) | {control + _AGAIN: fns[control]}
-    calls = {name: _calls_per_sample(fn, least) for name, fn in fns.items()}
-    calls[control + _AGAIN] = calls[control]
+    filled = {name: _calls_per_sample(fn, least) for name, fn in fns.items()}
+    calls = {name: n for name, (n, _) in filled.items()} | {control + _AGAIN: filled[control][0]}
+    warm = filled[control][1] < _LONG_CALL
     names, rng = list(timed), np.random.default_rng(seed)
     samples: dict[str, list[float]] = {name: [] for name in timed}
     end = time.perf_counter() + budget
@@ -145,7 +153,7 @@ def time_paired(
             break
         for i in rng.permutation(len(names)):
             _pad = np.empty(16 * int(rng.integers(64, 4096)), np.uint8)  # shifts what comes next
-            samples[names[i]].append(_sample(timed[names[i]], calls[names[i]]))
+            samples[names[i]].append(_sample(timed[names[i]], calls[names[i]], warm))
     return _Timings({name: np.array(s) for name, s in samples.items()}, control, calls)
 
 # %% ../nbs/02_measure.ipynb #04696c16
@@ -241,7 +249,8 @@ def blas_threads(
     """Run the block with `count` threads in every BLAS library that is loaded.
 
     The number belongs to the process, so only one thread at a time may hold a limit: another
-    thread that asks meanwhile gets a RuntimeError. Blocks of one thread may be nested.
+    thread that asks meanwhile gets a RuntimeError. Blocks of one thread may be nested. A
+    ValueError where BLAS cannot run as many.
     """
     if count is None:
         yield
@@ -325,8 +334,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 # %% ../nbs/02_measure.ipynb #75c74e31
-def _duration(seconds: float) -> str:  # '0.61 ms'
-    "Seconds in a unit that leaves two or three digits before the point."
+def _duration(seconds: float) -> str:  # '610 us'
+    "Seconds to three digits, in the largest unit of which there is at least one."
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -437,7 +446,6 @@ _SAMPLE_SECONDS = 3e-3
 _ROUNDS = (3, 16)  # of turns in a block: least and most
 _BLOCKS = 16  # as many as the budget should allow, if that takes fewer rounds
 _FEWEST_BLOCKS, _MOST_BLOCKS = 6, 200
-_LONG_CALL = 0.1  # seconds; in such a call, what it takes to fill the caches is small
 _GRACE = 5.0  # seconds beyond the budget that a process has to start
 
 
@@ -720,9 +728,10 @@ def compare(
 ) -> Comparison:
     """Measure forms of a computation, each in processes of its own.
 
-    A form that is no function without arguments, raises, dies, or does not end its call within
-    the budget gives an error that names it; so do results that differ, before anything is timed.
-    No process outlives the call. Needs a POSIX system.
+    A form whose call needs arguments, raises or dies gives a WorkerError that names it, one that
+    does not end its call within the budget a TimeoutError, and results that differ a
+    DisagreementError, before anything is timed. Arguments that make no sense give a ValueError
+    or TypeError. No process outlives the call. Needs a POSIX system.
     """
     _check_comparison(forms, base, budget, resolution, threads, error)
     setting = _Setting(

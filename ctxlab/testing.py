@@ -134,11 +134,11 @@ def no_allocation(
     fn: Callable[[], Any],  # called without arguments; its result counts, too
     *,
     warmup: int = 1,  # calls before, so that lazily built buffers exist
-    threads: bool = False,  # True: what threads allocate that ran before counts, too
+    threads: bool = False,  # True: also count what threads allocate that ran before the call
 ) -> None:
     """Fail if a steady-state call of `fn` allocates an array, and name the lines.
 
-    Without memray, copies that NumPy makes below Python are missed but for large ones on glibc:
+    Without memray, copies that NumPy makes below Python are missed, except large ones on glibc:
     then passing says less, and a failure says so. `ctxlab.witness.allocations` has the rules,
     the figures, and what it refuses.
     """
@@ -175,7 +175,10 @@ def numeric_gradient(
     x: np.ndarray,  # float64, any shape
     step: float = 6e-6,  # h, relative to max(1, |x_i|)
 ) -> np.ndarray:  # same shape as x
-    "Gradient of `f` at `x` by central differences, entry by entry (2 calls of `f` each)."
+    """Gradient of `f` at `x` by central differences, entry by entry (2 calls of `f` each).
+
+    A TypeError where `x` is not float64.
+    """
     if x.dtype != np.float64:
         raise TypeError(f"x: {x.dtype} has too few digits for differences; use float64")
     x, grad = x.copy(), np.empty_like(x)

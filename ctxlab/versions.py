@@ -49,7 +49,7 @@ class _Requirement:
         return np.inf
 
     def met(self, c: Comparison, old: str, new: str) -> bool:
-        "Whether the new version meets it, beyond doubt."
+        "Whether the new version meets it: with its whole interval, or in bytes ('leaner')."
         if self.kind == "leaner":
             before, after = c[old].nbytes, c[new].nbytes
             return before is not None and after is not None and after < before
@@ -110,7 +110,7 @@ def _places(
 
 # %% ../nbs/04b_versions.ipynb #249d23a8
 def _resolved(target: str) -> str:
-    "A file's name in full, since its worker may run in another folder."
+    "The target with the full path of its file; that of a module as it is."
     place, name = _split_target(target)
     return f"{Path(place).resolve()}:{name}" if place.endswith(".py") else target
 
@@ -130,7 +130,7 @@ def _forms(
 
 # %% ../nbs/04b_versions.ipynb #59430e0e
 def _until(required: list[_Requirement], resolution: float) -> Callable[[str, str, Interval], bool]:
-    "Of a form, its outcome and ratio so far: need it be measured no more?"
+    "A test of a form, its outcome and its ratio so far: True if no more need be measured."
 
     def decided(form: str, outcome: str, ratio: Interval) -> bool:
         settled = all(r.settled(ratio, resolution) for r in required)
@@ -148,16 +148,17 @@ def compare_versions(
     repository: str = ".",  # with those revisions
     require: tuple[str, ...] = (),  # what `_Requirement` takes
     budget: float = 20.0,  # seconds
-    resolution: float = 0.02,
-    threads: int = 1,
-    allocator: str = "default",
-    seed: int = 0,
-    progress: bool | None = None,
+    resolution: float = 0.02,  # differences below it are of no interest
+    threads: int = 1,  # of BLAS, in each process
+    allocator: str = "default",  # or 'no-trim', 'jemalloc', 'mimalloc'
+    seed: int = 0,  # of data, places and turns
+    progress: bool | None = None,  # a bar with the time left; default: on a terminal
 ) -> tuple[Comparison, list[str]]:  # and the requirements that are not met
     """Compare two versions of a function: results first, then time and memory.
 
-    Names are those of functions that are called as they are, or with what `setup` makes of a
-    seed; an error of `compare` where they cannot be.
+    The functions are called without arguments, or with those that `setup` makes from a seed. An
+    InputError names what cannot be read, a WorkerError a call that fails, and a
+    DisagreementError the version whose results differ.
     """
     if old == new:
         raise InputError(f"OLD and NEW are both {old!r}; needed two")
@@ -174,8 +175,9 @@ def compare_versions(
 # %% ../nbs/04b_versions.ipynb #aa4993c4
 def _plot_comparison(c: Comparison, ax: Any) -> None:
     "Each form's interval and the control's, with the band that counts as the same."
-    names = [*(name for name in c if name != c.base), f"{c.base} again"]
-    shown = [*(c[name].ratio for name in c if name != c.base), c[c.base].control]
+    others = [name for name in c if name != c.base]
+    names = [*others, f"{c.base} again"]
+    shown = [*(c[name].ratio for name in others), c[c.base].control]
     for y, i in enumerate(shown):
         if np.isfinite(i.high):  # too few blocks give no interval
             ax.plot([i.low, i.high], [y, y], "k-")
@@ -185,4 +187,5 @@ def _plot_comparison(c: Comparison, ax: Any) -> None:
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlabel(f"time in units of {c.base}; grey: the same within {c.resolution:.0%}")
-    ax.set_title(f"Time of a call, with {1 - c.error:.0%} intervals")
+    told = f"{others[0]}: {c[others[0]].outcome}" if len(others) == 1 else "Time of a call"
+    ax.set_title(f"{told}, with {1 - c.error:.0%} intervals")

@@ -221,7 +221,8 @@ def traced_peak(
     """Most bytes that were alive during `fn()` beyond those alive before it.
 
     The tracer sees what goes through Python's and NumPy's allocators, to the byte. On glibc
-    a native witness sees every `malloc` of 64 KiB or more, to the page; its peak counts
+    a native witness sees each `malloc` of 64 KiB or more, to the page, but for one that fits
+    into what the heap grew by meanwhile, or into free memory of another thread; its peak counts
     where it exceeds the tracer's by 128 KiB and a sixteenth (rounding to pages). Elsewhere
     only the tracer looks. On glibc the call runs with one BLAS thread, and the thresholds of
     `malloc` are afterwards fixed where its own adjustment would end, at 32 and 64 MiB: time

@@ -171,7 +171,9 @@ def _serve(connection: "Connection") -> None:
     "Answer orders until there are no more: the life of a worker."
     me = os.getpid()
     call: Any = None  # until it has started
+    result: Any = None  # of the first call, until it is timed
     answer: Any
+    reply: bytes | None
     while True:
         try:
             what, order = connection.recv()
@@ -186,11 +188,13 @@ def _serve(connection: "Connection") -> None:
                 gc.collect()
                 gc.freeze()  # what exists by now is not searched again and again
             elif what == "result":
-                answer, result = _portable(result), None
-            elif what == "sample":
-                answer = tuple(_sample(call, *order))
+                answer = _portable(result)
             else:
-                answer = _load_function(order)(call)
+                result = answer = reply = None  # what the form does not hold, its heap does not
+                if what == "sample":
+                    answer = tuple(_sample(call, *order))
+                else:
+                    answer = _load_function(order)(call)
             reply = pickle.dumps(("done", answer))
         except BaseException as error:
             reply = pickle.dumps(("failed", _line(error)))

@@ -91,7 +91,7 @@ def synthetic(rng, noise, rounds, effect):
 @pytest.mark.parametrize("noise", NOISE)
 def test_false_alarms_are_rare(noise, rounds):
     rng = np.random.default_rng([rounds, len(noise)])
-    alarms = [synthetic(rng, noise, rounds, 1.0) != "no difference" for _ in range(600)]
+    alarms = [synthetic(rng, noise, rounds, 1.0) != "not told apart" for _ in range(600)]
     assert np.mean(alarms) <= 0.05
 
 
@@ -103,7 +103,9 @@ def test_widened_leaves_out_one_exactly_where_there_is_a_difference(ends):
     assert w.low <= c.ratio.low <= c.ratio.high <= w.high
     # Division rounds, so an edge within rounding of 1 says nothing.
     if min(abs(w.low - 1), abs(w.high - 1)) > 1e-12:
-        assert c.outcome == ("faster" if w.high < 1 else "slower" if w.low > 1 else "no difference")
+        assert c.outcome == (
+            "faster" if w.high < 1 else "slower" if w.low > 1 else "not told apart"
+        )
     assert _apart(c, c) is False
 
 
@@ -152,10 +154,10 @@ def test_a_factor_of_three_is_found(noise, effect, outcome):
     [
         ((1.2, 1.3), (0.9, 1.1), "slower"),
         ((0.7, 0.8), (0.9, 1.1), "faster"),
-        ((1.05, 1.3), (0.9, 1.1), "no difference"),  # the intervals meet
+        ((1.05, 1.3), (0.9, 1.1), "not told apart"),  # the intervals meet
         ((1.01, 1.02), (0.9, 0.95), "slower"),  # a control beside 1 is widened to hold 1 ...
-        ((0.96, 0.99), (0.9, 0.95), "no difference"),  # ... and takes nothing away
-        ((1.0, 1.0), (1.0, 1.0), "no difference"),
+        ((0.96, 0.99), (0.9, 0.95), "not told apart"),  # ... and takes nothing away
+        ((1.0, 1.0), (1.0, 1.0), "not told apart"),
     ],
 )
 def test_outcomes(ratio, control, outcome):
@@ -218,6 +220,19 @@ def test_every_function_fills_its_samples_and_no_more(clock, control):
         n: 20 * calls[n] * (1 + (n == t.control)) + 3
         for n in costs  # and 3 to warm up
     }
+
+
+@pytest.mark.parametrize(("seconds", "warm"), [(0.01, 1), (0.2, 0)])
+def test_every_sample_is_warmed_up_or_none(clock, seconds, warm):
+    # A function that fills a sample by itself must not find the caches in another state than one
+    # that is called twice; where calls are long, both go without.
+    costs = {"a": seconds, "b": 0.9 * seconds}
+    fns = {n: clock.costing(n, s) for n, s in costs.items()}
+    t = time_paired(fns, rounds=(20, 20), least=0.95 * seconds)
+    assert t.calls == {"a": 1, "a" + _AGAIN: 1, "b": 2}
+    assert clock.calls.count("a") == 3 + 2 * 20 * (1 + warm)
+    assert clock.calls.count("b") == 3 + 20 * (2 + warm)
+    assert np.allclose(t.seconds["b"], costs["b"])
 
 
 def test_a_slow_function_beside_a_quick_one_keeps_the_budget(clock):

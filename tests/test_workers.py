@@ -66,6 +66,34 @@ def test_its_life(start):
     assert gone(worker.process.pid)
 
 
+def counts_living_results(seed):
+    import weakref
+
+    import numpy as np
+
+    given = []
+
+    def call():
+        result = np.array([sum(r() is not None for r in given)])  # those that others hold
+        given.append(weakref.ref(result))
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_first_result_is_gone_when_calls_are_timed(start, asked):
+    """Else a form is timed in a heap that holds a result more than the form does."""
+    worker = start(counts_living_results)
+    worker.answer()
+    if asked:
+        assert worker.ask("result") == [0]
+        assert worker.ask("result") == [0]  # it is there until calls are timed
+    worker.sample(1)
+    assert worker.ask("call", "operator:call") == [0]
+    worker.close()
+
+
 def test_faults_are_those_of_the_calls(start):
     def factory(seed):
         # Not a bytearray: without a global lock Python's own allocator keeps its pages.
