@@ -187,7 +187,7 @@ def _without_spoilt_columns(context: np.ndarray) -> np.ndarray:
 
 
 def _are_few(rows: np.ndarray, x: np.ndarray) -> bool:
-    "Whether it pays to treat these rows by themselves."
+    "Whether few enough rows are spoilt to be treated by themselves."
     return 4 * len(rows) < len(x)
 
 
@@ -497,7 +497,7 @@ def _update_requirement(
 class _Gate:
     """Many readers, or one writer. Who comes second and does not fit is refused at once.
 
-    `with gate.reading()` enters the gate itself: a generator would take three times as long."""
+    `with gate.reading()` enters the gate itself, since a generator would take longer."""
 
     def __init__(self, what: str) -> None:  # what is guarded, for the message
         self._what = what
@@ -644,8 +644,9 @@ class _State:
 class SharedAttentionContext(_State):
     """Learned from a layer's input and output (`update`), mixed into the next input (`apply`).
 
-    Any number of threads may apply and go back at once, each with an `out` of its own, while one
-    learns. Who changes what others are using, or learns beside another, gets a RuntimeError."""
+    Any number of threads may call `apply` or `backward` at once, each with an `out` of its own,
+    while one learns. Who changes what others are using, or learns beside another, gets a
+    RuntimeError."""
 
     def __init__(
         self,

@@ -44,7 +44,9 @@ def _leading(a: np.ndarray) -> tuple[bool, int] | None:
     return None if by_columns is None else (False, by_columns)
 
 
-def blas_layout(a: np.ndarray) -> bool:
+def blas_layout(
+    a: np.ndarray,  # (m, n)
+) -> bool:
     "Whether BLAS can take the matrix `a` as it lies: unit stride on one axis, none too short."
     return _leading(a) is not None
 
@@ -76,7 +78,7 @@ def _check_operand(
     ndim: tuple[int, ...] = (2,),
     dtype: DTypeLike | None = None,
 ) -> np.ndarray:
-    "An array that BLAS can take as it lies: a vector or a batch of matrices in C order."
+    "Return an array that BLAS can take as it lies (but for a matrix: in C order), or raise."
     a = _check_array(name, a, ndim, dtype)
     if not (blas_layout(a) if a.ndim == 2 else a.flags.c_contiguous and a.flags.aligned):
         raise _needs_copy(name, a)
@@ -116,7 +118,7 @@ def check_out(
     *,
     name: str = "out",  # the argument's name, for the message
 ) -> np.ndarray:  # `out`, as a plain array
-    "Return `out`, or raise an error: shape, dtype, read-only, overlap with itself or an input."
+    "Return `out`; a TypeError (kind, dtype) or ValueError (shape, read-only, overlap) if unfit."
     c = _check_shape(name, out, shape, dtype)
     flags = c.flags
     if not flags.writeable:
@@ -184,7 +186,7 @@ _ROW_MAJOR, _COLUMN_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 102, 111, 112  # of the
 
 
 def _address(a: np.ndarray) -> int:
-    if a.flags.carray and a.size:  # writeable and in C order: by a way three times as quick
+    if a.flags.carray and a.size:  # writeable and in C order: by a quicker way
         return ctypes.addressof(ctypes.c_char.from_buffer(a))  # type: ignore[arg-type]
     address: int = a.__array_interface__["data"][0]
     return address
@@ -279,7 +281,7 @@ _PANEL_BYTES = 256 * 1024
 
 
 def panels(n_rows: int, row_bytes: int, panel_bytes: int = _PANEL_BYTES) -> Iterator[slice]:
-    "Slices that cut `n_rows` rows into panels of about `panel_bytes`."
+    "Slices that cut `n_rows` rows into panels of at most `panel_bytes`, or of one row."
     if n_rows < 0:
         raise ValueError(f"n_rows: {n_rows} is negative")
     step = max(1, panel_bytes // max(row_bytes, 1))
@@ -328,7 +330,8 @@ def gemm(
     """`out = alpha * a @ b + beta * out`, without a temporary of the result's size (BLAS xGEMM).
 
     The plain product (alpha 1, beta 0) is `np.matmul`, and heeds `np.errstate` as that does. With
-    other factors there is neither a warning nor a FloatingPointError, whatever it says."""
+    other factors there is neither a warning nor a FloatingPointError, whatever it says. A
+    TypeError or ValueError names the argument that does not fit, and leaves `out` as it was."""
     if _are_usual(a, b, out):
         c = out
     else:
@@ -390,7 +393,8 @@ def blend(
 ) -> None:
     """`y = alpha * x + beta * y`, in one pass where NumPy's OpenBLAS offers it (xAXPBY).
 
-    There is neither a warning nor a FloatingPointError, whatever `np.errstate` says."""
+    There is neither a warning nor a FloatingPointError, whatever `np.errstate` says. A TypeError
+    or ValueError names the argument that does not fit, and leaves `y` as it was."""
     if not _fit(x, y):
         x = _check_array("x", x, None)
         y = check_out(y, x.shape, x.dtype, {"x": x}, name="y")

@@ -240,6 +240,7 @@ class DerivedValue(_Cached[_T]):
     themselves. So hold no lock that `compute` needs while you call `get`, or say `once=False`:
     then each computes, and nobody waits.
     An error of `compute` reaches the caller that ran it, and the cell stays empty.
+    A RuntimeError says that `compute` asks for the value that it computes.
     A copy, a deep copy or a pickle has the same compute function, and computes anew.
     As a decorator of a method it makes an attribute: to read it gives the value, `del`
     invalidates it.
@@ -257,7 +258,7 @@ class DerivedValue(_Cached[_T]):
         self.invalidate()
 
     def get(self) -> _T:
-        "The value, computed if something has changed; arrays in it are read-only views."
+        "The value, computed if something has changed; arrays, dicts read-only, lists as tuples."
         cell = self._cell
         if cell[0] is not None:
             self._fill(cell)
@@ -441,6 +442,34 @@ class _Stress(NamedTuple):
     stale: int  # reads without a change that had been announced before
     seconds: float
 
+# %% ../nbs/09_norm_cache.ipynb #c5e1b0a7
+def _rounds(
+    cache: _Cached[Any],
+    each: int,  # reads or writes of a thread
+    counts: list[int],  # of changes, one for each writer
+    announced: list[int],  # of changes that were announced, likewise
+    stale: list[int],  # reads, one for each reader
+) -> list[Callable[[], None]]:
+    "The bodies of all writers and readers; they begin together."
+    start = threading.Barrier(len(counts) + len(stale))
+
+    def write(me: int) -> None:
+        start.wait()
+        for n in range(1, each + 1):
+            counts[me] = n
+            cache.invalidate()
+            announced[me] = n
+
+    def read(me: int) -> None:
+        start.wait()
+        for _ in range(each):
+            known = tuple(announced)
+            value = cache.get() or (0,) * len(counts)
+            stale[me] += any(v < k for v, k in zip(value, known, strict=True))
+
+    bodies: list[Callable[[], None]] = [partial(write, i) for i in range(len(counts))]
+    return bodies + [partial(read, i) for i in range(len(stale))]
+
 # %% ../nbs/09_norm_cache.ipynb #6cecbad9
 def _stress(
     variant: Callable[[Callable[[], Any]], Any],  # of _VARIANTS
@@ -464,28 +493,8 @@ def _stress(
             pause()
         return state
 
-    cache, each = variant(compute), -(-operations // (readers + writers))
-    stale = [0] * readers
-    start = threading.Barrier(readers + writers)
-
-    def write(me: int) -> None:
-        start.wait()
-        for n in range(1, each + 1):
-            counts[me] = n
-            cache.invalidate()
-            announced[me] = n
-
-    def read(me: int) -> None:
-        start.wait()
-        for _ in range(each):
-            known = tuple(announced)
-            value = cache.get() or (0,) * writers
-            stale[me] += any(v < k for v, k in zip(value, known, strict=True))
-
-    seconds = _together(
-        [partial(write, i) for i in range(writers)] + [partial(read, i) for i in range(readers)],
-        interval,
-    )
+    each, stale = -(-operations // (readers + writers)), [0] * readers
+    seconds = _together(_rounds(variant(compute), each, counts, announced, stale), interval)
     return _Stress(each * (readers + writers), each * readers, sum(stale), seconds)
 
 # %% ../nbs/09_norm_cache.ipynb #aeb98ec4
