@@ -8,7 +8,7 @@ __all__ = ['attention', 'attention_into', 'attention_vjp', 'attention_backward_i
 # %% ../../nbs/models/02_attention.ipynb #fcdf20d9
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -118,7 +118,7 @@ def attention(
 
 # %% ../../nbs/models/02_attention.ipynb #1c2cf0bf
 def _blocks(T: int, S: int, itemsize: int) -> list[slice]:  # the last first
-    "Blocks of the T rows, whose S scores each fill a panel."
+    "Blocks of the T rows, with S scores in each row; a block fills at most a panel."
     return list(panels(T, S * itemsize, _PANEL_BYTES))[::-1]
 
 
@@ -134,21 +134,26 @@ def _part(scratch: np.ndarray, rows: slice, columns: int) -> np.ndarray:
     return scratch[: n * columns].reshape(n, columns)
 
 # %% ../../nbs/models/02_attention.ipynb #71f1d5fa
+class _Hidden(NamedTuple):
+    "What one head may not see, or all heads (with B and H in front)."
+
+    later: np.ndarray  # (r, r) bool: above the diagonal of a block, by causality; empty: nothing
+    real: np.ndarray | None  # (S,) bool, False: padding
+    padding: np.ndarray | None  # its opposite
+    mask: np.ndarray | None  # (T, S) of bool, True: seen; or added to the scores
+    unseen: np.ndarray | None  # scratch for the opposite of a block of a mask of bool
+
+
 def _scores_into(
-    q: np.ndarray,
-    k: np.ndarray,
-    block: np.ndarray,
-    rows: slice,
-    later: np.ndarray,
-    hidden: np.ndarray | None,
-    mask: np.ndarray | None,
-    unseen: np.ndarray | None,
+    q: np.ndarray,  # (T, E)
+    k: np.ndarray,  # (S, E)
+    block: np.ndarray,  # (n, columns), receives the scores
+    rows: slice,  # n of the T
+    hidden: _Hidden,
     scale: float,
 ) -> None:
-    """Scaled, masked scores of one head.
-
-    `later` is what causality hides, `hidden` is padding, `mask` (T, S) is bool or is added;
-    `unseen` is scratch for its opposite."""
+    "Scaled, masked scores of some rows of one head, for the first keys."
+    later, _, padding, mask, unseen = hidden
     (n, columns), first = block.shape, rows.start + len(k) - len(q)  # key of the first query
     np.matmul(q[rows], k[:columns].T, out=block)
     block *= block.dtype.type(scale)
@@ -159,35 +164,46 @@ def _scores_into(
         np.copyto(block, -np.inf, where=flags)
     if len(later):
         np.copyto(block[:, first:], -np.inf, where=later[:n, : columns - first])
-    if hidden is not None:
-        np.copyto(block, -np.inf, where=hidden[:columns])
+    if padding is not None:
+        np.copyto(block, -np.inf, where=padding[:columns])
 
 # %% ../../nbs/models/02_attention.ipynb #bb7dca9b
-def _heads(B: int, H: int) -> Iterator[tuple[int, int]]:
-    return ((b, h) for b in range(B) for h in range(H))
-
-
-def _masks(
-    ws: Workspace, step: int, causal: bool, keep: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    "The triangle above the diagonal of a block, empty if nothing is hidden, and what is padding."
+def _later(ws: Workspace, step: int, causal: bool) -> np.ndarray:
+    "The triangle above the diagonal of a block, empty if nothing is hidden."
     later = ws.take("attention.later", (step, step) if causal else (0, 0), np.bool_)
     for i, row in enumerate(later):
         row[: i + 1], row[i + 1 :] = False, True
-    if keep is None:
-        return later, None
-    return later, np.logical_not(keep, out=ws.take("attention.hidden", keep.shape, np.bool_))
+    return later
 
 
-def _mask_of(
-    mask: np.ndarray | None, shape: tuple[int, ...], step: int, ws: Workspace
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    "The mask as (B, H, T, S), a view, and scratch for the opposite of a block of it if it is bool."
-    if mask is None:
-        return None, None
-    flags = mask.dtype == np.bool_
-    unseen = ws.take("attention.unseen", (step * shape[3],), np.bool_) if flags else None
-    return np.broadcast_to(mask, shape), unseen
+def _hidden(
+    ws: Workspace,
+    shape: tuple[int, ...],  # (B, H, T, S)
+    step: int,  # rows of a block
+    causal: bool,
+    keep: np.ndarray | None,
+    mask: np.ndarray | None,
+) -> _Hidden:
+    "What the heads of a call may not see."
+    later, padding, masks, unseen = _later(ws, step, causal), None, None, None
+    if keep is not None:
+        padding = np.logical_not(keep, out=ws.take("attention.hidden", keep.shape, np.bool_))
+    if mask is not None:
+        masks = np.broadcast_to(mask, shape)
+        if mask.dtype == np.bool_:
+            unseen = ws.take("attention.unseen", (step * shape[3],), np.bool_)
+    return _Hidden(later, keep, padding, masks, unseen)
+
+
+def _heads(hidden: _Hidden, B: int, H: int) -> Iterator[tuple[tuple[int, int], _Hidden]]:
+    "Each head of each sequence, and what it may not see."
+    later, keep, padding, masks, unseen = hidden
+    for b in range(B):
+        real = None if keep is None else keep[b]
+        padded = None if padding is None else padding[b]
+        for h in range(H):
+            mask = None if masks is None else masks[b, h]
+            yield (b, h), _Hidden(later, real, padded, mask, unseen)
 
 # %% ../../nbs/models/02_attention.ipynb #597a33b5
 def _attention_requirement(
@@ -242,7 +258,7 @@ def _check_attention(
     q: Any,
     k: Any,
     v: Any,
-    more: dict[str, Any],  # of the shape of q, but lse and weights
+    more: dict[str, Any],  # of the shape of q, except lse and weights
     writes: dict[str, Any],  # the same, and gradients of k and v, which have their shape
     causal: bool,
     keep: Any,
@@ -313,33 +329,29 @@ def _attention_into(
     scale: float | None = None,
 ) -> np.ndarray:
     "`attention_into` without checks."
-    factor = _check_scale(scale, q.shape[3], q.dtype)
     (B, H, T, E), S = q.shape, k.shape[2]
+    factor = _check_scale(scale, E, q.dtype)
     blocks, step = _blocks(T, S, q.itemsize), _block_rows(S, q.dtype, T)
+    kept = weights is not None
     if weights is not None and causal:
         weights.fill(0)
     with ws.scope():
-        later, hidden = _masks(ws, step, causal, keep)
-        masks, unseen = _mask_of(mask, (B, H, T, S), step, ws)
+        everywhere = _hidden(ws, (B, H, T, S), step, causal, keep, mask)
         scratch = ws.take("attention.block", (step * S,), q.dtype)
         row = ws.take("attention.row", (step,), q.dtype)
         real = None if keep is None else ws.take("attention.real", (4, S, E), q.dtype)
-        for b, h in _heads(B, H):
-            padding = None if hidden is None else hidden[b]
-            Q, K, V = _real([q[b, h], k[b, h], v[b, h]], None if keep is None else keep[b], real)
+        for at, hidden in _heads(everywhere, B, H):
+            Q, K, V = _real([q[at], k[at], v[at]], hidden.real, real)
             for rows in blocks:
                 columns = rows.stop + S - T if causal else S
-                P = _part(scratch, rows, columns)
-                if weights is not None:
-                    P = weights[b, h, rows, :columns]
-                seen = None if masks is None else masks[b, h]
-                _scores_into(Q, K, P, rows, later, padding, seen, unseen, factor)
-                total = row[: len(P)]
-                _finish(
-                    P, V[:columns], out[b, h, rows], lse[b, h, rows], total, weights is not None
-                )
-            if padding is not None and T == S:
-                _clear(padding, out[b, h], None if weights is None else weights[b, h])
+                if weights is None:
+                    P = _part(scratch, rows, columns)
+                else:
+                    P = weights[at][rows, :columns]
+                _scores_into(Q, K, P, rows, hidden, factor)
+                _finish(P, V[:columns], out[at][rows], lse[at][rows], row[: len(P)], kept)
+            if hidden.padding is not None and T == S:
+                _clear(hidden.padding, out[at], None if weights is None else weights[at])
     return out
 
 # %% ../../nbs/models/02_attention.ipynb #027b933a
@@ -410,15 +422,15 @@ def _attention_of_one_requirement(dtype: DTypeLike, keep: bool) -> Requirement:
 
 # %% ../../nbs/models/02_attention.ipynb #b99f3de7
 def attention_vjp(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    grad_out: np.ndarray,
+    q: np.ndarray,  # (B, H, T, E)
+    k: np.ndarray,  # (B, H, S, E)
+    v: np.ndarray,  # (B, H, S, E)
+    grad_out: np.ndarray,  # (B, H, T, E)
     *,
-    causal: bool = False,
-    keep: np.ndarray | None = None,
-    mask: np.ndarray | None = None,
-    scale: float | None = None,
+    causal: bool = False,  # as in the forward pass, and so are the next three
+    keep: np.ndarray | None = None,  # (B, S) bool, False: padding
+    mask: np.ndarray | None = None,  # repeats to (B, H, T, S); it takes no gradient
+    scale: float | None = None,  # factor of the scores; default: 1 / sqrt(E)
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # of the shapes of q, k, v
     "Gradients of `attention` for q, k and v; clear and allocating."
     q, k, v, grad_out = _zero_padding(keep, q, k, v, grad_out)
@@ -432,16 +444,33 @@ def attention_vjp(
 def _score_gradient(
     P: np.ndarray,  # (n, S) weights
     V: np.ndarray,  # (S, E)
+    o: np.ndarray,  # (n, E) result
     G: np.ndarray,  # (n, E) gradient of the result
-    delta: np.ndarray,  # (n,)
+    delta: np.ndarray,  # (n,), scratch
     out: np.ndarray,  # (n, S), receives that of the scores
     factor: float,  # of the scores
 ) -> None:
     "Gradient of the products of queries and keys."
+    np.vecdot(G, o, out=delta)
     np.matmul(G, V.T, out=out)
     out -= delta[:, None]
     out *= P
     out *= out.dtype.type(factor)
+
+
+def _weights_again(
+    q: np.ndarray,  # (T, E)
+    k: np.ndarray,  # (S, E)
+    lse: np.ndarray,  # (n,), of the rows
+    out: np.ndarray,  # (n, columns), receives the weights
+    rows: slice,
+    hidden: _Hidden,
+    factor: float,  # of the scores
+) -> None:
+    "The weights of a block of one head, as in the forward pass."
+    _scores_into(q, k, out, rows, hidden, factor)
+    out -= lse[:, None]
+    np.exp(out, out=out)
 
 # %% ../../nbs/models/02_attention.ipynb #0c89b6e7
 def _attention_backward_into(
@@ -470,47 +499,38 @@ def _attention_backward_into(
         grad_k.fill(0)
         grad_v.fill(0)
     with ws.scope():
-        later, hidden = _masks(ws, step, causal, keep)
-        masks, unseen = _mask_of(mask, (B, H, T, S), step, ws)
+        everywhere = _hidden(ws, (B, H, T, S), step, causal, keep, mask)
         scratch = ws.take("attention.block", (step * S,), q.dtype)
         gradient = ws.take("attention.gradient", (step * S,), q.dtype)
         row = ws.take("attention.row", (step,), q.dtype)
         real = None if keep is None else ws.take("attention.real", (4, S, E), q.dtype)
-        for b, h in _heads(B, H):
-            padding = None if hidden is None else hidden[b]
-            given = [q[b, h], k[b, h], v[b, h], grad_out[b, h]]
-            Q, K, V, dO = _real(given, None if keep is None else keep[b], real)
+        for at, hidden in _heads(everywhere, B, H):
+            Q, K, V, dO = _real([q[at], k[at], v[at], grad_out[at]], hidden.real, real)
             for rows in blocks:
                 columns = rows.stop + S - T if causal else S
-                G, delta = dO[rows], row[: rows.stop - rows.start]
-                beta = float(rows.stop < T)
-                np.vecdot(G, o[b, h, rows], out=delta)
-                if weights is not None:
-                    P = weights[b, h, rows, :columns]
-                else:
+                if weights is None:
                     P = _part(scratch, rows, columns)
-                    seen = None if masks is None else masks[b, h]
-                    _scores_into(Q, K, P, rows, later, padding, seen, unseen, factor)
-                    P -= lse[b, h, rows, None]
-                    np.exp(P, out=P)
-                dZ = _part(gradient, rows, columns)
-                _score_gradient(P, V[:columns], G, delta, dZ, factor)
-                gemm(P.T, G, grad_v[b, h, :columns], beta=beta)
-                np.matmul(dZ, K[:columns], out=grad_q[b, h, rows])
-                gemm(dZ.T, Q[rows], grad_k[b, h, :columns], beta=beta)
+                    _weights_again(Q, K, lse[at][rows], P, rows, hidden, factor)
+                else:
+                    P = weights[at][rows, :columns]
+                G, dZ, beta = dO[rows], _part(gradient, rows, columns), float(rows.stop < T)
+                _score_gradient(P, V[:columns], o[at][rows], G, row[: len(P)], dZ, factor)
+                gemm(P.T, G, grad_v[at][:columns], beta=beta)
+                np.matmul(dZ, K[:columns], out=grad_q[at][rows])
+                gemm(dZ.T, Q[rows], grad_k[at][:columns], beta=beta)
 
 # %% ../../nbs/models/02_attention.ipynb #808ddf18
 def attention_backward_into(
     q: np.ndarray,  # (B, H, T, E) as in the forward pass
     k: np.ndarray,  # (B, H, S, E)
     v: np.ndarray,  # (B, H, S, E)
-    o: np.ndarray,  # its result
-    lse: np.ndarray,  # (B, H, T) from it
+    o: np.ndarray,  # (B, H, T, E), result of the forward pass
+    lse: np.ndarray,  # (B, H, T), from the forward pass
     grad_out: np.ndarray,  # (B, H, T, E)
     grad_q: np.ndarray,  # (B, H, T, E), receives dL/dq
     grad_k: np.ndarray,  # (B, H, S, E), receives dL/dk
     grad_v: np.ndarray,  # (B, H, S, E), receives dL/dv
-    ws: Workspace,  # for `attention_requirement(backward=True)`
+    ws: Workspace,  # for `_attention_requirement(backward=True)`
     *,
     weights: np.ndarray | None = None,  # (B, H, T, S) if they were kept
     causal: bool = False,  # as in the forward pass

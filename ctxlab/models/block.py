@@ -153,8 +153,8 @@ class _Parametric:
 
 # %% ../../nbs/models/03_block.ipynb #54ba281a
 _LEARNED = "incoming", "outgoing"  # contexts that a state may hold
-_SHARED = "inference"  # the name of what no backward pass will read: each block uses it again
-_OUTPUTS = f"{_SHARED}.y0", f"{_SHARED}.y1"  # one is the input of the other
+_SHARED = "inference"  # one name in all blocks, for buffers that no backward pass will read
+_OUTPUTS = f"{_SHARED}.y0", f"{_SHARED}.y1"  # a block reads one and writes the other
 
 
 @dataclass
@@ -438,7 +438,7 @@ def _pass_on(
     decoding: _Decoding | None,
     options: dict[str, Any],
 ) -> None:
-    "A forward pass of which nothing but `out` is left."
+    "A forward pass that leaves `out`, and what the context learns, and nothing else."
     with unbuffered(), block.workspace.scope():
         x = block._without_padding(x, _SHARED, **options)
         h = block._mix(x, _SHARED, **options)
@@ -735,7 +735,7 @@ class Block(_Kind):
         x: np.ndarray,  # (B, S, D); stays as it is until backward, as must arrays of options
         out: np.ndarray
         | None = None,  # same shape; default: a buffer, valid in this generation, and
-        # without training until the next such pass on this workspace that does not read it
+        # with training=False until a later such pass on this workspace that does not read it
         *,
         training: bool = True,  # False: keeps nothing for backward, in buffers that blocks share
         **options: Any,
@@ -777,7 +777,7 @@ class Block(_Kind):
         return out
 
     def forget(self) -> None:
-        "Let go of what backward would need."
+        "Drop what backward would need; `backward()` is a RuntimeError until the next forward pass."
         self._saved = None
 
     def start(
@@ -843,7 +843,7 @@ class Block(_Kind):
         max_len: int | None = None,  # L: of a decoding, with a prompt of seq_len, and steps
         **options: bool,  # as for `requirement`
     ) -> int:
-        "Most bytes that both passes take from the workspace, for sequences of this length."
+        "Most bytes taken at once: by both passes, a forward pass alone, or a decoding (max_len)."
         if max_len is not None:
             return _decoding_bytes(self, batch, seq_len, max_len, **options)
         requirement = self.requirement(training=training, **options)
@@ -919,7 +919,9 @@ def check_gradients(
     G: np.ndarray,  # (B, S, D), dL/dy
     **options: Any,  # of forward; each pass gets copies
 ) -> dict[str, np.ndarray]:  # 'x' and parameters -> gradient
-    "Gradients from `backward` of all parameters and the input, if they agree with differences."
+    """Gradients from `backward` of all parameters and the input, if they agree with differences.
+
+    Parameters change while it runs, and are put back; a context learns from every pass."""
     x = x.copy()
     arrays = {"x": x} | block.parameters()
 
@@ -931,7 +933,7 @@ def check_gradients(
         return float(np.sum(G * y))
 
     y = block.forward(x, **{name: copy(option) for name, option in options.items()})
-    size = float(np.linalg.norm(G * y))  # of the terms of the loss, whose rounding is seen
+    size = float(np.linalg.norm(G * y))  # sets the rounding of the differences
     found = {"x": block.backward(G).copy()} | {
         name: g.copy() for name, g in block.gradients().items()
     }
@@ -939,7 +941,7 @@ def check_gradients(
         assert_equiv(
             gradient,
             numeric_gradient(partial(loss, arrays[name]), arrays[name]),
-            c=1e7,  # 60 times the rounding; the rest is for the third derivative
+            c=1e7,  # for rounding, and for the third derivative that differences leave out
             scale=size,
         )
     return found
@@ -974,7 +976,7 @@ class _Model(_Parametric, metaclass=ABCMeta):
     def backward(self, grad_out: np.ndarray | None = None) -> None:
         "Gradients of the last loss, into `gradients()`."
 
-    def last_outputs(self) -> dict[str, np.ndarray]:  # the last one has become its gradient
+    def last_outputs(self) -> dict[str, np.ndarray]:  # the last holds its gradient or error
         "What the layers gave in the last loss, until its backward pass."
         return {} if self._saved is None else self._saved.outputs
 

@@ -194,7 +194,7 @@ def silu_backward_into(
     a: np.ndarray,  # any shape, as in the forward pass
     grad_out: np.ndarray,  # same shape
     out: np.ndarray,  # same shape, receives dL/da; may be `grad_out`
-    ws: Workspace,  # for one such array
+    ws: Workspace,  # for two such arrays
 ) -> np.ndarray:  # out
     "Gradient of `silu_into`: `sigma (1 + a (1 - sigma))`."
     _check_array("a", a, None)
@@ -348,7 +348,7 @@ def _listen(
     n_steps: int,  # T
     kept: _DiffusionKept,
 ) -> None:
-    "From levels to the six vectors, with 1 + scale in place of scale."
+    "The six vectors of each level, into `kept`, with 1 + scale in place of scale."
     table = _embeddings(n_steps, kept.level.shape[1], kept.level.dtype)
     np.take(table, t, axis=0, out=kept.level, mode="clip")
     _linear_into(kept.level, p["time1.weight"], p["time1.bias"], kept.time1)
@@ -437,6 +437,69 @@ def _steered_gate_backward(
     ):
         _gate_backward_into(branch[rows], gate, G[rows], out[rows], dgate, ws)
 
+# %% ../../nbs/models/05_diffusion.ipynb #038da729
+def _steer(block: "DiffusionBlock", h: np.ndarray, y: np.ndarray, kept: _DiffusionKept) -> None:
+    "Both branches, as the six vectors say; `h` and `y` are (N, D)."
+    p, ws = block._parameters, block.workspace
+    of_attention, of_feed = kept.six[:, :3], kept.six[:, 3:]
+    with ws.scope():
+        normed = ws.take("diffusion.normed", h.shape, block.dtype)
+        nothing = np.broadcast_to(block._zero, h.shape)
+        _steered_norm(of_attention, h, normed, kept.stats1, block.eps)
+        _attend(p, normed, nothing, kept.attended, kept, ws, block.causal)
+        _steered_gate(of_attention, h, kept.attended, kept.middle)
+        _steered_norm(of_feed, kept.middle, normed, kept.stats2, block.eps)
+        _feed(p, normed, nothing, kept.fed, kept, ws, block.approximate)
+        _steered_gate(of_feed, kept.middle, kept.fed, y)
+
+
+def _steer_backward(
+    block: "DiffusionBlock",
+    h: np.ndarray,  # (N, D)
+    kept: _DiffusionKept,
+    G: np.ndarray,  # (N, D)
+    grad_h: np.ndarray,  # (N, D), receives the gradient
+) -> None:
+    "Gradients of both branches, and of the maps that steer them."
+    p, g, ws = block._parameters, block._gradients, block.workspace
+    of_attention, of_feed = kept.six[:, :3], kept.six[:, 3:]
+    with ws.scope():
+        normed = ws.take("diffusion.normed", G.shape, block.dtype)
+        dm = ws.take("diffusion.dmiddle", G.shape, block.dtype)
+        dmodulation = ws.take("diffusion.dmodulation", kept.modulation.shape, block.dtype)
+        dsix = dmodulation.reshape(kept.six.shape)
+        _steered_gate_backward(of_feed, dsix[:, 3:], kept.fed, G, grad_h, ws)
+        _steered_renorm(of_feed, kept.middle, normed, kept.stats2)
+        _feed_backward(p, g, normed, grad_h, dm, kept, ws, block.approximate)
+        _steered_norm_backward(of_feed, dsix[:, 3:], kept.middle, dm, kept.stats2, ws)
+        dm += G
+        _steered_gate_backward(of_attention, dsix[:, :3], kept.attended, dm, grad_h, ws)
+        _steered_renorm(of_attention, h, normed, kept.stats1)
+        _attend_backward(p, g, normed, grad_h, grad_h, kept, ws, block.causal)
+        _steered_norm_backward(of_attention, dsix[:, :3], h, grad_h, kept.stats1, ws)
+        grad_h += dm
+        _listen_backward(p, g, dmodulation, kept, ws)
+
+# %% ../../nbs/models/05_diffusion.ipynb #f7d46761
+def _diffusion_backward_scratch(dtype: np.dtype, causal: bool) -> Requirement:
+    "Scratch of `_steer_backward`."
+    listen = all_of(
+        Buffer("diffusion.dheard", ("B", "D"), dtype),
+        Buffer("diffusion.dtime", ("B", "D"), dtype),
+        Buffer("silu.scratch", (2, "B", "D"), dtype),
+    )
+    return all_of(
+        Buffer("diffusion.normed", ("N", "D"), dtype),
+        Buffer("diffusion.dmiddle", ("N", "D"), dtype),
+        Buffer("diffusion.dmodulation", ("B", "6 D"), dtype),
+        any_of(
+            *_sublayers_backward_scratch(dtype, causal, keep=False),
+            _norm_requirement(dtype),
+            Buffer("gate.column", ("D",), dtype),
+            listen,
+        ),
+    )
+
 # %% ../../nbs/models/05_diffusion.ipynb #0fe5a48e
 class DiffusionBlock(Block):
     "Attention and a feed-forward layer, steered by the noise level of each sequence (adaLN-Zero)."
@@ -515,18 +578,8 @@ class DiffusionBlock(Block):
     ) -> _DiffusionKept:
         grid = shape[0], shape[1], self.n_heads
         kept = _DiffusionKept(grid=grid, signal=self._signal(t), **arrays)
-        p, ws = self._parameters, self.workspace
-        _listen(p, t, self.n_steps, kept)
-        of_attention, of_feed = kept.six[:, :3], kept.six[:, 3:]
-        with ws.scope():
-            normed = ws.take("diffusion.normed", h.shape, self.dtype)
-            nothing = np.broadcast_to(self._zero, h.shape)
-            _steered_norm(of_attention, h, normed, kept.stats1, self.eps)
-            _attend(p, normed, nothing, kept.attended, kept, ws, self.causal)
-            _steered_gate(of_attention, h, kept.attended, kept.middle)
-            _steered_norm(of_feed, kept.middle, normed, kept.stats2, self.eps)
-            _feed(p, normed, nothing, kept.fed, kept, ws, self.approximate)
-            _steered_gate(of_feed, kept.middle, kept.fed, y)
+        _listen(self._parameters, t, self.n_steps, kept)
+        _steer(self, h, y, kept)
         return kept
 
     def _backward(
@@ -537,24 +590,7 @@ class DiffusionBlock(Block):
         grad_h: np.ndarray,
         shape: tuple[int, ...],
     ) -> None:
-        p, g, ws = self._parameters, self._gradients, self.workspace
-        of_attention, of_feed = kept.six[:, :3], kept.six[:, 3:]
-        with ws.scope():
-            normed = ws.take("diffusion.normed", G.shape, self.dtype)
-            dm = ws.take("diffusion.dmiddle", G.shape, self.dtype)
-            dmodulation = ws.take("diffusion.dmodulation", kept.modulation.shape, self.dtype)
-            dsix = dmodulation.reshape(kept.six.shape)
-            _steered_gate_backward(of_feed, dsix[:, 3:], kept.fed, G, grad_h, ws)
-            _steered_renorm(of_feed, kept.middle, normed, kept.stats2)
-            _feed_backward(p, g, normed, grad_h, dm, kept, ws, self.approximate)
-            _steered_norm_backward(of_feed, dsix[:, 3:], kept.middle, dm, kept.stats2, ws)
-            dm += G
-            _steered_gate_backward(of_attention, dsix[:, :3], kept.attended, dm, grad_h, ws)
-            _steered_renorm(of_attention, h, normed, kept.stats1)
-            _attend_backward(p, g, normed, grad_h, grad_h, kept, ws, self.causal)
-            _steered_norm_backward(of_attention, dsix[:, :3], h, grad_h, kept.stats1, ws)
-            grad_h += dm
-            _listen_backward(p, g, dmodulation, kept, ws)
+        _steer_backward(self, h, kept, G, grad_h)
 
     def _kept_shapes(self) -> dict[str, tuple[_Dim, ...]]:
         shapes: dict[str, tuple[_Dim, ...]] = {
@@ -585,22 +621,7 @@ class DiffusionBlock(Block):
         return all_of(normed, _sublayers_scratch(self.dtype, self.causal, keep=False))
 
     def _backward_scratch(self) -> Requirement:
-        listen = all_of(
-            Buffer("diffusion.dheard", ("B", "D"), self.dtype),
-            Buffer("diffusion.dtime", ("B", "D"), self.dtype),
-            Buffer("silu.scratch", (2, "B", "D"), self.dtype),
-        )
-        return all_of(
-            Buffer("diffusion.normed", ("N", "D"), self.dtype),
-            Buffer("diffusion.dmiddle", ("N", "D"), self.dtype),
-            Buffer("diffusion.dmodulation", ("B", "6 D"), self.dtype),
-            any_of(
-                *_sublayers_backward_scratch(self.dtype, self.causal, keep=False),
-                _norm_requirement(self.dtype),
-                Buffer("gate.column", ("D",), self.dtype),
-                listen,
-            ),
-        )
+        return _diffusion_backward_scratch(self.dtype, self.causal)
 
 # %% ../../nbs/models/05_diffusion.ipynb #17b948e0
 @dataclass
@@ -654,7 +675,47 @@ def _run_back(
             dh = block.backward(dh)
         _layer_backward(p, g, "in.", last.rows, dh.reshape(rows.shape), None)
 
+# %% ../../nbs/models/05_diffusion.ipynb #e29c60a4
+def _check_data(
+    model: "Denoiser", name: str, x: Any, t: Any
+) -> tuple[np.ndarray, np.ndarray]:  # (B, S, features), (B,)
+    "Data and noise levels, if the model can take them."
+    x = _check_array(name, x, (3,), model.dtype)
+    if x.shape[2] != model.features or not 0 < x.shape[1] <= model.max_len or not len(x):
+        raise ValueError(
+            f"{name}: shape {x.shape}, "
+            f"needed (B, S, {model.features}) with S up to {model.max_len}, not empty"
+        )
+    _check_contiguous(name, x)
+    return x, _check_levels(t, len(x), model.n_steps)
+
+
+def _compare(
+    model: "Denoiser", x0: np.ndarray, noise: np.ndarray, t: np.ndarray, training: bool, learn: bool
+) -> tuple[_DenoiserPass, np.ndarray]:
+    "A pass over data with noise in it, and by how much the prediction is off."
+    x0, t = _check_data(model, "x0", x0, t)
+    _check_shape("noise", noise, x0.shape, model.dtype)
+    model._begin(learn)
+    with unbuffered():
+        noisy = model.workspace.take("denoiser.noisy", x0.shape, model.dtype)
+        _add_noise_into(x0, noise, t, model.alpha_bar, noisy, model.workspace)
+        kept = _predict(model, noisy, t, training)
+        out = kept.outputs["out"]
+        kept.off = np.subtract(out, noise, out=out)
+    return kept, kept.off
+
 # %% ../../nbs/models/05_diffusion.ipynb #0765fa48
+def _denoiser_shapes(features: int, dim: int) -> dict[str, tuple[int, ...]]:
+    "Parameters of the two linear maps."
+    return {
+        "in.weight": (dim, features),
+        "in.bias": (dim,),
+        "out.weight": (features, dim),
+        "out.bias": (features,),
+    }
+
+
 def _named_blocks(
     model: "Denoiser",
     n_blocks: int,
@@ -714,29 +775,15 @@ class Denoiser(_Model):
         self.max_len = max_len
         self.alpha_bar = cosine_schedule(n_steps)
         self.weights = 1 / np.maximum(self.alpha_bar, floor)  # (T,), of the levels in the loss
-        shapes = {
-            "in.weight": (dim, features),
-            "in.bias": (dim,),
-            "out.weight": (features, dim),
-            "out.bias": (features,),
-        }
         self.blocks = _named_blocks(self, n_blocks, n_heads, ffn_dim, strength=strength, rng=rng)
-        self._allocate(shapes, dtype, rng)
+        self._allocate(_denoiser_shapes(features, dim), dtype, rng)
         self._parameters["out.weight"].fill(0)
         self._positions = _embeddings(max_len, dim, self.dtype)
-        self.config: dict[str, Any] = dict(  # numbers that a checkpoint must agree with
-            features=features,
-            dim=dim,
-            n_heads=n_heads,
-            ffn_dim=ffn_dim,
-            n_blocks=n_blocks,
-            n_steps=n_steps,
-            max_len=max_len,
-            floor=float(floor),
-            itemsize=self.dtype.itemsize,
-            with_contexts=int(strength is not None),
-            update_rate=float(update_rate),
-        )
+        # Numbers that a checkpoint must agree with.
+        self.config: dict[str, Any] = dict(features=features, dim=dim, n_heads=n_heads)
+        self.config |= dict(ffn_dim=ffn_dim, n_blocks=n_blocks, n_steps=n_steps, max_len=max_len)
+        self.config |= dict(floor=float(floor), itemsize=self.dtype.itemsize)
+        self.config |= dict(with_contexts=int(strength is not None), update_rate=float(update_rate))
 
     def forward(
         self,
@@ -746,8 +793,8 @@ class Denoiser(_Model):
         training: bool = True,  # False: keeps nothing for backward
         learn: bool = False,  # whether the contexts learn from this batch
     ) -> np.ndarray:  # (B, S, features), valid until the next forward pass
-        "The noise in `x`."
-        x, t = self._check("x", x, t)
+        "The predicted noise in `x`; a TypeError or ValueError names what does not fit."
+        x, t = _check_data(self, "x", x, t)
         self._begin(learn)
         with unbuffered():
             kept = _predict(self, x, t, training)
@@ -762,7 +809,7 @@ class Denoiser(_Model):
         t: np.ndarray,  # (B,) noise levels
     ) -> float:
         "Mean squared error of the prediction, all levels weighing the same; nothing is learned."
-        off = self._off(x0, noise, t, training=False, learn=False)[1].reshape(-1)
+        off = _compare(self, x0, noise, t, training=False, learn=False)[1].reshape(-1)
         return float(np.dot(off, off)) / off.size
 
     def loss(
@@ -773,8 +820,8 @@ class Denoiser(_Model):
         *,
         learn: bool = True,  # whether the contexts learn from this batch
     ) -> float:  # mean over the sequences
-        "The error with its weights, for `backward()`."
-        self._saved, off = self._off(x0, noise, t, True, learn)
+        "Mean squared error, weighted by level (see `floor`), for `backward()`."
+        self._saved, off = _compare(self, x0, noise, t, True, learn)
         squares = [np.dot(row, row) for row in off.reshape(len(off), -1)]
         return float(np.dot(squares, self.weights[t])) / off.size
 
@@ -794,36 +841,11 @@ class Denoiser(_Model):
         self._saved = None
         _run_back(self, last, grad_out, scales.tolist())
 
-    def _check(self, name: str, x: Any, t: Any) -> tuple[np.ndarray, np.ndarray]:
-        x = _check_array(name, x, (3,), self.dtype)
-        if x.shape[2] != self.features or not 0 < x.shape[1] <= self.max_len or not len(x):
-            raise ValueError(
-                f"{name}: shape {x.shape}, "
-                f"needed (B, S, {self.features}) with S up to {self.max_len}, not empty"
-            )
-        _check_contiguous(name, x)
-        return x, _check_levels(t, len(x), self.n_steps)
-
     def _begin(self, learn: bool) -> None:
         "Let go of what was; hand contexts on; begin a generation."
         self._saved = None
         self._hand_on(learn)
         self.workspace.next_generation()
-
-    def _off(
-        self, x0: np.ndarray, noise: np.ndarray, t: np.ndarray, training: bool, learn: bool
-    ) -> tuple[_DenoiserPass, np.ndarray]:
-        "A pass over data with noise in it, and by how much the prediction is off."
-        x0, t = self._check("x0", x0, t)
-        _check_shape("noise", noise, x0.shape, self.dtype)
-        self._begin(learn)
-        with unbuffered():
-            noisy = self.workspace.take("denoiser.noisy", x0.shape, self.dtype)
-            _add_noise_into(x0, noise, t, self.alpha_bar, noisy, self.workspace)
-            kept = _predict(self, noisy, t, training)
-            out = kept.outputs["out"]
-            kept.off = np.subtract(out, noise, out=out)
-        return kept, kept.off
 
 # %% ../../nbs/models/05_diffusion.ipynb #ecdd55f0
 def _ddim_step(

@@ -46,7 +46,7 @@ def _same_place(a: np.ndarray, b: np.ndarray) -> bool:
 def _check_operands(
     dtype: DTypeLike,  # of all of them
     reads: Mapping[str, tuple[Any, tuple[int, ...]]],  # arrays that are only read, and their shapes
-    writes: Mapping[str, tuple[Any, tuple[int, ...]]],  # arrays that are written to, the same
+    writes: Mapping[str, tuple[Any, tuple[int, ...]]],  # written arrays, and their shapes
     same: tuple[tuple[str, str], ...] = (),  # (written, other) that may be one and the same array
     beside: Mapping[str, np.ndarray | None] | None = None,  # checked by others, only read
 ) -> None:
@@ -86,7 +86,7 @@ def _check_rows(name: str, x: Any) -> tuple[int, int]:  # N, D
 
 # %% ../../nbs/models/01_layers.ipynb #1db5bd13
 def _row_means(x: np.ndarray) -> np.ndarray:  # (..., D) -> (..., 1)
-    "Means of the rows, which rounding does not carry beyond the entries of the row."
+    "Means of the rows, kept between the smallest and the largest entry of the row."
     lowest, highest = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
     return np.clip(x.mean(axis=-1, keepdims=True), lowest, highest)
 
@@ -116,7 +116,7 @@ def _normalise(X: np.ndarray, stats: np.ndarray, out: np.ndarray) -> None:
 def _means_into(X: np.ndarray, mean: np.ndarray, t: np.ndarray) -> None:
     "Means of the rows, between their smallest and largest entry; `t` is scratch of that shape."
     np.add.reduce(X, axis=1, out=mean)
-    mean /= X.shape[1]  # a product with 1 / D is off by a digit more
+    mean /= X.shape[1]  # a product with 1 / D would round once more
     if np.equal(X[:, 0], X[:, -1]).any():
         np.minimum(mean, np.maximum.reduce(X, axis=1, out=t), out=mean)
         np.maximum(mean, np.minimum.reduce(X, axis=1, out=t), out=mean)
@@ -186,7 +186,10 @@ def _renorm_into(
 
 # %% ../../nbs/models/01_layers.ipynb #a89573ad
 def layer_norm_vjp(
-    x: np.ndarray, weight: np.ndarray, grad_out: np.ndarray, eps: float = 1e-5
+    x: np.ndarray,  # (N, D)
+    weight: np.ndarray,  # (D,)
+    grad_out: np.ndarray,  # (N, D)
+    eps: float = 1e-5,  # added to the variance
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Gradients of `layer_norm` for x (N, D), weight (D,) and bias (D,)."
     centred = x - _row_means(x)
@@ -364,7 +367,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:  # same shape
 
 
 def _sigmoid_into(x: np.ndarray, out: np.ndarray) -> None:  # may be the same array
-    "`sigmoid`, written to `out`; the caller ignores overflow."
+    "`_sigmoid`, written to `out`; the caller must silence the warning of overflow."
     np.multiply(x, -1, out=out)  # NumPy 2.4 negates columns of 16-byte steps as if contiguous
     np.exp(out, out=out)
     out += 1
@@ -427,7 +430,7 @@ _SIGN, _HALF = np.uint32(1 << 31), np.float32(0.5).view(np.uint32)  # bits of fl
 
 
 def _reflect(X: np.ndarray, out: np.ndarray, t: np.ndarray) -> None:
-    "`1 - out` where x is positive; by bits, which takes a fifth of the time of `np.copysign`."
+    "`1 - out` where x is positive, by way of the bits; `t` is scratch."
     sign = np.bitwise_and(X.view(np.uint32), _SIGN, out=t.view(np.uint32))
     bits = out.view(np.uint32)
     bits |= sign  # out with the sign of x
@@ -463,7 +466,7 @@ def _tanh_panel(X: np.ndarray, out: np.ndarray) -> None:
 
 # %% ../../nbs/models/01_layers.ipynb #8a436f8e
 def _cdf_panel(X: np.ndarray, out: np.ndarray, t: np.ndarray, approximate: str) -> None:
-    "What GELU multiplies `X` with; `t` is scratch."
+    "The factor of `X` in GELU, Phi(x) or its tanh form; `t` is scratch."
     if approximate == "tanh":
         _tanh_panel(X, out)
     elif X.dtype == np.float32:
@@ -484,7 +487,7 @@ def _gelu_into(
 ) -> np.ndarray:
     "`gelu_into` without checks."
     row_bytes = x.shape[1] * x.itemsize
-    with ws.scope(), np.errstate(over="ignore"):  # of powers and exponentials, to the right limit
+    with ws.scope(), np.errstate(over="ignore"):  # inf leads to the right limit
         t = ws.take("gelu.scratch", (_largest_panel(len(x), row_bytes), x.shape[1]), x.dtype)
         for rows in panels(len(x), row_bytes):
             X, C = x[rows], cdf[rows]
@@ -655,8 +658,8 @@ def swiglu_backward_into(
     a: np.ndarray,  # (N, F)
     b: np.ndarray,  # (N, F)
     grad_out: np.ndarray,  # (N, F)
-    grad_a: np.ndarray,  # (N, F), neither this
-    grad_b: np.ndarray,  # (N, F), nor this may be `grad_out`
+    grad_a: np.ndarray,  # (N, F), receives dL/da; may not be `grad_out`
+    grad_b: np.ndarray,  # (N, F), receives dL/db; may not be `grad_out`
     ws: Workspace,  # for a panel
 ) -> None:
     "Gradients of `swiglu_into`: `b sigma (1 + a (1 - sigma))` for a, `a sigma` for b."
@@ -800,7 +803,7 @@ def _means(m: np.ndarray, v: np.ndarray, t: np.ndarray, betas: tuple[float, floa
 
 # %% ../../nbs/models/01_layers.ipynb #dc5c3f2a
 def adam_into(
-    param: np.ndarray,  # any shape, C order, changed in place
+    param: np.ndarray,  # any shape, float32 or float64, C order, changed in place
     grad: np.ndarray,  # same shape
     m: np.ndarray,  # same shape, running mean of the gradient, changed in place
     v: np.ndarray,  # same shape, running mean of its square, changed in place
@@ -824,7 +827,7 @@ def adam_into(
         t = ws.take("adam.scratch", (n,), param.dtype)
         for part in panels(param.size, param.itemsize, share):
             (P, G, M, V), T = (a[part] for a in flat), t[: part.stop - part.start]
-            # Scaled first: the square of what clipping tames may overflow.
+            # Scaled before it is squared: the square of an unclipped gradient may overflow.
             np.multiply(G, (1 - b1) * scale, out=T)
             _means(M, V, T, betas)
             np.sqrt(V, out=T)

@@ -192,11 +192,11 @@ def _feed_vjp(
 
 # %% ../../nbs/models/04_transformer.ipynb #2bedec25
 def transformer_vjp(
-    p: dict[str, np.ndarray],
-    x: np.ndarray,
-    grad_out: np.ndarray,
+    p: dict[str, np.ndarray],  # parameters, see `_transformer_shapes`
+    x: np.ndarray,  # (B, S, D)
+    grad_out: np.ndarray,  # (B, S, D)
     n_heads: int,
-    *,
+    *,  # as for `transformer`
     causal: bool = True,
     norm_first: bool = True,
     keep: np.ndarray | None = None,
@@ -205,16 +205,10 @@ def transformer_vjp(
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     "Output of `transformer`, dL/dx, and the gradients of all parameters; clear and allocating."
     grads: dict[str, np.ndarray] = {}
-
-    norm = partial(_normed, p, eps=eps)
-    norm_vjp = partial(_norm_vjp, p, grads, eps=eps)
-
-    def attend(x: np.ndarray) -> tuple[np.ndarray, _Backward]:
-        return _attention_vjp(p, grads, x, grad_out.shape, n_heads, causal, keep)
-
-    def feed(x: np.ndarray) -> tuple[np.ndarray, _Backward]:
-        return _feed_vjp(p, grads, x, approximate)
-
+    norm, norm_vjp = partial(_normed, p, eps=eps), partial(_norm_vjp, p, grads, eps=eps)
+    case: dict[str, Any] = dict(shape=grad_out.shape, n_heads=n_heads, causal=causal, keep=keep)
+    attend: Callable = partial(_attention_vjp, p, grads, **case)
+    feed = partial(_feed_vjp, p, grads, approximate=approximate)
     h, G = (_where_real(keep, a).reshape(-1, a.shape[2]) for a in (x, grad_out))
     if norm_first:
         a, attend_back = attend(norm(1, h))
@@ -449,6 +443,38 @@ def _look_back(
             lse = ws.take("inference.lse", (B, H, S), qkv.dtype)
             _attention_into(q, K, V, out, lse, ws, causal=True, keep=real)
 
+# %% ../../nbs/models/04_transformer.ipynb #35841e0b
+def _pass_by(
+    block: "TransformerBlock",
+    h: np.ndarray,  # (N, D)
+    y: np.ndarray,  # (N, D), receives the output
+    grid: _Grid,
+    decoding: _Decoding | None,
+    keep: np.ndarray | None,
+) -> None:
+    "The whole block, in three buffers."
+    p, ws, eps, (N, D) = block._parameters, block.workspace, block.eps, h.shape
+    stats = ws.take("inference.stats", (2, N), block.dtype)
+    normed = ws.take("inference.normed", h.shape, block.dtype)
+    wide = ws.take("inference.wide", (N * block._widest(),), block.dtype)
+    qkv, hidden = (wide[: N * n].reshape(N, n) for n in (3 * D, block.ffn_dim))
+    x = _norm(p, "norm1", h, normed, stats, eps) if block.norm_first else h
+    _linear_into(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"], qkv)
+    heads = normed  # which is not needed after this
+    if decoding is None:
+        _look_around(qkv, heads, grid, ws, block.causal, keep)
+    else:
+        _look_back(qkv, heads, grid, decoding, ws, keep)
+    np.matmul(heads, p["self_attn.out_proj.weight"].T, out=y)
+    _add_residual(y, h, p["self_attn.out_proj.bias"])
+    if block.norm_first:
+        _norm(p, "norm2", y, normed, stats, eps)
+        _feed_onto(p, normed, y, hidden, normed, ws, block.approximate)
+    else:
+        _norm(p, "norm1", y, y, stats, eps)
+        _feed_onto(p, y, y, hidden, normed, ws, block.approximate)
+        _norm(p, "norm2", y, y, stats, eps)
+
 # %% ../../nbs/models/04_transformer.ipynb #bed63e7b
 @dataclass(kw_only=True)
 class _TransformerKept(_SublayersKept):
@@ -459,9 +485,78 @@ class _TransformerKept(_SublayersKept):
     stats1: np.ndarray  # (2, N), of the first norm
     stats2: np.ndarray  # (2, N), of the second
 
+# %% ../../nbs/models/04_transformer.ipynb #a6907ce7
+def _pre_norm(
+    block: "TransformerBlock",
+    h: np.ndarray,  # (N, D)
+    y: np.ndarray,  # (N, D), receives the output
+    kept: _TransformerKept,
+    normed: np.ndarray,  # (N, D), scratch
+) -> None:
+    p, ws, eps, first = block._parameters, block.workspace, block.eps, kept.first
+    _norm(p, "norm1", h, normed, kept.stats1, eps)
+    _attend(p, normed, h, first, kept, ws, block.causal)
+    _norm(p, "norm2", first, normed, kept.stats2, eps)
+    _feed(p, normed, first, y, kept, ws, block.approximate)
+
+
+def _post_norm(
+    block: "TransformerBlock",
+    h: np.ndarray,
+    y: np.ndarray,
+    kept: _TransformerKept,
+    normed: np.ndarray,
+    second: np.ndarray,  # (N, D), receives the sum after the feed-forward layer
+) -> None:
+    p, ws, eps, first = block._parameters, block.workspace, block.eps, kept.first
+    _attend(p, h, h, first, kept, ws, block.causal)
+    _norm(p, "norm1", first, normed, kept.stats1, eps)
+    _feed(p, normed, normed, second, kept, ws, block.approximate)
+    _norm(p, "norm2", second, y, kept.stats2, eps)
+
+# %% ../../nbs/models/04_transformer.ipynb #86c0d475
+def _pre_norm_backward(
+    block: "TransformerBlock",
+    h: np.ndarray,  # (N, D)
+    kept: _TransformerKept,
+    G: np.ndarray,  # (N, D)
+    grad_h: np.ndarray,  # (N, D), receives the gradient but for `dm`
+    normed: np.ndarray,  # (N, D), scratch
+    dm: np.ndarray,  # (N, D), receives the gradient that comes by the residual
+) -> None:
+    p, g, ws, first = block._parameters, block._gradients, block.workspace, kept.first
+    _renorm(p, "norm2", first, normed, kept.stats2)
+    _feed_backward(p, g, normed, G, dm, kept, ws, block.approximate)
+    _norm_backward(p, g, "norm2", first, dm, dm, kept.stats2, ws)
+    dm += G
+    _renorm(p, "norm1", h, normed, kept.stats1)
+    _attend_backward(p, g, normed, dm, grad_h, kept, ws, block.causal)
+    _norm_backward(p, g, "norm1", h, grad_h, grad_h, kept.stats1, ws)
+
+
+def _post_norm_backward(
+    block: "TransformerBlock",
+    h: np.ndarray,
+    kept: _TransformerKept,
+    G: np.ndarray,
+    grad_h: np.ndarray,
+    normed: np.ndarray,
+    dm: np.ndarray,
+    second: np.ndarray,  # (N, D), from the forward pass
+) -> None:
+    p, g, ws, first = block._parameters, block._gradients, block.workspace, kept.first
+    _norm_backward(p, g, "norm2", second, G, dm, kept.stats2, ws)
+    _renorm(p, "norm1", first, normed, kept.stats1)
+    _feed_backward(p, g, normed, dm, grad_h, kept, ws, block.approximate)
+    dm += grad_h
+    _norm_backward(p, g, "norm1", first, dm, dm, kept.stats1, ws)
+    _attend_backward(p, g, h, dm, grad_h, kept, ws, block.causal)
+
 # %% ../../nbs/models/04_transformer.ipynb #837bfe1c
 class TransformerBlock(Block):
-    "Multi-head attention and a feed-forward layer with GELU, each with a residual and a LayerNorm."
+    """Multi-head attention and a feed-forward layer with GELU, each with residual and LayerNorm.
+
+    `forward`, `prompt` and `step` take `keep=`, bool, False: padding."""
 
     def __init__(
         self,
@@ -520,19 +615,12 @@ class TransformerBlock(Block):
     ) -> _TransformerKept:
         grid = shape[0], shape[1], self.n_heads
         kept = _TransformerKept(grid=grid, keep=keep, **arrays)
-        p, ws, eps, first = self._parameters, self.workspace, self.eps, kept.first
-        with ws.scope():
-            normed = ws.take("transformer.normed", h.shape, self.dtype)
+        with self.workspace.scope():
+            normed = self.workspace.take("transformer.normed", h.shape, self.dtype)
             if kept.second is None:
-                _norm(p, "norm1", h, normed, kept.stats1, eps)
-                _attend(p, normed, h, first, kept, ws, self.causal)
-                _norm(p, "norm2", first, normed, kept.stats2, eps)
-                _feed(p, normed, first, y, kept, ws, self.approximate)
+                _pre_norm(self, h, y, kept, normed)
             else:
-                _attend(p, h, h, first, kept, ws, self.causal)
-                _norm(p, "norm1", first, normed, kept.stats1, eps)
-                _feed(p, normed, normed, kept.second, kept, ws, self.approximate)
-                _norm(p, "norm2", kept.second, y, kept.stats2, eps)
+                _post_norm(self, h, y, kept, normed, kept.second)
         if keep is not None:
             _clear(~keep.reshape(-1), y)
         return kept
@@ -547,28 +635,7 @@ class TransformerBlock(Block):
         keep: np.ndarray | None = None,
         **options: Any,
     ) -> None:
-        p, ws, eps, pre = self._parameters, self.workspace, self.eps, self.norm_first
-        grid, N, D = (shape[0], shape[1], self.n_heads), len(h), self.dim
-        stats = ws.take("inference.stats", (2, N), self.dtype)
-        normed = ws.take("inference.normed", h.shape, self.dtype)
-        wide = ws.take("inference.wide", (N * self._widest(),), self.dtype)
-        qkv, hidden = (wide[: N * n].reshape(N, n) for n in (3 * D, self.ffn_dim))
-        x = _norm(p, "norm1", h, normed, stats, eps) if pre else h
-        _linear_into(x, p["self_attn.in_proj_weight"], p["self_attn.in_proj_bias"], qkv)
-        heads = normed  # which is not needed after this
-        if decoding is None:
-            _look_around(qkv, heads, grid, ws, self.causal, keep)
-        else:
-            _look_back(qkv, heads, grid, decoding, ws, keep)
-        np.matmul(heads, p["self_attn.out_proj.weight"].T, out=y)
-        _add_residual(y, h, p["self_attn.out_proj.bias"])
-        if pre:
-            _norm(p, "norm2", y, normed, stats, eps)
-            _feed_onto(p, normed, y, hidden, normed, ws, self.approximate)
-        else:
-            _norm(p, "norm1", y, y, stats, eps)
-            _feed_onto(p, y, y, hidden, normed, ws, self.approximate)
-            _norm(p, "norm2", y, y, stats, eps)
+        _pass_by(self, h, y, (shape[0], shape[1], self.n_heads), decoding, keep)
         if keep is not None:
             _clear(~keep.reshape(-1), y)
 
@@ -584,7 +651,7 @@ class TransformerBlock(Block):
         grad_h: np.ndarray,
         shape: tuple[int, ...],
     ) -> None:
-        p, g, ws, first = self._parameters, self._gradients, self.workspace, kept.first
+        ws = self.workspace
         with ws.scope():
             normed = ws.take("transformer.normed", h.shape, self.dtype)
             dm = ws.take("transformer.dmiddle", h.shape, self.dtype)
@@ -592,20 +659,9 @@ class TransformerBlock(Block):
                 real = ws.take("transformer.dreal", h.shape, self.dtype)
                 G = _copy_runs(G, _runs(kept.keep.reshape(-1)), real)
             if kept.second is None:
-                _renorm(p, "norm2", first, normed, kept.stats2)
-                _feed_backward(p, g, normed, G, dm, kept, ws, self.approximate)
-                _norm_backward(p, g, "norm2", first, dm, dm, kept.stats2, ws)
-                dm += G
-                _renorm(p, "norm1", h, normed, kept.stats1)
-                _attend_backward(p, g, normed, dm, grad_h, kept, ws, self.causal)
-                _norm_backward(p, g, "norm1", h, grad_h, grad_h, kept.stats1, ws)
+                _pre_norm_backward(self, h, kept, G, grad_h, normed, dm)
             else:
-                _norm_backward(p, g, "norm2", kept.second, G, dm, kept.stats2, ws)
-                _renorm(p, "norm1", first, normed, kept.stats1)
-                _feed_backward(p, g, normed, dm, grad_h, kept, ws, self.approximate)
-                dm += grad_h
-                _norm_backward(p, g, "norm1", first, dm, dm, kept.stats1, ws)
-                _attend_backward(p, g, h, dm, grad_h, kept, ws, self.causal)
+                _post_norm_backward(self, h, kept, G, grad_h, normed, dm, kept.second)
             grad_h += dm
 
     def _kept_shapes(self) -> dict[str, tuple[_Dim, ...]]:
