@@ -115,6 +115,16 @@ def _run_forward(model: "LanguageModel", ids: np.ndarray) -> _ModelPass:
     stats = _head(model, x.reshape(-1, D), outputs["norm"], outputs["logits"])
     return _ModelPass(tokens, outputs, stats, ws.generation)
 
+
+def _run_loss(
+    model: "LanguageModel", kept: _ModelPass, targets: np.ndarray, ignore_index: int | None
+) -> float:
+    "Mean cross-entropy of a pass forward, which keeps the targets for backward."
+    kept.targets = model._take("targets", *targets.shape, dtype=np.intp)
+    kept.targets[...] = targets
+    logits, wanted = kept.outputs["logits"], kept.targets.reshape(-1)
+    return cross_entropy_into(logits, wanted, model.workspace, ignore_index)
+
 # %% ../../nbs/models/07_language.ipynb #03d36f2c
 def _run_backward(model: "LanguageModel", kept: _ModelPass) -> None:
     p, g, ws = model._parameters, model._gradients, model.workspace
@@ -158,6 +168,15 @@ def _run_inference(model: "LanguageModel", ids: np.ndarray) -> np.ndarray:  # (B
     return logits.reshape(B, S, model.vocab)
 
 # %% ../../nbs/models/07_language.ipynb #265e1699
+def _run_start(model: "LanguageModel", batch: int, max_len: int) -> _Decoding:
+    "Room for so many tokens more, in a new generation of the workspace."
+    model.workspace.next_generation()
+    for block in model.blocks:
+        block.start(batch, max_len)
+    logits = model._take("next", batch, model.vocab)
+    return _Decoding(model.workspace, {"logits": logits}, batch, max_len)
+
+
 def _run_next(model: "LanguageModel", call: str, ids: np.ndarray) -> np.ndarray:  # (B, V)
     "Logits of what follows some tokens more (B, S)."
     decoding, ws = model._decoding, model.workspace
@@ -311,6 +330,40 @@ def _named_blocks(
         blocks.append(block)
     return blocks
 
+# %% ../../nbs/models/07_language.ipynb #0e51ab02
+def _own_shapes(vocab: int, max_len: int, dim: int) -> _Shapes:
+    "What is not in a block."
+    return {
+        "embedding": (vocab, dim),
+        "positions": (max_len, dim),
+        "norm.weight": (dim,),
+        "norm.bias": (dim,),
+    }
+
+
+def _config(
+    model: "LanguageModel",
+    kind: str,
+    n_heads: int,
+    ffn_dim: int,
+    strength: float | None,
+    max_rows: int | None,
+) -> dict[str, Any]:
+    "Numbers that a checkpoint must agree with."
+    return dict(
+        dim=model.dim,
+        n_heads=n_heads,
+        with_ssm=int(kind == "SSM"),
+        ffn_dim=ffn_dim,
+        n_layers=len(model.blocks),
+        max_len=model.max_len,
+        vocab=model.vocab,
+        itemsize=model.dtype.itemsize,
+        with_contexts=int(strength is not None),
+        update_rate=float(model.update_rate),
+        max_rows=max_rows or 0,
+    )
+
 # %% ../../nbs/models/07_language.ipynb #bee67fb3
 def _draw_token(
     logits: np.ndarray,  # (B, V)
@@ -413,26 +466,8 @@ class LanguageModel(_Model):
         self.update_rate = update_rate
         self.dtype = np.dtype(dtype)
         self.blocks = _named_blocks(self, kind, n_layers, n_heads, ffn_dim, strength, max_rows, rng)
-        own: _Shapes = {
-            "embedding": (vocab, dim),
-            "positions": (max_len, dim),
-            "norm.weight": (dim,),
-            "norm.bias": (dim,),
-        }
-        self._allocate(own, self.dtype, rng)
-        self.config = dict(
-            dim=dim,
-            n_heads=n_heads,
-            with_ssm=int(kind == "SSM"),
-            ffn_dim=ffn_dim,
-            n_layers=n_layers,
-            max_len=max_len,
-            vocab=vocab,
-            itemsize=self.dtype.itemsize,
-            with_contexts=int(strength is not None),
-            update_rate=float(update_rate),
-            max_rows=max_rows or 0,
-        )
+        self._allocate(_own_shapes(vocab, max_len, dim), self.dtype, rng)
+        self.config = _config(self, kind, n_heads, ffn_dim, strength, max_rows)
 
     def forward(
         self,
@@ -465,15 +500,12 @@ class LanguageModel(_Model):
         learn: bool = True,  # whether the contexts learn from this batch
         ignore_index: int | None = None,  # a target that does not count
     ) -> float:  # mean cross-entropy in nats
-        "One pass forward."
+        "Mean loss of a forward pass, for `backward()`."
         ids = _check_ids(self, ids)
         targets = _check_next(self, targets, ids, ignore_index)
         kept = self._forward(ids, learn)
-        kept.targets = self._take("targets", *ids.shape, dtype=np.intp)
-        kept.targets[...] = targets
         with unbuffered():
-            logits, wanted = kept.outputs["logits"], kept.targets.reshape(-1)
-            loss = cross_entropy_into(logits, wanted, self.workspace, ignore_index)
+            loss = _run_loss(self, kept, targets, ignore_index)
         self._saved = kept
         return loss
 
@@ -515,11 +547,7 @@ class LanguageModel(_Model):
         most = self.max_len
         max_len = most if max_len is None else _check_whole("max_len", max_len, 1, most)
         self._begin(learn)
-        self.workspace.next_generation()
-        for block in self.blocks:
-            block.start(batch, max_len)
-        logits = self._take("next", batch, self.vocab)
-        self._decoding = _Decoding(self.workspace, {"logits": logits}, batch, max_len)
+        self._decoding = _run_start(self, batch, max_len)
 
     def prompt(
         self,

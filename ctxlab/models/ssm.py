@@ -112,7 +112,7 @@ def _chunked(a: np.ndarray, K: int, T: int) -> np.ndarray:
 
 
 def _within(a: np.ndarray, limit: float) -> bool:  # without a mask of its size
-    "Whether no entry is beyond the limit in size, or NaN."
+    "Whether all entries are numbers, of at most the limit in size; False if one is NaN."
     return bool(-limit <= a.min(initial=0) and a.max(initial=0) <= limit)
 
 # %% ../../nbs/models/06_ssm.ipynb #0830004c
@@ -300,7 +300,7 @@ def _gate_into(x: np.ndarray, bias: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/models/06_ssm.ipynb #42a2e39a
 def _rate_into(decay: np.ndarray, out: np.ndarray) -> np.ndarray:
-    "What r is multiplied with to give log a, (D,)."
+    "The factor of r in log a, `-c softplus(Lambda)`, (D,)."
     np.logaddexp(0, decay, out=out)
     out *= -_SHARPNESS
     return out
@@ -668,6 +668,48 @@ def _feed_backward(
         _layer_backward(p, g, "ffn.value.", x, dwide2, None)
         gemm(dwide2, p["ffn.value.weight"], out, beta=1.0)
 
+# %% ../../nbs/models/06_ssm.ipynb #60a26620
+def _halves(
+    p: _Arrays,
+    h: np.ndarray,  # (N, D)
+    y: np.ndarray,  # (N, D)
+    kept: _SSMKept,
+    ws: Workspace,
+    eps: float,
+) -> None:
+    "A block on whole sequences, from the state that lies in `kept.states`."
+    middle = kept.middle
+    with ws.scope():
+        normed = ws.take("ssm.normed", h.shape, h.dtype)
+        _norm(p, "norm1", h, normed, kept.stats1, eps)
+        _recur(p, normed, h, middle, kept, ws)
+        _norm(p, "norm2", middle, normed, kept.stats2, eps)
+        _feed(p, normed, middle, y, kept, ws)
+
+
+def _halves_backward(
+    p: _Arrays,
+    g: _Arrays,
+    h: np.ndarray,  # (N, D)
+    G: np.ndarray,  # (N, D)
+    grad_h: np.ndarray,  # (N, D)
+    kept: _SSMKept,
+    ws: Workspace,
+) -> None:
+    "Gradients of `_halves`."
+    middle = kept.middle
+    with ws.scope():
+        normed = ws.take("ssm.normed", h.shape, h.dtype)
+        dm = ws.take("ssm.dmiddle", h.shape, h.dtype)
+        _renorm(p, "norm2", middle, normed, kept.stats2)
+        _feed_backward(p, g, normed, G, dm, kept, ws)
+        _norm_backward(p, g, "norm2", middle, dm, dm, kept.stats2, ws)
+        dm += G
+        _renorm(p, "norm1", h, normed, kept.stats1)
+        _recur_backward(p, g, normed, dm, grad_h, kept, ws)
+        _norm_backward(p, g, "norm1", h, grad_h, grad_h, kept.stats1, ws)
+        grad_h += dm
+
 # %% ../../nbs/models/06_ssm.ipynb #219f49bd
 def _token_into(
     p: _Arrays,
@@ -759,6 +801,20 @@ def _token_requirement(dtype: np.dtype) -> Requirement:
         b("gelu.panels", 2, "m", "D"),
     )
 
+# %% ../../nbs/models/06_ssm.ipynb #f8d7bb00
+def _letters(shape: tuple[int, int, int], F: int, dtype: np.dtype) -> dict[str, int]:
+    "Sizes for sequences (B, S, D)."
+    B, S, D = shape
+    return dict(
+        F=F,
+        T=S + 1,
+        k=_chunk_count(S, B * D),
+        j=_chunk_count(S - 1, B * D) if S > 1 else 0,  # of backward
+        q=_tile_rows(shape, dtype),
+        m=_panel_rows(B * S, D, dtype),
+        f=_panel_rows(B * S, F, dtype),
+    )
+
 # %% ../../nbs/models/06_ssm.ipynb #972affa2
 class SSMBlock(Block):
     "A gated linear recurrence and a feed-forward layer with SwiGLU, each after an RMSNorm."
@@ -796,9 +852,9 @@ class SSMBlock(Block):
         out: np.ndarray | None = None,  # same shape; default: a buffer, valid in this generation
         *,
         state: np.ndarray | None = None,  # (B, D), the first, becomes the last; None: 0
-        **options: Any,
+        **options: Any,  # training=False: keeps nothing for backward
     ) -> np.ndarray:  # (B, S, D)
-        "All tokens of a batch of sequences."
+        "Mix the context in, compute, let the context learn from input and output."
         if state is not None:
             x = _check_input(self, x)
             _check_state(state, (len(x), self.dim), self.dtype, {"x": x, "out": out})
@@ -846,13 +902,7 @@ class SSMBlock(Block):
     ) -> _SSMKept:
         kept = _SSMKept(**arrays)
         kept.states[:, 0] = 0 if state is None else state
-        p, ws, middle = self._parameters, self.workspace, kept.middle
-        with ws.scope():
-            normed = ws.take("ssm.normed", h.shape, self.dtype)
-            _norm(p, "norm1", h, normed, kept.stats1, self.eps)
-            _recur(p, normed, h, middle, kept, ws)
-            _norm(p, "norm2", middle, normed, kept.stats2, self.eps)
-            _feed(p, normed, middle, y, kept, ws)
+        _halves(self._parameters, h, y, kept, self.workspace, self.eps)
         if state is not None:
             state[...] = kept.states[:, -1]
         return kept
@@ -865,33 +915,13 @@ class SSMBlock(Block):
         grad_h: np.ndarray,
         shape: tuple[int, ...],
     ) -> None:
-        p, g, ws, middle = self._parameters, self._gradients, self.workspace, kept.middle
-        with ws.scope():
-            normed = ws.take("ssm.normed", h.shape, self.dtype)
-            dm = ws.take("ssm.dmiddle", h.shape, self.dtype)
-            _renorm(p, "norm2", middle, normed, kept.stats2)
-            _feed_backward(p, g, normed, G, dm, kept, ws)
-            _norm_backward(p, g, "norm2", middle, dm, dm, kept.stats2, ws)
-            dm += G
-            _renorm(p, "norm1", h, normed, kept.stats1)
-            _recur_backward(p, g, normed, dm, grad_h, kept, ws)
-            _norm_backward(p, g, "norm1", h, grad_h, grad_h, kept.stats1, ws)
-            grad_h += dm
+        _halves_backward(self._parameters, self._gradients, h, G, grad_h, kept, self.workspace)
 
     def _kept_shapes(self) -> dict[str, tuple[_Dim, ...]]:
         return _KEPT
 
     def _sizes(self, batch: int, seq_len: int) -> dict[str, int]:
-        width = batch * self.dim
-        return dict(
-            F=self.ffn_dim,
-            T=seq_len + 1,
-            k=_chunk_count(seq_len, width),
-            j=_chunk_count(seq_len - 1, width) if seq_len > 1 else 0,  # of backward
-            q=_tile_rows((batch, seq_len, self.dim), self.dtype),
-            m=_panel_rows(batch * seq_len, self.dim, self.dtype),
-            f=_panel_rows(batch * seq_len, self.ffn_dim, self.dtype),
-        )
+        return _letters((batch, seq_len, self.dim), self.ffn_dim, self.dtype)
 
     def _forward_scratch(self) -> Requirement:
         return _pass_requirement(self.dtype)

@@ -134,7 +134,7 @@ def _mean_loss(model: Any, batches: Iterable[_Batch]) -> float:
 
 # %% ../../nbs/models/09_training.ipynb #b0a44ab7
 def _all_finite(a: np.ndarray) -> bool:
-    "Whether every entry is; a closer look is taken only if the sum of squares is not."
+    "Whether every entry is finite; each is looked at only if the sum of squares is not."
     return math.isfinite(_frobenius(a)) or bool(np.isfinite(a).all())
 
 
@@ -193,6 +193,17 @@ class _Task(Protocol):
 
     def fingerprint(self) -> int:
         "A number that differs when the task does."
+
+# %% ../../nbs/models/09_training.ipynb #a03e8c50
+def _state_shapes(run: "_Run", step: int) -> tuple[_Shapes, _Shapes]:
+    "Shapes that the state of a run has after so many steps, and those that it may have."
+    s, (shapes, contexts) = run.settings, run.model.state_shapes()
+    judged = sum(t % s.judge_every == 0 or t == s.steps for t in range(1, step + 1))
+    needed: _Shapes = {f"model.{n}": shape for n, shape in shapes.items()}
+    needed |= {f"optimiser.{n}": a.shape for n, a in run.optimiser.state_dict().items()}
+    needed |= dict.fromkeys((f"facts.{n}" for n in run.facts()), ())
+    needed |= {"step": (), "losses": (step,), "norms": (step,), "judged": (judged, 2)}
+    return needed, {f"model.{n}": shape for n, shape in contexts.items()}
 
 # %% ../../nbs/models/09_training.ipynb #a03e8c5f
 class _Run:
@@ -279,16 +290,8 @@ class _Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # as from `state_dict`
         "Restore a run; a ValueError says what does not fit, and nothing is loaded."
         _check_facts(state, self.facts())
-        shapes, contexts = self.model.state_shapes()
         step = int(state["step"]) if np.size(state.get("step", ())) == 1 else 0
-        s = self.settings
-        judged = sum(t % s.judge_every == 0 or t == s.steps for t in range(1, step + 1))
-        needed: _Shapes = {f"model.{n}": shape for n, shape in shapes.items()}
-        moments = self.optimiser.state_dict()
-        needed |= {f"optimiser.{n}": a.shape for n, a in moments.items()}
-        needed |= dict.fromkeys((f"facts.{n}" for n in self.facts()), ())
-        needed |= {"step": (), "losses": (step,), "norms": (step,), "judged": (judged, 2)}
-        _check_state(state, needed, {f"model.{n}": shape for n, shape in contexts.items()})
+        _check_state(state, *_state_shapes(self, step))
         self.model.load_state_dict(_under("model.", state))
         self.optimiser.load_state_dict(_under("optimiser.", state))
         self.step = step
@@ -452,7 +455,7 @@ class _Tokens(NamedTuple):
 # %% ../../nbs/models/09_training.ipynb #563a5de0
 @dataclass(frozen=True)
 class _Recall:
-    "At every token, the last key before it; keys are rare and all else is noise."
+    "At every token, the last key so far (itself, if it is one); keys are rare, the rest noise."
 
     symbols: int = 8  # keys are 0, ..., symbols - 1; noise is the next as many
     rate: float = 0.03  # of keys
