@@ -45,8 +45,9 @@ Files are .npy, .npz, .safetensors, .h5 or .zarr; the last three need ctxlab[for
 float16, bfloat16, float32 or float64, of any finite size. The result holds: context, the
 (Dx, Dy) tanh of the correlations of all rows of x with y; noise, the standard deviations of
 these correlations if x and y were unrelated; effective_rows, so many independent rows have as much
-noise; noise_floor; beyond and beyond_expected, how many correlations are beyond 1.96 times their
-noise, and how many would be by chance; count, dropped (rows left out), mean_x, mean_y, std_x,
+noise; noise_floor, the rms of noise; beyond and beyond_expected, how many correlations are beyond
+1.96 times their noise, and how many would be by chance; count, dropped (rows left out), mean_x,
+mean_y, std_x,
 std_y, constant_x, constant_y (features without variance, whose entries are 0), nonfinite_x,
 nonfinite_y (entries that are not finite), dim, and about, a JSON text that tells what was read;
 with --nan pairs also pair_rows, the rows behind each entry of the context.
@@ -55,6 +56,7 @@ Until it is complete, the work is kept in a checkpoint beside it.
 
 
 def _whole(text: str, least: int = 1) -> int:
+    "A whole number of `least` or more; an ArgumentTypeError otherwise."
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
     return int(text)

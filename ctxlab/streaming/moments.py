@@ -142,7 +142,7 @@ def _join(
     m2: np.ndarray,  # (W,)
     left: np.ndarray | None = None,  # (W,) how far the products were off in the mean
 ) -> None:
-    "Join the vectors of some rows without gaps."
+    "Join count, means and squares of some rows without gaps, and correct `cross`."
     Dx, Dy = s._cross.shape
     before = s.count - s.incomplete
     if s.incomplete and not before:
@@ -234,12 +234,12 @@ def _shifted(
 
 def _product_into(
     s: "ContextStats",
-    x: np.ndarray,
-    y: np.ndarray,
-    shift: np.ndarray,
-    P: np.ndarray,
-    sums: np.ndarray,
-    by_block: np.ndarray,  # (blocks, W)
+    x: np.ndarray,  # (n, Dx), at most SUB_ROWS rows
+    y: np.ndarray,  # (n, Dy)
+    shift: np.ndarray,  # (W,)
+    P: np.ndarray,  # (Dx, Dy), written, if any panel is in order
+    sums: np.ndarray,  # (2, W) float64, written
+    by_block: np.ndarray,  # (blocks, W) float64, written: sums of each block that is in P
 ) -> tuple[list[slice], list[slice]]:  # blocks that are in P, and panels that are not
     "Products (Dx, Dy), sums and squares (2, W), of `x - shift` and `y - shift`, where in order."
     D, W = x.shape[1], len(shift)
@@ -293,9 +293,9 @@ def _as_they_are(s: "ContextStats", shift: np.ndarray) -> bool:
 # %% ../../nbs/streaming/01_moments.ipynb #8d90d95d
 def _add_blocks(
     s: "ContextStats",
-    x: np.ndarray,
-    y: np.ndarray,
-    shift: np.ndarray,
+    x: np.ndarray,  # (n, Dx)
+    y: np.ndarray,  # (n, Dy)
+    shift: np.ndarray,  # (W,)
     blocks: list[slice],
     sums: np.ndarray,  # (at least so many, W) of `x - shift` and `y - shift`
 ) -> None:
@@ -449,7 +449,7 @@ class ContextStats:
         dtype=np.float32,  # of the pairs: float32 or float64; sums are float64
         *,
         floor: float = 0.0,  # a product of norms at or below it gives 0
-        nan: str = "zero",  # what is not finite: 0; "rows" left out; "refuse"; "pairs" complete
+        nan: str = "zero",  # not finite: 0; "rows": left out; "refuse": an error; "pairs": a gap
         least_rows: int = 2,  # a correlation of fewer rows is 0
         workspace: Workspace | None = None,  # for scratch; default: its own
     ):
@@ -486,7 +486,7 @@ class ContextStats:
         x: np.ndarray,  # (n, Dx), any number of rows
         y: np.ndarray,  # (n, Dy)
     ) -> None:
-        "Join the rows of a chunk, of any finite size; scratch does not depend on their number."
+        "Join any number of rows, in scratch of fixed size; a ValueError or TypeError joins none."
         Dx, Dy = self._cross.shape
         x = _check_array("x", x, dtype=self.dtype)
         y = _check_array("y", y, dtype=self.dtype)
@@ -508,7 +508,7 @@ class ContextStats:
                     _absorb(self, x[rows], y[rows])
 
     def merge(self, other: "ContextStats") -> None:
-        "Join the rows of another one, which stays as it is."
+        "Join the rows of another one, which stays as it is; a ValueError or TypeError joins none."
         if not isinstance(other, ContextStats):
             raise TypeError(f"other: {type(other).__name__} is no ContextStats")
         if (other.dim, other.dtype) != (self.dim, self.dtype):
@@ -526,7 +526,7 @@ class ContextStats:
         self.nonfinite_y += other.nonfinite_y
 
     def correlation(self) -> np.ndarray:  # (Dx, Dy), dtype of the pairs, within [-1, 1]
-        "Pearson correlation of feature i of x with feature j of y; 0 where one is constant."
+        "Pearson correlations; 0 where one is constant, below `least_rows`, or at the `floor`."
         return _finish(self, tanh=False)
 
     def pair_rows(self) -> np.ndarray:  # (Dx, Dy) int64
@@ -551,7 +551,7 @@ class ContextStats:
         return np.ldexp(out, power[:split, None] + power[split:], out=out)
 
     def noise(self) -> np.ndarray:  # (Dx, Dy), dtype of the pairs
-        "Standard deviation of each correlation by chance; hand over 256 rows or more at a time."
+        "Standard deviation of each correlation by chance, 0 if constant; chunks: 256 rows or more."
         return _noise(self)
 
     @property
@@ -561,19 +561,22 @@ class ContextStats:
 
     @property
     def mean_x(self) -> np.ndarray:  # (Dx,) float64, units of x
+        "Over the rows that have the feature."
         return _means_and_spreads(self)["mean_x"]
 
     @property
     def mean_y(self) -> np.ndarray:  # (Dy,) float64, units of y
+        "Over the rows that have the feature."
         return _means_and_spreads(self)["mean_y"]
 
     @property
     def std_x(self) -> np.ndarray:  # (Dx,) float64, units of x
-        "Over the rows that have the feature, not one less."
+        "Over the n rows that have the feature; the sum of squares is divided by n, not n - 1."
         return _means_and_spreads(self)["std_x"]
 
     @property
     def std_y(self) -> np.ndarray:  # (Dy,) float64, units of y
+        "Over the n rows that have the feature; the sum of squares is divided by n, not n - 1."
         return _means_and_spreads(self)["std_y"]
 
     @property
@@ -596,7 +599,7 @@ class ContextStats:
         return sum(a.nbytes for a in sums) + self.workspace.nbytes
 
     def state_dict(self) -> dict[str, Any]:
-        "Copies of the sums, and numbers, fit for `np.savez`."
+        "Copies of the sums, and numbers, fit for `np.savez`; not `floor` and `least_rows`."
         return {
             name: a.copy() if isinstance(a, np.ndarray) else a for name, a in _state(self).items()
         }

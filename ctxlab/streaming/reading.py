@@ -466,10 +466,10 @@ def shard_stats(
     shard: Shard,
     memory: int | str = "1GB",  # budget, see `_chunk_rows`
     *,
-    stats: ContextStats | None = None,  # to be used again; default: a new one
+    stats: ContextStats | None = None,  # emptied and used; default: a new one
     tick: Callable[[int], Any] | None = None,  # called with the number of rows after each chunk
 ) -> ContextStats:
-    "The statistics of one shard."
+    "The statistics of one shard; an InputError if it is damaged, has changed, or is refused."
     if stats is None:
         stats = ContextStats(shard.width, shard.dtype, nan=shard.nan)
     if stats.nan != shard.nan:
@@ -591,7 +591,7 @@ def load_stats(
     dtype=np.float32,
     nan: str = "zero",  # the rule that they were made with
 ) -> ContextStats:
-    "The statistics of a checkpoint; an InputError in one line if it is damaged or does not fit."
+    "The statistics of a checkpoint of one layer; an InputError if it is damaged or does not fit."
     stats = ContextStats(dim, dtype, nan=nan)
     _read_stats(path, {0: stats})
     return stats

@@ -101,7 +101,7 @@ def _strongest(
 def _listed(
     context: np.ndarray, noise: np.ndarray, pairs: list[tuple[int, int]], top: int
 ) -> list[tuple[int, int, float, float]]:
-    "The strongest of some pairs; those without variance are none."
+    "The strongest of some pairs; those without variance are left out."
     pairs = [pair for pair in pairs if noise[pair]]
     pairs.sort(key=lambda pair: (-abs(float(context[pair])), pair))
     rows = []
@@ -306,7 +306,7 @@ def _beside(arrays: Mapping[str, Any], top: int) -> str:
 
 
 def _ring(ax, arrays: Mapping[str, Any], top: int) -> None:
-    "A ring round what is listed off the diagonal and beyond the largest of all by chance."
+    "A ring round listed pairs off the diagonal, if beyond the median largest of so many by chance."
     noise = arrays["noise"]
     chance = _largest_of(max(int(np.count_nonzero(noise)), 1))
     tables = _strongest(arrays["context"], noise, min(top, _LISTED))
