@@ -137,7 +137,7 @@ class _Dependence:
         np.ldexp(self.power, 2 * by, out=self.power)
 
     def merge(self, other: "_Dependence", by: np.ndarray, means: np.ndarray) -> None:
-        "Join another stream, times powers of two `by` (W,); `means` are scaled already, and are spent."
+        "Join another stream, times powers of two `by` (W,); `means` are scaled, and are spent."
         part = copy.copy(self)  # what its windows have goes to the same powers
         part.means = means
         part.weights, part.filled = other.weights.copy(), other.filled.copy()
@@ -149,7 +149,7 @@ class _Dependence:
         for i in range(part.filled[3]):
             self._push(3, part.means[2, i], part.weights[2, i])
 
-
+# %% ../../nbs/streaming/00_dependence.ipynb #77f9891b
 def _dependence_bytes(width: int) -> int:
     "Bytes that a `_Dependence` of `width` features holds."
     means = 3 * _LENGTHS[1]

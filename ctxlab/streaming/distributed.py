@@ -237,7 +237,8 @@ def local_workers(workers: int) -> Iterator[Any]:  # a distributed.Client
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="ctxlab-"))
         # Dask gives a task up at its second death: as one of several, and again when alone.
-        # Dask gives a worker up that happens to be away some seconds after an earlier death.
+        # Some time after a death, 15 s if nothing else is said, Dask closes a worker that is away.
+        # That may be one that has just died again, and is being started anew.
         settings = {
             "temporary-directory": place,
             "distributed.scheduler.allowed-failures": 1,
