@@ -27,7 +27,7 @@ def _at_level(level: int) -> slice:
 
 
 def _at_our_frequencies(power: np.ndarray, n: int, F: int) -> np.ndarray:  # (F, W)
-    "Of the power of `n` rows, what is nearest to each frequency; its sum is that of the squares."
+    "Power (n // 2 + 1, W) of `n` rows, changed in place, at our frequencies; sums to the squares."
     if n == 2 * F:
         power = power[1:]
         power *= 2 / n
@@ -42,7 +42,7 @@ def _at_our_frequencies(power: np.ndarray, n: int, F: int) -> np.ndarray:  # (F,
 
 def _add_power(rows: np.ndarray, out: np.ndarray, scale: np.ndarray | None = None) -> None:
     "Add the power of `rows` (n, W), each times `scale` (n,), to `out` (F, W), by frequency."
-    from scipy.fft import rfft  # of columns, twice as quick as NumPy's
+    from scipy.fft import rfft  # of columns; loaded when it is used
 
     for columns in panels(rows.shape[1], 1, _COLUMNS):
         a = rows[:, columns]
@@ -59,12 +59,12 @@ class _Dependence:
 
     def __init__(self, width: int):
         self.power = np.empty((sum(_FREQUENCIES), width))
-        self.rows = np.empty(len(_LENGTHS))  # of each level, in its windows
+        self.rows = np.empty(len(_LENGTHS))  # of each level, in windows that were closed
         self.means = np.empty(
             (3, _LENGTHS[1], width)
         )  # of the windows that are not full, levels 1 to 3
         self.weights = np.empty((3, _LENGTHS[1]))  # rows of the stream behind each of them
-        self.filled = np.empty(4, np.int64)  # blocks of this stream; rows there, levels 1 to 3
+        self.filled = np.empty(4, np.int64)  # blocks of this stream; means, levels 1 to 3
         self.reset()
 
     def reset(self) -> None:
@@ -137,7 +137,7 @@ class _Dependence:
         np.ldexp(self.power, 2 * by, out=self.power)
 
     def merge(self, other: "_Dependence", by: np.ndarray, means: np.ndarray) -> None:
-        "Join another stream, its columns times powers of two; its `means` are so already."
+        "Join another stream, times powers of two `by` (W,); `means` are scaled, and are spent."
         part = copy.copy(self)  # what its windows have goes to the same powers
         part.means = means
         part.weights, part.filled = other.weights.copy(), other.filled.copy()
@@ -149,20 +149,20 @@ class _Dependence:
         for i in range(part.filled[3]):
             self._push(3, part.means[2, i], part.weights[2, i])
 
-
+# %% ../../nbs/streaming/00_dependence.ipynb #77f9891b
 def _dependence_bytes(width: int) -> int:
-    "Bytes that it holds."
+    "Bytes that a `_Dependence` of `width` features holds."
     means = 3 * _LENGTHS[1]
     return 8 * width * (sum(_FREQUENCIES) + means) + 8 * (len(_LENGTHS) + means + 4)
 
 
 def _joining_bytes(width: int) -> int:
-    "Bytes that it takes for a while when another one is joined."
+    "Bytes that `merge` takes while it runs."
     return 8 * (width + 2) * 3 * _LENGTHS[1]
 
 # %% ../../nbs/streaming/00_dependence.ipynb #7aa5972f
 def _shares(d: _Dependence, squares: np.ndarray) -> np.ndarray:  # (frequencies, W)
-    "Columns whose products are the mean squares of correlations by chance, from sums of squares."
+    "Columns whose products are mean squares of r by chance; `squares` (W,) are of centred columns."
     d = copy.deepcopy(d)
     d.end()
     d._close(3)

@@ -232,12 +232,13 @@ def _shielded() -> Iterator[None]:
 # %% ../../nbs/streaming/04_distributed.ipynb #9f60a26e
 @contextmanager
 def local_workers(workers: int) -> Iterator[Any]:  # a distributed.Client
-    "A client of so many worker processes on this machine, which end with the block."
+    "A client of so many worker processes here, which end with the block; ImportError without Dask."
     d = _dask()
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="ctxlab-"))
-        # A suspect is done again alone, so two deaths are enough before that, and two then.
-        # Dask gives a worker up that happens to be away some seconds after an earlier death.
+        # Dask gives a task up at its second death: as one of several, and again when alone.
+        # Some time after a death, 15 s if nothing else is said, Dask closes a worker that is away.
+        # That may be one that has just died again, and is being started anew.
         settings = {
             "temporary-directory": place,
             "distributed.scheduler.allowed-failures": 1,
@@ -321,9 +322,9 @@ def stream_distributed(
     checkpoint: Any = None,  # path, as for `stream`; the two read each other's
     every: int = 4,  # shards from one checkpoint to the next
     resume: bool = False,  # go on from the checkpoint, if it is there
-    progress: bool = False,
+    progress: bool = False,  # a bar with rows a second and the time left
 ) -> Any:  # ContextStats; of shards of several layers a dictionary of these, by layer
-    "Statistics of all rows, made on workers; those of `stream` with one thread of BLAS."
+    "Statistics of all rows, made on workers; bits as `stream` with one BLAS thread, equal chunks."
     return _alone(
         _stream_distributed(
             list(todo),

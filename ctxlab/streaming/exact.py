@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/streaming/05_exact.ipynb #96d393ff
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -45,16 +46,17 @@ Files are .npy, .npz, .safetensors, .h5 or .zarr; the last three need ctxlab[for
 float16, bfloat16, float32 or float64, of any finite size. The result holds: context, the
 (Dx, Dy) tanh of the correlations of all rows of x with y; noise, the standard deviations of
 these correlations if x and y were unrelated; effective_rows, so many independent rows have as much
-noise; noise_floor; beyond and beyond_expected, how many correlations are beyond 1.96 times their
-noise, and how many would be by chance; count, dropped (rows left out), mean_x, mean_y, std_x,
-std_y, constant_x, constant_y (features without variance, whose entries are 0), nonfinite_x,
-nonfinite_y (entries that are not finite), dim, and about, a JSON text that tells what was read;
-with --nan pairs also pair_rows, the rows behind each entry of the context.
+noise; noise_floor, the rms of noise; beyond and beyond_expected, how many correlations are beyond
+1.96 times their noise, and how many would be by chance; count, dropped (rows left out), mean_x,
+mean_y, std_x, std_y, constant_x, constant_y (features without variance, whose entries are 0),
+nonfinite_x, nonfinite_y (entries that are not finite), dim, and about, a JSON text that tells what
+was read; with --nan pairs also pair_rows, the rows behind each entry of the context.
 Until it is complete, the work is kept in a checkpoint beside it.
 """
 
 
 def _whole(text: str, least: int = 1) -> int:
+    "A whole number of `least` or more; an ArgumentTypeError otherwise."
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
     return int(text)
@@ -159,25 +161,22 @@ def _add_meaning(p: argparse.ArgumentParser) -> None:
         "--nan",
         choices=("zero", "rows", "pairs", "refuse"),
         default="zero",
-        help="what is not finite: counts as 0; its row of x and y is left out; each pair of "
-        "features uses the rows that have both, which takes seven matrices of sums in place of "
-        "one, and several times as long where values are missing; or is an error "
+        help="what is not finite: zero: counts as 0; rows: its row of x and y is left out; "
+        "pairs: each pair of features uses the rows that have both, which takes seven matrices "
+        "of sums in place of one, and more time where values are missing; refuse: is an error "
         "(default: %(default)s)",
     )
-    p.add_argument(
-        "--least-rows",
-        type=lambda text: _whole(text, 2),
-        metavar="N",
-        default=2,
-        help="a correlation of fewer rows is 0 (default: %(default)s)",
-    )
-    p.add_argument(
-        "--top",
-        type=lambda text: _whole(text, 0),
-        metavar="N",
-        default=10,
-        help="list so many of the strongest pairs (default: %(default)s)",
-    )
+    for name, least, default, meaning in (
+        ("--least-rows", 2, 2, "a correlation of fewer rows is 0"),
+        ("--top", 0, 10, "list so many of the strongest pairs"),
+    ):
+        p.add_argument(
+            name,
+            type=functools.partial(_whole, least=least),
+            metavar="N",
+            default=default,
+            help=f"{meaning} (default: %(default)s)",
+        )
 
 # %% ../../nbs/streaming/05_exact.ipynb #55e3e952
 def _arrays_of(option: str, name: Path) -> dict[str, Path]:

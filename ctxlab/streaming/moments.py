@@ -29,7 +29,7 @@ from ..workspace import Workspace, _given_or_new
 # %% ../../nbs/streaming/01_moments.ipynb #7d0cca5e
 _SUB_ROWS = 8192  # rows at most between two visits to the float64 sums
 _BLOCK_ROWS = _LENGTHS[0]  # of a block, whose mean is kept for the noise floor
-_BLOCK = 64  # rows whose squares are summed in the dtype of the input
+_SQUARES_ROWS = 64  # rows whose squares are summed in the dtype of the input
 _SAMPLE = 64  # rows that the shift is estimated from
 _LEFT = 16  # times the variance: how much square of the mean the shift may leave
 _RANGE = {  # mean squares that a product may see
@@ -142,7 +142,7 @@ def _join(
     m2: np.ndarray,  # (W,)
     left: np.ndarray | None = None,  # (W,) how far the products were off in the mean
 ) -> None:
-    "Join the vectors of some rows without gaps."
+    "Join count, means and squares of some rows without gaps, and correct `cross`."
     Dx, Dy = s._cross.shape
     before = s.count - s.incomplete
     if s.incomplete and not before:
@@ -197,13 +197,13 @@ def _absorb_wide(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:
 # %% ../../nbs/streaming/01_moments.ipynb #d33b2a62
 def _squares_into(
     w: np.ndarray,  # (n, W) a panel
-    parts: np.ndarray,  # (at least n / BLOCK, W)
+    parts: np.ndarray,  # (at least n / SQUARES_ROWS, W)
 ) -> np.ndarray:  # rows of `parts` that were written
-    "Sums of squares (W,) of every BLOCK rows of the panel `w`."
-    whole = len(w) // _BLOCK
-    blocks = w[: whole * _BLOCK].reshape(whole, _BLOCK, w.shape[1])
+    "Sums of squares (W,) of every SQUARES_ROWS rows of the panel `w`."
+    whole = len(w) // _SQUARES_ROWS
+    blocks = w[: whole * _SQUARES_ROWS].reshape(whole, _SQUARES_ROWS, w.shape[1])
     np.einsum("gij,gij->gj", blocks, blocks, out=parts[:whole])
-    rest = w[whole * _BLOCK :]
+    rest = w[whole * _SQUARES_ROWS :]
     if not len(rest):
         return parts[:whole]
     np.einsum("ij,ij->j", rest, rest, out=parts[whole])
@@ -212,7 +212,7 @@ def _squares_into(
 # %% ../../nbs/streaming/01_moments.ipynb #c29d2134
 def _parts(p: int) -> int:
     "Rows of partial sums of a panel of `p` rows."
-    return p // _BLOCK_ROWS + p // _BLOCK + 2
+    return p // _BLOCK_ROWS + p // _SQUARES_ROWS + 2
 
 
 def _shifted(
@@ -231,19 +231,34 @@ def _shifted(
         done.append(a)
     return done[0], done[1]
 
+# %% ../../nbs/streaming/01_moments.ipynb #c29d2135
+def _sums_into(
+    X: np.ndarray,  # (n, Dx), shifted
+    Y: np.ndarray,  # (n, Dy)
+    ones: np.ndarray,  # (at least a block,)
+    parts: np.ndarray,  # written: first the sums of blocks, then sums of squares
+) -> tuple[list[slice], int]:  # blocks, and rows of `parts` that were written
+    "Partial sums of the columns of a panel, and of their squares."
+    blocks = list(panels(len(X), 1, _BLOCK_ROWS))
+    m, D = len(blocks), X.shape[1]
+    for a, columns in ((X, slice(0, D)), (Y, slice(D, None))):
+        for block, part in zip(blocks, parts, strict=False):
+            np.matmul(ones[: block.stop - block.start], a[block], out=part[columns])
+        k = m + len(_squares_into(a, parts[m:, columns]))
+    return blocks, k
+
 
 def _product_into(
     s: "ContextStats",
-    x: np.ndarray,
-    y: np.ndarray,
-    shift: np.ndarray,
-    P: np.ndarray,
-    sums: np.ndarray,
-    by_block: np.ndarray,  # (blocks, W)
+    x: np.ndarray,  # (n, Dx), at most SUB_ROWS rows
+    y: np.ndarray,  # (n, Dy)
+    shift: np.ndarray,  # (W,)
+    P: np.ndarray,  # (Dx, Dy), written, if any panel is in order
+    sums: np.ndarray,  # (2, W) float64, written
+    by_block: np.ndarray,  # (blocks, W) float64, written: sums of each block that is in P
 ) -> tuple[list[slice], list[slice]]:  # blocks that are in P, and panels that are not
     "Products (Dx, Dy), sums and squares (2, W), of `x - shift` and `y - shift`, where in order."
-    D, W = x.shape[1], len(shift)
-    p = _panel_rows(s.dim, s.dtype)
+    W, p = len(shift), _panel_rows(s.dim, s.dtype)
     take = s.workspace.take
     ones = take("stream.ones", (p,), s.dtype)
     parts = take("stream.parts", (_parts(p), W), s.dtype)
@@ -254,14 +269,9 @@ def _product_into(
     kept: list[slice] = []
     odd = []
     for rows in panels(len(x), 1, p):
-        n = rows.stop - rows.start
         X, Y = _shifted(s, x[rows], y[rows], shift)
-        blocks = list(panels(n, 1, _BLOCK_ROWS))
+        blocks, k = _sums_into(X, Y, ones, parts)
         m = len(blocks)
-        for a, columns in ((X, slice(0, D)), (Y, slice(D, W))):
-            for block, part in zip(blocks, parts, strict=False):
-                np.matmul(ones[: block.stop - block.start], a[block], out=part[columns])
-            k = m + len(_squares_into(a, parts[m:, columns]))
         np.copyto(wide[:k], parts[:k])  # a sum of two dtypes would go through a buffer
         np.add.reduce(wide[:m], axis=0, out=both[0])
         np.add.reduce(wide[m:k], axis=0, out=both[1])
@@ -293,9 +303,9 @@ def _as_they_are(s: "ContextStats", shift: np.ndarray) -> bool:
 # %% ../../nbs/streaming/01_moments.ipynb #8d90d95d
 def _add_blocks(
     s: "ContextStats",
-    x: np.ndarray,
-    y: np.ndarray,
-    shift: np.ndarray,
+    x: np.ndarray,  # (n, Dx)
+    y: np.ndarray,  # (n, Dy)
+    shift: np.ndarray,  # (W,)
     blocks: list[slice],
     sums: np.ndarray,  # (at least so many, W) of `x - shift` and `y - shift`
 ) -> None:
@@ -449,7 +459,7 @@ class ContextStats:
         dtype=np.float32,  # of the pairs: float32 or float64; sums are float64
         *,
         floor: float = 0.0,  # a product of norms at or below it gives 0
-        nan: str = "zero",  # what is not finite: 0; "rows" left out; "refuse"; "pairs" complete
+        nan: str = "zero",  # not finite: 0; "rows": left out; "refuse": an error; "pairs": a gap
         least_rows: int = 2,  # a correlation of fewer rows is 0
         workspace: Workspace | None = None,  # for scratch; default: its own
     ):
@@ -486,16 +496,8 @@ class ContextStats:
         x: np.ndarray,  # (n, Dx), any number of rows
         y: np.ndarray,  # (n, Dy)
     ) -> None:
-        "Join the rows of a chunk, of any finite size; scratch does not depend on their number."
-        Dx, Dy = self._cross.shape
-        x = _check_array("x", x, dtype=self.dtype)
-        y = _check_array("y", y, dtype=self.dtype)
-        if x.shape[1] != Dx:
-            raise ValueError(f"x: shape {x.shape}, needed (n, {Dx})")
-        if y.shape != (len(x), Dy):
-            raise ValueError(f"y: shape {y.shape}, needed {(len(x), Dy)}")
-        if self.nan == "refuse":
-            _refuse(x, y)
+        "Join any number of rows, in scratch of fixed size; a ValueError or TypeError joins none."
+        x, y = _checked_rows(self, x, y)
         with (
             unbuffered(),
             self.workspace.scope(),
@@ -508,16 +510,8 @@ class ContextStats:
                     _absorb(self, x[rows], y[rows])
 
     def merge(self, other: "ContextStats") -> None:
-        "Join the rows of another one, which stays as it is."
-        if not isinstance(other, ContextStats):
-            raise TypeError(f"other: {type(other).__name__} is no ContextStats")
-        if (other.dim, other.dtype) != (self.dim, self.dtype):
-            raise ValueError(
-                f"other: is for {other.dim} features in {other.dtype}, "
-                f"this one for {self.dim} in {self.dtype}"
-            )
-        if other.nan != self.nan:
-            raise ValueError(f"other: has nan={other.nan!r}, this one {self.nan!r}")
+        "Join the rows of another one, which stays as it is; a ValueError or TypeError joins none."
+        _check_alike(other, self)
         if other.count:
             with np.errstate(under="ignore"):
                 _merge_into(other, self)
@@ -526,15 +520,12 @@ class ContextStats:
         self.nonfinite_y += other.nonfinite_y
 
     def correlation(self) -> np.ndarray:  # (Dx, Dy), dtype of the pairs, within [-1, 1]
-        "Pearson correlation of feature i of x with feature j of y; 0 where one is constant."
+        "Pearson correlations; 0 where one is constant, below `least_rows`, or at the `floor`."
         return _finish(self, tanh=False)
 
     def pair_rows(self) -> np.ndarray:  # (Dx, Dy) int64
         "The rows behind each correlation: `count`, or fewer with nan='pairs'."
-        out = np.empty(self._cross.shape, np.int64)
-        for rows in panels(len(out), out.shape[1] * 8):
-            out[rows] = _over_all(self, rows).n
-        return out
+        return _rows_of_pairs(self)
 
     def similarity(self) -> np.ndarray:  # (Dx, Dy), dtype of the pairs
         "tanh of the correlation."
@@ -542,16 +533,10 @@ class ContextStats:
 
     def covariance(self) -> np.ndarray:  # (Dx, Dy) float64, units of x times units of y
         "Mean product of the centred features, over the rows of each pair."
-        out = np.empty(self._cross.shape)
-        for rows in panels(len(out), out.shape[1] * 8):
-            p = _over_all(self, rows)
-            out[rows] = p.cross / np.maximum(p.n, 1)
-        split = len(out)
-        power = _taken(self._exponent)
-        return np.ldexp(out, power[:split, None] + power[split:], out=out)
+        return _covariance(self)
 
     def noise(self) -> np.ndarray:  # (Dx, Dy), dtype of the pairs
-        "Standard deviation of each correlation by chance; hand over 256 rows or more at a time."
+        "Standard deviation of each correlation by chance, 0 if constant; chunks: 256 rows or more."
         return _noise(self)
 
     @property
@@ -561,19 +546,22 @@ class ContextStats:
 
     @property
     def mean_x(self) -> np.ndarray:  # (Dx,) float64, units of x
+        "Over the rows that have the feature."
         return _means_and_spreads(self)["mean_x"]
 
     @property
     def mean_y(self) -> np.ndarray:  # (Dy,) float64, units of y
+        "Over the rows that have the feature."
         return _means_and_spreads(self)["mean_y"]
 
     @property
     def std_x(self) -> np.ndarray:  # (Dx,) float64, units of x
-        "Over the rows that have the feature, not one less."
+        "Over the n rows that have the feature; the sum of squares is divided by n, not n - 1."
         return _means_and_spreads(self)["std_x"]
 
     @property
     def std_y(self) -> np.ndarray:  # (Dy,) float64, units of y
+        "Over the n rows that have the feature; the sum of squares is divided by n, not n - 1."
         return _means_and_spreads(self)["std_y"]
 
     @property
@@ -596,7 +584,7 @@ class ContextStats:
         return sum(a.nbytes for a in sums) + self.workspace.nbytes
 
     def state_dict(self) -> dict[str, Any]:
-        "Copies of the sums, and numbers, fit for `np.savez`."
+        "Copies of the sums, and numbers, fit for `np.savez`; not `floor` and `least_rows`."
         return {
             name: a.copy() if isinstance(a, np.ndarray) else a for name, a in _state(self).items()
         }
@@ -617,6 +605,33 @@ class ContextStats:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, workspace=Workspace(growth="exact"))
+
+# %% ../../nbs/streaming/01_moments.ipynb #d7c0269b
+def _checked_rows(s: ContextStats, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Rows that fit the statistics, or a ValueError or TypeError."
+    Dx, Dy = s._cross.shape
+    x = _check_array("x", x, dtype=s.dtype)
+    y = _check_array("y", y, dtype=s.dtype)
+    if x.shape[1] != Dx:
+        raise ValueError(f"x: shape {x.shape}, needed (n, {Dx})")
+    if y.shape != (len(x), Dy):
+        raise ValueError(f"y: shape {y.shape}, needed {(len(x), Dy)}")
+    if s.nan == "refuse":
+        _refuse(x, y)
+    return x, y
+
+
+def _check_alike(other: ContextStats, s: ContextStats) -> None:
+    "A TypeError or ValueError if the two cannot be joined."
+    if not isinstance(other, ContextStats):
+        raise TypeError(f"other: {type(other).__name__} is no ContextStats")
+    if (other.dim, other.dtype) != (s.dim, s.dtype):
+        raise ValueError(
+            f"other: is for {other.dim} features in {other.dtype}, "
+            f"this one for {s.dim} in {s.dtype}"
+        )
+    if other.nan != s.nan:
+        raise ValueError(f"other: has nan={other.nan!r}, this one {s.nan!r}")
 
 # %% ../../nbs/streaming/01_moments.ipynb #f2dfdaeb
 def _merge_into(other: ContextStats, s: ContextStats) -> None:
@@ -658,6 +673,25 @@ def _over_all(s: ContextStats, rows: slice) -> _Pairs:
     complete = _Pairs(count, mean[:split][rows][:, None], mean[split:], m2_x, m2_y, cross)
     reach = s._pairs.reach
     return _joined(complete, _Pairs(*s._pairs.sums[:, rows]), reach[:split][rows], reach[split:])
+
+
+def _rows_of_pairs(s: ContextStats) -> np.ndarray:  # (Dx, Dy) int64
+    "The rows behind each correlation."
+    out = np.empty(s._cross.shape, np.int64)
+    for rows in panels(len(out), out.shape[1] * 8):
+        out[rows] = _over_all(s, rows).n
+    return out
+
+
+def _covariance(s: ContextStats) -> np.ndarray:  # (Dx, Dy) float64
+    "Mean product of the centred features, over the rows of each pair."
+    out = np.empty(s._cross.shape)
+    for rows in panels(len(out), out.shape[1] * 8):
+        p = _over_all(s, rows)
+        out[rows] = p.cross / np.maximum(p.n, 1)
+    split = len(out)
+    power = _taken(s._exponent)
+    return np.ldexp(out, power[:split, None] + power[split:], out=out)
 
 
 def _finish(s: ContextStats, tanh: bool) -> np.ndarray:
@@ -741,7 +775,7 @@ def _checked_state(s: ContextStats, state: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"state: incomplete is {new['incomplete']}, needed at most {most} rows")
     return new
 
-
+# %% ../../nbs/streaming/01_moments.ipynb #2598d7cf
 def _means_and_spreads(
     s: ContextStats,
 ) -> dict[str, np.ndarray]:  # mean_x, mean_y, std_x, std_y: float64
@@ -753,7 +787,7 @@ def _means_and_spreads(
     std = np.ldexp(np.sqrt(m2 / np.maximum(n, 1)), exponents)
     return dict(mean_x=mean[:split], mean_y=mean[split:], std_x=std[:split], std_y=std[split:])
 
-
+# %% ../../nbs/streaming/01_moments.ipynb #2598d7d0
 def _shares_of(s: ContextStats) -> tuple[np.ndarray, np.ndarray]:
     "Columns of x and of y, whose products are the squares of the noise."
     A = _shares(s._dependence, _by_feature(s)[2])
@@ -797,7 +831,7 @@ def _effective_rows(s: ContextStats) -> float:
     mean = A[:, ~s.constant_x].mean(axis=1) @ B[:, ~s.constant_y].mean(axis=1)
     return 1 + 1 / float(mean)
 
-
+# %% ../../nbs/streaming/01_moments.ipynb #2598d7d1
 def linear_cka(
     xy: ContextStats,  # of the pairs (x, y)
     xx: ContextStats,  # of the same rows as pairs (x, x)

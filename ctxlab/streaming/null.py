@@ -15,7 +15,7 @@ from ..reference import _check_array, _check_same_shape, _check_whole
 
 # %% ../../nbs/streaming/03_null.ipynb #b57ebfef
 def noise_floor(n: int) -> float:
-    "Standard deviation of a correlation of `n` independent rows, `1/sqrt(n - 1)`."
+    "Standard deviation of a correlation of `n` independent rows, at least 2: `1/sqrt(n - 1)`."
     return 1 / math.sqrt(_check_whole("n", n, 2) - 1)
 
 
@@ -45,7 +45,7 @@ def _unit_columns(a: np.ndarray) -> np.ndarray:  # float64
 
 # %% ../../nbs/streaming/03_null.ipynb #f21fb118
 def permutation_null(
-    x: np.ndarray,  # (n, D) in memory
+    x: np.ndarray,  # (n, D) float32 or float64, n >= 2
     y: np.ndarray,  # (n, D)
     rounds: int = 20,  # permutations of the rows of y
     seed: int = 0,

@@ -141,10 +141,10 @@ def _chunk_rows(
 class Shard(NamedTuple):
     "Pairs of rows in one file, or in two, as their headers describe them."
 
-    name: str
+    name: str  # of the file with x
     x: str  # path of the file with x
     y: str  # path of the file with y; it may be the same
-    rows: int
+    rows: int  # of x and of y
     width: _Width  # D, or (D of x, D of y)
     dtype: str  # 'float32' or 'float64', what it is computed in
     fingerprint: tuple[tuple[int, int], tuple[int, int]]  # bytes, last change in ns; of both files
@@ -289,7 +289,8 @@ def _files(path: Any, layered: bool) -> list[tuple[str, str, str]]:  # (name, x,
         partners = {f"{p.name[:-6]}.y.npy" for p in inside if p.name.endswith(".x.npy")}
         inside = [p for p in inside if p.name not in partners]
         if not inside:
-            raise InputError(f"{path}: the folder holds no .npz, and no .x.npy with a .y.npy")
+            kinds = ", ".join(k for k in _KINDS if k != ".npy")
+            raise InputError(f"{path}: the folder holds no {kinds}, and no .x.npy with a .y.npy")
         return [found for p in inside for found in _files(p, layered)]
     if not path.exists():
         raise InputError(f"{path}: no such file")
@@ -466,10 +467,10 @@ def shard_stats(
     shard: Shard,
     memory: int | str = "1GB",  # budget, see `_chunk_rows`
     *,
-    stats: ContextStats | None = None,  # to be used again; default: a new one
+    stats: ContextStats | None = None,  # emptied and used; default: a new one
     tick: Callable[[int], Any] | None = None,  # called with the number of rows after each chunk
 ) -> ContextStats:
-    "The statistics of one shard."
+    "The statistics of one shard; an InputError if it is damaged, has changed, or is refused."
     if stats is None:
         stats = ContextStats(shard.width, shard.dtype, nan=shard.nan)
     if stats.nan != shard.nan:
@@ -591,7 +592,7 @@ def load_stats(
     dtype=np.float32,
     nan: str = "zero",  # the rule that they were made with
 ) -> ContextStats:
-    "The statistics of a checkpoint; an InputError in one line if it is damaged or does not fit."
+    "The statistics of a checkpoint of one layer; an InputError if it is damaged or does not fit."
     stats = ContextStats(dim, dtype, nan=nan)
     _read_stats(path, {0: stats})
     return stats
@@ -766,7 +767,11 @@ def stream(
     resume: bool = False,  # go on from the checkpoint, if it is there
     progress: bool = False,  # a bar with rows a second and the time left
 ) -> Any:  # ContextStats; of shards of several layers a dictionary of these, by layer
-    "Statistics of all rows, in bounded memory; resumed with the same `memory`, the same bits."
+    """Statistics of all rows, in bounded memory; resumed with the same `memory`, the same bits.
+
+    An InputError names what is wrong with a file or a checkpoint; a budget that is too small, or
+    a checkpoint without shards, is a ValueError, and what is no pair a TypeError.
+    """
     if isinstance(source, list | tuple) and all(isinstance(s, Shard) for s in source):
         return _alone(
             _stream(

@@ -101,7 +101,7 @@ def _strongest(
 def _listed(
     context: np.ndarray, noise: np.ndarray, pairs: list[tuple[int, int]], top: int
 ) -> list[tuple[int, int, float, float]]:
-    "The strongest of some pairs; those without variance are none."
+    "The strongest of some pairs; those without variance are left out."
     pairs = [pair for pair in pairs if noise[pair]]
     pairs.sort(key=lambda pair: (-abs(float(context[pair])), pair))
     rows = []
@@ -148,6 +148,21 @@ def _not_finite(stats: "ContextStats") -> dict[str, str]:
         }
     return {"not finite": entries, "rows left out": f"{stats.dropped:,}"}
 
+# %% ../../nbs/streaming/04a_summary.ipynb #168e6c0a
+def _in_floors(value: float, floor: float) -> str:
+    "A root mean square, beside the noise floor."
+    if math.isnan(value):
+        return "there is none"
+    return f"{value:.4f}, {value / floor:.1f} times the noise floor"
+
+
+def _sizes(f: Mapping[str, float], floor: float, Dx: int, Dy: int) -> dict[str, str]:
+    "How large the correlations are, on and off the diagonal if there is one."
+    off = _in_floors(f["off"], floor) if Dx * Dy > 1 else "there is one feature only"
+    if Dx != Dy:
+        return {"rms": off}
+    return {"rms off the diagonal": off, "rms on the diagonal": _in_floors(f["on"], floor)}
+
 # %% ../../nbs/streaming/04a_summary.ipynb #168e6c09
 def _summary(
     stats: "ContextStats",
@@ -162,20 +177,13 @@ def _summary(
     floor, effective = float(arrays["noise_floor"]), float(arrays["effective_rows"])
     f = _figures_of(context, noise)
     Dx, Dy = context.shape
-
-    def times(value: float) -> str:
-        if math.isnan(value):
-            return "there is none"
-        return f"{value:.4f}, {value / floor:.1f} times the noise floor"
-
     rows = {
         "rows": f"{stats.count:,} in {shards} shard{'' if shards == 1 else 's'}",
         "features": f"{Dx if Dx == Dy else f'{Dx} x {Dy}'}, {stats.dtype}",
         "layer": f"{layer}, from hidden[{layer - 1}] to hidden[{layer}]",
         "effective rows": f"{effective:,.0f} independent ones have the same noise",
         "noise floor": f"{floor:.4f}",
-        "rms off the diagonal": times(f["off"]) if Dx * Dy > 1 else "there is one feature only",
-        "rms on the diagonal": times(f["on"]),
+        **_sizes(f, floor, Dx, Dy),
         "beyond 1.96 floors": (
             f"{f['beyond']:,} of {f['pairs']:,} pairs; by chance {_BY_CHANCE * f['pairs']:,.0f}"
         ),
@@ -185,9 +193,6 @@ def _summary(
     }
     if not layer:
         del rows["layer"]
-    if Dx != Dy:
-        rows["rms"] = rows.pop("rms off the diagonal")
-        del rows["rms on the diagonal"]
     text = "\n".join(f"{name:24}{value}" for name, value in rows.items())
     return text + ("\n" + _table(_strongest(context, noise, top)) if top else "")
 
@@ -246,40 +251,14 @@ def _picture(arrays: Mapping[str, Any], top: int = 10) -> bytes:  # PNG
     "The matrix in noise floors, as a heat map, and the strongest pairs beside it."
     from io import BytesIO
 
-    from matplotlib import colormaps, style
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    context, noise = arrays["context"], arrays["noise"]
-    Dx, Dy = context.shape
-    shown = _thinned(context, noise)
-    size = np.abs(shown[np.isfinite(shown)])
-    highest = float(size.max(initial=0))
-    limit = max(_largest_of(shown.size), float(np.quantile(size, 0.995)) if len(size) else 0)
-    step = -(-Dx // len(shown)), -(-Dy // shown.shape[1])
-    dots = f" (each dot: strongest of {step[0]} x {step[1]})" if max(step) > 1 else ""
     with style.context("ctxlab.notebook"):
         figure = Figure(figsize=(10.5, 6))
         ax, side = figure.subplots(1, 2, width_ratios=(3, 1.1))
-        image = ax.imshow(
-            shown,
-            cmap=colormaps["RdBu_r"].with_extremes(bad="0.75"),
-            vmin=-limit,
-            vmax=limit,
-            extent=(0, Dy, Dx, 0),
-            aspect="equal" if 1 / 3 < Dx / Dy < 3 else "auto",
-            interpolation="nearest",
-        )
-        grey = "; grey: without variance" if not np.isfinite(shown).all() else ""
-        ax.set(
-            title=f"Exact context of {int(arrays['count']):,} rows{grey}",
-            xlabel=f"feature of y{dots}",
-            ylabel="feature of x",
-        )
-        ax.grid(False)
+        _draw(figure, ax, arrays)
         _ring(ax, arrays, top)
-        extend = "both" if highest > limit else "neither"
-        bar = figure.colorbar(image, ax=ax, extend=extend, shrink=0.85)
-        bar.set_label(f"correlation, in noise floors of {float(arrays['noise_floor']):.2g}")
         side.axis("off")
         side.text(0, 1, _beside(arrays, top), va="top", family="monospace", fontsize=8)
         buffer = BytesIO()
@@ -288,7 +267,39 @@ def _picture(arrays: Mapping[str, Any], top: int = 10) -> bytes:  # PNG
         )
     return buffer.getvalue()
 
+# %% ../../nbs/streaming/04a_summary.ipynb #89e52be5
+def _draw(figure, ax, arrays: Mapping[str, Any]) -> None:
+    "The matrix in noise floors, with its title, labels and bar of colours."
+    from matplotlib import colormaps
 
+    Dx, Dy = arrays["context"].shape
+    shown = _thinned(arrays["context"], arrays["noise"])
+    size = np.abs(shown[np.isfinite(shown)])
+    highest = float(size.max(initial=0))
+    limit = max(_largest_of(shown.size), float(np.quantile(size, 0.995)) if len(size) else 0)
+    step = -(-Dx // len(shown)), -(-Dy // shown.shape[1])
+    dots = f" (each dot: strongest of {step[0]} x {step[1]})" if max(step) > 1 else ""
+    image = ax.imshow(
+        shown,
+        cmap=colormaps["RdBu_r"].with_extremes(bad="0.75"),
+        vmin=-limit,
+        vmax=limit,
+        extent=(0, Dy, Dx, 0),
+        aspect="equal" if 1 / 3 < Dx / Dy < 3 else "auto",
+        interpolation="nearest",
+    )
+    grey = "; grey: without variance" if not np.isfinite(shown).all() else ""
+    ax.set(
+        title=f"Exact context of {int(arrays['count']):,} rows{grey}",
+        xlabel=f"feature of y{dots}",
+        ylabel="feature of x",
+    )
+    ax.grid(False)
+    extend = "both" if highest > limit else "neither"
+    bar = figure.colorbar(image, ax=ax, extend=extend, shrink=0.85)
+    bar.set_label(f"correlation, in noise floors of {float(arrays['noise_floor']):.2g}")
+
+# %% ../../nbs/streaming/04a_summary.ipynb #89e52be6
 def _beside(arrays: Mapping[str, Any], top: int) -> str:
     "The text beside the picture."
     found, expected = int(arrays["beyond"]), float(arrays["beyond_expected"])
@@ -306,7 +317,7 @@ def _beside(arrays: Mapping[str, Any], top: int) -> str:
 
 
 def _ring(ax, arrays: Mapping[str, Any], top: int) -> None:
-    "A ring round what is listed off the diagonal and beyond the largest of all by chance."
+    "A ring round listed pairs off the diagonal, if beyond the median largest of so many by chance."
     noise = arrays["noise"]
     chance = _largest_of(max(int(np.count_nonzero(noise)), 1))
     tables = _strongest(arrays["context"], noise, min(top, _LISTED))
