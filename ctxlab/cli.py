@@ -66,7 +66,7 @@ def _add_common(p: argparse.ArgumentParser) -> None:
         "--threads",
         type=exact._whole,
         metavar="N",
-        help="threads of BLAS (default: as BLAS has it, mostly one a core)",
+        help="threads of BLAS, where several are used (default: one a core; for compare: 1)",
     )
     p.add_argument(
         "--seed",
@@ -203,7 +203,7 @@ def _add_bench(commands: Any) -> None:
         type=exact._whole,
         metavar="RUNS",
         help="measure the instrument instead: comparisons with forms that are slower by 0 to 8%%, "
-        "RUNS of each, of up to SECONDS (20 runs take a quarter of an hour)",
+        "RUNS of each, of up to SECONDS (20 runs take half an hour at most)",
     )
     _add_common(p)
 

@@ -197,6 +197,22 @@ def test_what_is_collected_as_garbage_is_not_kept():
         gc.enable()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_someone_has_frozen_stays_so(frozen):
+    def call():
+        loop = [zeros(300 * KB)]
+        loop.append(loop)
+
+    if frozen:
+        gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        assert account(lambda: call).kept == 0
+        assert gc.get_freeze_count() == before
+    finally:
+        gc.unfreeze()
+
+
 def test_small_objects_that_stay_are_no_array():
     def make():
         chain = ()

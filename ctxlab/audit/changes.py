@@ -28,6 +28,7 @@ from ctxlab.audit.report import (
     _board,
     _paragraph,
     _plain_trials,
+    _several,
     _words,
 )
 from .trials import _SEVERAL, _SMALL, Bench, Claim, _Figures
@@ -325,7 +326,7 @@ def _compare_reports(
 
 # %% ../../nbs/audit/06_changes.ipynb #8d5f3f9c
 def _times(t: Mapping[str, Any]) -> tuple[str, str]:
-    "Before and after, with what the control strayed."
+    "Before and after, each with the interval of its control."
 
     def one(r: Mapping[str, float], c: Mapping[str, float]) -> str:
         return (
@@ -347,7 +348,7 @@ def _printable(text: str) -> str:
 def _noise_count(changes: Mapping[str, Any]) -> str:
     beyond = sum(t["change"] != "same within noise" for t in changes["timings"])
     return (
-        f"{len(changes['timings'])} timed figures: {beyond} changed beyond noise, "
+        f"{_several(len(changes['timings']), 'timed figure')}: {beyond} changed beyond noise, "
         f"{len(changes['timings']) - beyond} the same within it"
     )
 
@@ -405,9 +406,9 @@ def _changes_html(changes: Mapping[str, Any]) -> str:  # HTML
         + _board("Verdicts", ("Claim", "Before", "Now", "Change"), claims)
         + f"<details><summary>{esc(_noise_count(changes))}</summary>"
         + _board(
-            "Times in units of the control; two differ beyond noise if the intervals do not meet, "
-            "though each is widened by what its control "
-            "strays from 1",
+            "Times in units of the first form of a trial; two differ beyond noise if the "
+            "intervals do not meet, though each is widened by as far as the interval of its "
+            "control reaches from 1",
             ("Figure", "Change", "Before", "Now"),
             times,
         )
@@ -434,7 +435,7 @@ def _save_partial(
     b: Bench,
     facts: Mapping[str, Any],
 ) -> None:
-    "Keep what is measured so far, all of it or what was there before."
+    "Write what is measured so far; where that fails, the file that was there stays as it is."
     text = json.dumps(
         dict(schema=f"{_SCHEMA}.unfinished", facts=facts, trials=_plain_trials(b)),
         allow_nan=False,

@@ -329,6 +329,10 @@ def _calls_account(form: str, w: _Workload, calls: int) -> Account:
     return account(make)
 
 
+def _saved_at_a_time(f: Mapping[str, Any]) -> float:
+    return f["peak before"] - f["peak after"]
+
+
 def _calls_figures(calls: int, b: Bench) -> _Figures:
     w = _workloads(b)[-1]
     before, after = (_calls_account(form, w, calls) for form in ("dot", "zeros + gemm"))
@@ -336,7 +340,7 @@ def _calls_figures(calls: int, b: Bench) -> _Figures:
 
 # %% ../../nbs/audit/04_claims.ipynb #a17ddc42
 def _calls(id: str, says: str, calls: int, least: float, most: float) -> Claim:
-    saved = _in_mb(lambda f: f["allocated before"] - f["allocated after"])
+    saved = _in_mb(_saved_at_a_time)
     return Claim(
         id=id,
         says=says,
@@ -684,11 +688,8 @@ def _saves_per_layer(least: float, f: Mapping[str, Any]) -> str:
 
 def _tell_pool(least: float, figures: _Figures) -> tuple[str, str]:
     case, f = next(iter(figures.items()))
-    return _saving_sentence(f, least * f["layers"]), f"{case}: {_tell_account(f)}"
-
-
-def _saved_at_a_time(f: Mapping[str, Any]) -> float:
-    return f["peak before"] - f["peak after"]
+    told = f"{case}, pool planned by lifetimes: {_tell_account(f)}"
+    return _saving_sentence(f, least * f["layers"]), told
 
 # %% ../../nbs/audit/04_claims.ipynb #9c1f02a7
 # (S, D) of the input of a block that is timed. At the first, a Transformer without a pool gives
@@ -873,10 +874,11 @@ def _tell_total(figures: _Figures) -> tuple[str, str]:
     f = next(iter(figures.values()))
     gains = {name: f["gain"] for name, f in figures.items() if "gain" in f}
     steps = [f"{name} {_percent(gain)}" for name, gain in gains.items()]
-    told = "; ".join([f"a step of six layers, 512 x 768: {_tell_account(f)}", *steps])
+    memory = f"a step of six layers, 512 x 768, pool planned by lifetimes: {_tell_account(f)}"
+    told = "; ".join([memory, *steps])
     saves = _saved_at_a_time(f) >= 15 * _MB
-    memory = "Less is held at a time" if saves else "As much is held at a time"
-    return f"{memory}{_TENTH[_faster(figures)]}", told
+    held = "Less is held at a time" if saves else "As much is held at a time"
+    return f"{held}{_TENTH[_faster(figures)]}", told
 
 
 _TENTH: dict[str, str] = {
@@ -908,7 +910,8 @@ _TOTAL = Claim(
     tell=_told_if_timed(_tell_total),
     where=_GAINS,
     group="pooling",
-    units=f"{_POOL_UNITS}; gain: percent, of a step of one block, of each size",
+    units=f"{_POOL_UNITS}, all of six layers at 512 x 768; gain: percent, of a step of one block "
+    "of the size of the case",
     trials=_step_trials,
     number=Number("MB", 15, 25, _in_mb(_saved_at_a_time)),
     notebook="models/08_stack",
@@ -945,6 +948,9 @@ def _norms_trial(b: Bench) -> Trial:
     )
 
 # %% ../../nbs/audit/04_claims.ipynb #ce9b6e8b
+_STEP = f"a training step of a Transformer block, {_TRIMMING[0]} x {_TRIMMING[1]}"
+
+
 def _share_of_a_step(seconds: float, b: Bench) -> float | None:  # percent
     "What a norm takes of a training step of a block, if that has been timed."
     trial = _kinds_trials(b)[0]
@@ -980,7 +986,7 @@ def _tell_cost(figures: _Figures) -> tuple[str, str]:
     )
     told = f"{f['growth'].median:.2f} x the time at 4 x the D"
     if "share" in f:
-        told += f"; {f['share']:.2g}% of a Transformer block's training step"
+        told += f"; |s| takes {f['share']:.2g}% of {_STEP}"
     return plain, told
 
 
@@ -995,57 +1001,78 @@ _NORM_COST = Claim(
     tell=_told_if_timed(_tell_cost),
     where=_DEFERRED,
     group="norms",
-    units="growth: time at D = 1024 in units of that at 256; share: percent of a training step",
+    units="growth: time at D = 1024 in units of that at 256; share: what |s| takes, in percent of "
+    f"{_STEP}, on a pool",
     trials=lambda b: [_norms_trial(b), _kinds_trials(b)[0]],
     notebook="09_norm_cache",
     section="What it costs",
 )
 
 # %% ../../nbs/audit/04_claims.ipynb #e3c67421
+def _over(a: Interval, b: Interval) -> Interval:
+    "How many times b is a: the ends of the interval are the most and the least that both allow."
+    high = a.high / b.low if b.low else math.inf
+    return Interval(a.median / b.median, a.low / b.high, high)
+
+
 def _lock_figures(b: Bench) -> _Figures:
     trial = _norms_trial(b)
     if not b.has_time(trial):
         return {}
     c = b.timed(trial)
     hit, norms = c["locked hit"], {"|s|": c["|s|, D = 256"], "a norm of 768": c["norm of 768"]}
-    return {name: {"hit": hit.seconds * 1e9, "norm": m.seconds * 1e9} for name, m in norms.items()}
-
-
-def _dearer(f: Mapping[str, float]) -> str:
-    ratio = f["hit"] / f["norm"]
-    if 1 / _CLOSE < ratio < _CLOSE:
-        return Verdict.UNDECIDED
-    return Verdict.CONFIRMED if ratio > 1 else Verdict.REFUTED
+    return {
+        name: {
+            "hit": hit.seconds * 1e9,
+            "norm": norm.seconds * 1e9,
+            "ratio": _over(hit.ratio, norm.ratio),
+        }
+        for name, norm in norms.items()
+    }
 
 
 _CLOSE = 1.25  # a hit and a norm that differ by less are not told apart
 
 
+def _dearer(f: Mapping[str, Any]) -> str:
+    if f["ratio"].low >= _CLOSE:
+        return Verdict.CONFIRMED
+    return Verdict.REFUTED if f["ratio"].high <= 1 / _CLOSE else Verdict.UNDECIDED
+
+# %% ../../nbs/audit/04_claims.ipynb #4b8e62d1
+_LOCK_COSTS: dict[str, str] = {
+    Verdict.CONFIRMED: "more than",
+    Verdict.REFUTED: "less than",
+    Verdict.UNDECIDED: "perhaps more than",
+}
+
+
 def _tell_lock(figures: _Figures) -> tuple[str, str]:
-    told = _by_case(
-        lambda f: f"a locked hit {f['hit']:.3g} ns, the norm {f['norm']:.3g} ns", figures
-    )
-    verdicts = {name: _dearer(f) for name, f in figures.items()}
-    dearer = [name for name, v in verdicts.items() if v == Verdict.CONFIRMED]
-    if not dearer:
-        return "The lock is the cheaper one.", told
-    if len(dearer) == len(verdicts):
-        return "The lock costs more.", told
-    return f"The lock costs more than {', '.join(dearer)}, and less than the others.", told
+    def told(f: Mapping[str, Any]) -> str:
+        hit, norm, ratio = f["hit"], f["norm"], f["ratio"]
+        times = f"{ratio.median:.3g} [{ratio.low:.3g}, {ratio.high:.3g}]"
+        return f"a locked hit {hit:.3g} ns, the norm {norm:.3g} ns, ratio {times}"
+
+    names: dict[str, list[str]] = {}
+    for name, f in figures.items():
+        names.setdefault(_LOCK_COSTS[_dearer(f)], []).append(name)
+    parts = [f"{more} {' and '.join(norms)}" for more, norms in names.items()]
+    return f"The lock costs {', and '.join(parts)}.", _by_case(told, figures)
 
 # %% ../../nbs/audit/04_claims.ipynb #de3be79a
 _NORM_LOCK = Claim(
     id="norm-lock",
     says="a mutex around a cached norm costs more than the computation that it saves",
     rule="confirmed if a hit behind a lock takes longer than computing the norm, by a quarter or "
-    "more; refuted if it takes less by as much; undecided in between",
+    "more in all of the interval of their ratio; refuted if it takes less by as much; undecided in "
+    "between",
     measure=_lock_figures,
     judge=_each_timed(_dearer),
     tell=_told_if_timed(_tell_lock),
     where=_DEFERRED,
     group="norms",
     units="nanoseconds: of a hit behind a lock, and of the norm: |s|, of a context's parameters, "
-    "and that of a vector of 768",
+    "and that of a vector of 768; ratio: of the two",
     trials=lambda b: [_norms_trial(b)],
     notebook="09_norm_cache",
     section="What it costs",
@@ -1082,7 +1109,7 @@ def _tell_caching(figures: _Figures) -> tuple[str, str]:
     if "most" not in f:
         return "The time was not measured.", told
     plain = "There is nothing to gain." if f["most"] < 5 else "As much could be gained."
-    return plain, f"a norm is {f['most']:.2g}% of a Transformer block's training step; {told}"
+    return plain, f"a norm of 768 numbers takes {f['most']:.2g}% of {_STEP}; {told}"
 
 
 def _percent_of_a_step(figures: _Figures) -> Interval:
@@ -1100,7 +1127,8 @@ _NORM_GAIN = Claim(
     tell=_tell_caching,
     where=f"{_said_in('the table of gains')}, against its own text",
     group="norms",
-    units="most: percent of a training step; bytes: kept by a cache",
+    units=f"most: what a norm of 768 numbers takes, in percent of {_STEP}, on a pool; bytes: "
+    "kept by a cache",
     trials=lambda b: [_norms_trial(b), _kinds_trials(b)[0]],
     number=Number("%", 5, 10, _percent_of_a_step),
     notebook="09_norm_cache",
@@ -1200,8 +1228,9 @@ def _lock_in_rust() -> _Figures:
     for threads, hits in run.threads.items():
         alone = "" if threads == 1 else f", {threads} threads"
         for name, what in norms.items():
-            hit, norm = hits["Mutex"].median, run.alone[what].median
-            figures[name + alone] = {"hit": hit, "norm": norm}
+            hit, norm = hits["Mutex"], run.alone[what]
+            ratio = _over(hit, norm)
+            figures[name + alone] = {"hit": hit.median, "norm": norm.median, "ratio": ratio}
     return figures
 
 # %% ../../nbs/audit/04_claims.ipynb #4fe706ff

@@ -39,7 +39,7 @@ from ctxlab.audit.trials import (
 )
 from ..data import InputError
 from ..files import _replace_files
-from ..measure import _AGAIN, Interval, _finite, machine, machine_line
+from ..measure import _AGAIN, Comparison, Interval, _finite, machine, machine_line
 
 # %% ../../nbs/audit/05_report.ipynb #0df3fed7
 def _widths(width: int) -> tuple[int, ...] | None:  # None: too narrow for columns
@@ -85,6 +85,10 @@ def _paint(text: str, verdict: str) -> str:
     if not head.endswith(verdict):
         return text
     return f"{head[: -len(verdict)]}\x1b[{_COLOURS[verdict]}m{verdict}\x1b[0m{newline}{rest}"
+
+
+def _several(n: int, thing: str) -> str:  # '2 claims'
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
 def _board_rows(findings: Sequence[Finding]) -> str:
@@ -137,7 +141,7 @@ def _table(
         if colour:
             entries = [_paint(entry, f.verdict) for entry, f in zip(entries, members, strict=True)]
         parts += [group.upper(), *entries] if group else entries
-    total = _paragraph(f"{len(findings)} claims: {_board_rows(findings)}", width, "")
+    total = _paragraph(f"{_several(len(findings), 'claim')}: {_board_rows(findings)}", width, "")
     if not widths:
         return "\n\n".join([*parts, total])
     rule = " ".join("-" * w for w in widths)
@@ -159,22 +163,22 @@ _NOTICEABLE = 0.03  # the smallest gain that the report claims
 
 
 def _noisy(b: Bench) -> dict[str, float]:  # name of a trial -> how far its control may lie from 1
-    "The trials whose control is too wide to tell a gain of 3 % from none."
+    "The trials whose control has an interval that reaches more than 3 % from 1."
     controls = {name: c[c.base].control for name, c in b.found.items()}
     strays = {name: max(i.high - 1, 1 - i.low) for name, i in controls.items()}
     return {name: far for name, far in strays.items() if far > _NOTICEABLE}
 
 
 def _noise_line(b: Bench) -> str:  # '' if all is quiet
-    "What was not measured, and which trials are too noisy to decide on small gains."
+    "What was not measured, and which trials are noisy."
     lines = []
     if b.failed:
         lines.append(f"Not timed: {'; '.join(b.failed)}.")
     noisy = _noisy(b)
     if noisy:
         lines.append(
-            f"Too noisy here to tell a gain of {_NOTICEABLE:.0%} from none, since a control strays "
-            f"as far, in {len(noisy)} of {len(b.found)} trials: {'; '.join(noisy)}."
+            f"Noisy: the interval of a control reaches more than {_NOTICEABLE:.0%} from 1 (read "
+            f"small gains with care) in {len(noisy)} of {len(b.found)} trials: {'; '.join(noisy)}."
         )
     return " ".join(lines)
 
@@ -235,8 +239,8 @@ def _plot_bytes(findings: Sequence[Finding]):  # -> matplotlib Figure, or None
             bars = ax.barh(places, values, 0.25, **style)
             ax.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontsize=8)
         ax.set(
-            title="Allocated by a call of each product",
-            xlabel="MB",
+            title="zeros + gemm allocates what dot does; reused out nothing",
+            xlabel="MB allocated by a call",
             yticks=range(len(sites)),
             yticklabels=list(sites),
         )
@@ -247,27 +251,39 @@ def _plot_bytes(findings: Sequence[Finding]):  # -> matplotlib Figure, or None
 
 # %% ../../nbs/audit/05_report.ipynb #8d5acdb9
 _CLOSE_TO_1 = 0.5, 2.0  # forms whose times lie further apart need no picture
+_Row = tuple[str, Interval | None, str, str]  # label, interval (None: of a trial), marker, colour
+
+
+def _rows_of(name: str, c: Comparison) -> list[_Row]:
+    "A trial in the picture of times: its name, its control, and the forms near to the base."
+    near: list[_Row] = [
+        (form, m.ratio, "o", "C0")
+        for form, m in c.items()
+        if form != c.base and _CLOSE_TO_1[0] < m.ratio.low < m.ratio.high < _CLOSE_TO_1[1]
+    ]
+    control = (f"{c.base}{_AGAIN}", c[c.base].control, "s", "0.5")
+    return [(name, None, "", ""), control, *near] if near else []
 
 
 def _plot_times(b: Bench):  # -> matplotlib Figure, or None
     "Time of each form of each trial in units of its base, with the control."
-    rows = []
-    for name, c in b.found.items():
-        others = [(f"    {form}", m.ratio, "o", "C0") for form, m in c.items() if form != c.base]
-        near = [row for row in others if _CLOSE_TO_1[0] < row[1].low < row[1].high < _CLOSE_TO_1[1]]
-        if near:
-            rows += [(f"{name}: {c.base}{_AGAIN}", c[c.base].control, "s", "0.6"), *near]
+    rows = [row for name, c in b.found.items() for row in _rows_of(name, c)]
     if not rows:
         return None
-    with _figure(8, 1 + 0.2 * len(rows)) as (figure, ax):
-        for y, (_, i, marker, colour) in enumerate(rows):
+    with _figure(6.4, 1 + 0.23 * len(rows)) as (figure, ax):
+        for y, (text, i, marker, colour) in enumerate(rows):
+            if i is None:
+                place = dict(transform=ax.get_yaxis_transform(), va="center", fontweight="bold")
+                ax.text(0.01, y, _label(text), fontsize=9, **place)
+                continue
             ax.plot([i.low, i.high], [y, y], color=colour)
             ax.plot(i.median, y, marker, color=colour)
-        ax.axvline(1, color="k", lw=1)
+        ax.axvline(1, color="k", lw=1, zorder=0)
         ax.set_xlabel("time in units of the first form of its trial")
-        ax.set_yticks(range(len(rows)), [_label(row[0]) for row in rows], fontsize=7)
-        ax.invert_yaxis()
-        figure.suptitle("Time of each form (median and 95 % interval)", fontsize=10)
+        forms = {y: _label(text) for y, (text, i, *_) in enumerate(rows) if i is not None}
+        ax.set_yticks(list(forms), list(forms.values()), fontsize=9)
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        figure.suptitle("Time of each form (median and 95 % interval)")
     return figure
 
 # %% ../../nbs/audit/05_report.ipynb #62f0fb8d
@@ -300,7 +316,7 @@ def _plot_scoreboard(findings: Sequence[Finding]):  # -> matplotlib Figure, or N
             _draw_numbers(ax, unit, group)
         held = sum(f.verdict == Verdict.CONFIRMED for f, _, _ in rows)
         figure.suptitle(
-            f"{held} of {len(rows)} claims with a number confirmed\n"
+            f"{held} of {_several(len(rows), 'claim')} with a number confirmed\n"
             "hatched, or a bar: claimed; dot: measured"
         )
     return figure
@@ -321,7 +337,8 @@ def _spread(ax: Any, unit: str) -> None:
     "Megabytes lie decades apart: logarithmic beyond 1 MB on either side."
     if unit == "MB":
         ticks = (-100, -10, -1, 0, 1, 10, 100)
-        low, high = ax.get_xlim()
+        low, high = (1.3 * limit for limit in ax.get_xlim())
+        ax.set_xlim(low, high)
         ax.set_xscale("symlog", linthresh=1)
         ax.set_xticks([t for t in ticks if low <= t <= high])
         ax.xaxis.set_major_formatter("{x:g}")
@@ -355,7 +372,7 @@ _PLOTS: dict[
     ),
     "bytes": (
         "What a call of each product allocates, in three forms. zeros + gemm allocates as much as "
-        "dot; only a reused out saves the allocation.",
+        "dot; only reused out saves the allocation.",
         lambda b, findings: _plot_bytes(findings),
     ),
     "times": (
@@ -566,7 +583,7 @@ def _scoreboard_row(f: Finding) -> tuple[str, str, str, str]:
 def _scoreboard(
     findings: Sequence[Finding], data: Mapping[str, Any], plots: Collection[str]
 ) -> str:
-    "Counts, the picture, the tables of verdicts, and a warning where the machine was too noisy."
+    "Counts, the picture, the tables of verdicts, and a warning where the machine was noisy."
     count = Counter(f.verdict for f in findings)
     tiles = "".join(f"<li><b>{count[v]}</b>{_badge(v)}</li>" for v in Verdict if count[v])
     tables = "".join(
@@ -579,22 +596,22 @@ def _scoreboard(
     )
     picture = _figure_tag("scoreboard") if "scoreboard" in plots else ""
     return (
-        f'<ul class="tiles" aria-label="{len(findings)} claims by verdict">{tiles}</ul>'
+        f'<ul class="tiles" aria-label="{_several(len(findings), "claim")} by verdict">{tiles}</ul>'
         f"{picture}{_warning(data)}{tables}"
     )
 
 
 def _warning(data: Mapping[str, Any]) -> str:
-    "What was not timed, and what was too noisy."
+    "What was not timed, and what was noisy."
     esc, parts = html.escape, []
     if data["not_timed"]:
         parts.append(f"<strong>Not timed:</strong> {esc('; '.join(data['not_timed']))}.")
     if data["too_noisy"]:
         names = "; ".join(esc(n["name"]) for n in data["too_noisy"])
         parts.append(
-            f"<strong>Too noisy to decide.</strong> In {len(data['too_noisy'])} of "
-            f"{len(data['trials'])} trials the control strays by more than {_NOTICEABLE:.0%}, so "
-            f"a gain of that size cannot be told from none: {names}."
+            f"<strong>Noisy.</strong> In {len(data['too_noisy'])} of {len(data['trials'])} trials "
+            f"the interval of the control reaches more than {_NOTICEABLE:.0%} from 1, so read "
+            f"small gains with care: {names}."
         )
     return f'<p class="note" role="note">{" ".join(parts)}</p>' if parts else ""
 

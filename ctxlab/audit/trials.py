@@ -13,7 +13,8 @@ import sys
 import time
 import traceback
 import tracemalloc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -54,8 +55,22 @@ class Account(NamedTuple):
 
 # %% ../../nbs/audit/03a_trials.ipynb #bec5537a
 def _bytes_in_blocks() -> int:
-    "Bytes in the traced blocks of 1 KiB or more: small objects of whatever else runs are none."
+    "Bytes in the traced blocks of 1 KiB or more; smaller ones may be of whatever else runs."
     return sum(t.size for t in tracemalloc.take_snapshot().traces if t.size >= _BLOCK)
+
+
+@contextmanager
+def _old_garbage_left() -> Iterator[None]:
+    "Collections look at new objects alone: among all of a large program they take 0.1 s each."
+    if gc.get_freeze_count():  # someone else has set objects aside, and they stay there
+        gc.collect()
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _kept_bytes(make: Callable[[], Callable[[], Any]]) -> tuple[int, Callable[[], Any]]:
@@ -64,13 +79,13 @@ def _kept_bytes(make: Callable[[], Callable[[], Any]]) -> tuple[int, Callable[[]
     if began:
         tracemalloc.start()
     try:
-        gc.collect()
-        before = _bytes_in_blocks()
-        call = make()
-        call()
-        call()
-        gc.collect()
-        return _bytes_in_blocks() - before, call
+        with _old_garbage_left():
+            before = _bytes_in_blocks()
+            call = make()
+            call()
+            call()
+            gc.collect()
+            return _bytes_in_blocks() - before, call
     finally:
         if began:
             tracemalloc.stop()
@@ -79,7 +94,10 @@ def _kept_bytes(make: Callable[[], Callable[[], Any]]) -> tuple[int, Callable[[]
 def account(
     make: Callable[[], Callable[[], Any]],  # makes the call, on data that exists already
 ) -> Account:
-    "Measure what a call takes; Python's small objects, and less than 4 096 bytes, count as 0."
+    """Measure what a call takes; Python's small objects, and less than 4 096 bytes, count as 0.
+
+    The call is made several times. A RuntimeError names other threads that allocate meanwhile.
+    """
     kept, call = _kept_bytes(make)
     found = allocations(call, warmup=0)
     kept, nbytes, peak = (n if n >= _SMALL else 0 for n in (kept, found.nbytes, found.peak))
@@ -192,7 +210,7 @@ def _power(
     ratios: Sequence[float],  # time in units of the base, of each block
     draws: int = 400,
 ) -> float:  # share of the draws that were confirmed
-    "How often a run like this one would have confirmed a gain that is as claimed."
+    "How often a run of as many blocks, whose control does not stray, would confirm that gain."
     log = np.log(np.asarray(ratios, np.float64))
     log = log - np.median(log) - np.log1p(claimed / 100)
     ranks, rng = _sequential_ranks(len(log), _ERROR), np.random.default_rng(0)
@@ -217,7 +235,7 @@ class Number(NamedTuple):
 
 
 def _no_trials(bench: "Bench") -> Iterable[Trial]:
-    "What a claim wants to be timed that is not about time."
+    "The trials of a claim that is not about time: none."
     return ()
 
 # %% ../../nbs/audit/03a_trials.ipynb #388f99b1
@@ -256,8 +274,9 @@ class Finding:
 
 # %% ../../nbs/audit/03a_trials.ipynb #2f8e08f8
 _SEVERAL = (
-    "Each case is judged by itself. Where those verdicts differ, the claim is undecided if one of "
-    "them is, else partly."
+    "Each case is judged by itself. A case that is not testable here is left out where another "
+    "is testable. Where the verdicts of the others differ, the claim is undecided if one of them "
+    "is, else partly."
 )
 
 
@@ -400,7 +419,8 @@ def _gain_sentence(verdict: str, figures: _Figures) -> str:
 # %% ../../nbs/audit/03a_trials.ipynb #7c0a51e8
 def _told_gain(f: Mapping[str, Any]) -> str:
     "The gain, and the control where it decides."
-    return _percent(f["gain"]) + (f", control {_percent(f['control'])}" if _strays(f) else "")
+    control = f", the base over itself as control {_percent(f['control'])}"
+    return _percent(f["gain"]) + (control if _strays(f) else "")
 
 
 def _tell_gains(least: float, most: float) -> _Tell:
@@ -423,7 +443,7 @@ def gain_claim(
     percent: tuple[float, float],  # the gain that is claimed: at least, at most
     **options: Any,  # of `Claim`
 ) -> Claim:
-    "A claim that a form is faster than the first one of its trials."
+    "A claim that a form is faster than the first of its trials; an InputError if one has it not."
     least, most = percent
     given = _cases_of(trials, form)
 
@@ -521,6 +541,12 @@ def _exactly(value: float) -> Interval:
     return Interval(value, value, value)
 
 # %% ../../nbs/audit/03a_trials.ipynb #29817c36
+def _peak_saved(case: str, figures: _Figures) -> Interval:  # MB
+    "By how much the peak falls."
+    f = figures[case]
+    return _exactly((f["peak before"] - f["peak after"]) / 1e6)
+
+
 def saving_claim(
     id: str,
     says: str,
@@ -537,14 +563,7 @@ def saving_claim(
         f"confirmed if the peak of a call, with what is kept, falls by {_mb(least)} MB; partly if "
         "only what it allocates does; refuted if neither"
     )
-    saved = Number(
-        "MB",
-        least / 1e6,
-        most / 1e6,
-        lambda figures: _exactly(
-            (figures[case]["peak before"] - figures[case]["peak after"]) / 1e6
-        ),
-    )
+    saved = Number("MB", least / 1e6, most / 1e6, partial(_peak_saved, case))
     more = dict(rule=rule, units=_ACCOUNT_UNITS, group="memory", number=saved)
 
     def measure(b: "Bench") -> _Figures:
@@ -736,7 +755,7 @@ def audit(
     claims: Sequence[Claim],
     bench: Bench | None = None,  # default: one with 90 s
 ) -> list[Finding]:  # in the order of the claims
-    "Run all trials, then judge every claim."
+    "Run all trials, then judge every claim; what goes wrong with a claim stands in its finding."
     b = bench or Bench()
     # The first trial of every claim comes before the second of any: time may be short.
     rounds = zip_longest(*(_trials(claim, b) for claim in claims))
