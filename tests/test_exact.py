@@ -525,7 +525,7 @@ def test_the_strongest_are_listed(top, home, capsys):
     assert out.count("+0.") + out.count("-0.") == 2 * top
 
 
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [None, pytest.param(2, marks=pytest.mark.thorough)])
 def test_rows_left_out(workers, home, data, capsys):
     if workers:
         pytest.importorskip("distributed")
@@ -538,7 +538,7 @@ def test_rows_left_out(workers, home, data, capsys):
     assert "rows left out           2\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [None, pytest.param(2, marks=pytest.mark.thorough)])
 def test_complete_pairs(workers, home, data, capsys):
     if workers:
         pytest.importorskip("distributed")
@@ -577,7 +577,7 @@ def test_pairs_of_few_rows_are_0(home, data, capsys):
         run("apart.npz", "--out", "b.npz", "--nan", "pairs", "--least-rows", 21)
 
 
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [None, pytest.param(2, marks=pytest.mark.thorough)])
 def test_what_is_not_finite_is_refused_with_its_file(workers, home):
     if workers:
         pytest.importorskip("distributed")
