@@ -547,6 +547,7 @@ def test_a_trial_that_failed_fails_the_claims_that_need_it(id, bench):
     assert (f.verdict, f.error) == (UNTESTABLE, "OSError: no such thing")
 
 
+@pytest.mark.slow
 def test_without_time_what_must_be_timed_is_undecided_and_nothing_else(bench, findings):
     b = Bench(seconds=1e-6, pairs=bench.pairs, name=bench.name, made=bench.made)
     for f in audit(LEDGER, b):
@@ -575,6 +576,7 @@ def test_threads_of_blas_are_those_of_the_bench(bench):
     assert {t.threads for t in trials_of(b).values()} == {1, 2}
 
 
+@pytest.mark.slow
 def test_on_a_workload_too_small_to_measure_nothing_is_said_to_be_saved():
     b = small_bench("tiny", *np.random.default_rng(0).standard_normal((2, 4, 3)))
     b.made["workloads"] = _workloads(b)[:1] * 2
@@ -592,6 +594,7 @@ def test_on_a_workload_too_small_to_measure_nothing_is_said_to_be_saved():
 ACCEPTED = [("hostile", (40, 12)), ("huge", (40, 12)), ("steps", (40, 12)), ("normal", (2, 1))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "shape"), ACCEPTED)
 def test_any_accepted_activations_get_a_full_ledger(kind, shape, bench, findings):
     # Warnings are errors here: NaN, infinities and overflow must not litter the terminal either.

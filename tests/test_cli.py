@@ -113,6 +113,7 @@ def test_alone_it_tells_its_commands_and_what_to_try(command, tmp_path):
     assert not tree(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(tmp_path):
     for words in ("--version", "claims lazy", "claims xyzzy"):
         done, same = run(tmp_path, words), run(tmp_path, words, command=MODULE)
@@ -419,6 +420,7 @@ def test_debug_shows_the_traceback(tmp_path):
 # Runs
 
 
+@pytest.mark.slow
 def test_a_report_on_activations_of_ones_own(tmp_path):
     np.savez(tmp_path / "mine.npz", x=x, y=y)
     (tmp_path / "out").mkdir()
@@ -443,6 +445,7 @@ def test_a_report_on_activations_of_ones_own(tmp_path):
     assert len(data["trials"]) + len(data["not_timed"]) == 13
 
 
+@pytest.mark.slow
 def test_hidden_states_and_json_on_standard_output(tmp_path):
     np.savez(tmp_path / "mine.npz", hidden=matrix(4, 40, 8, dtype=np.float16))
     done = run(tmp_path, "report --quick --activations mine.npz --json -", command=FAST)
@@ -478,6 +481,7 @@ def test_a_report_that_cannot_be_read_does_not_hide_the_claims(words, tmp_path):
     assert_refused(asked, tmp_path, before, "version 2 of the schema")
 
 
+@pytest.mark.slow
 def test_trials_that_fail_are_told_and_the_report_is_written(tmp_path):
     done = run(tmp_path, "report --quick --out out", command=FAST, STOP="fail")
     assert (done.returncode, done.stderr) == (0, "")
@@ -492,6 +496,7 @@ def test_trials_that_fail_are_told_and_the_report_is_written(tmp_path):
     assert not (tmp_path / "out/unfinished.json").exists()
 
 
+@pytest.mark.slow
 @on_linux  # other systems refuse such a name
 def test_a_file_name_that_is_not_text(tmp_path):
     with open(os.fsencode(tmp_path) + b"/\xff.npz", "wb") as f:
@@ -501,6 +506,7 @@ def test_a_file_name_that_is_not_text(tmp_path):
     assert done.returncode in (0, 2)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_goes_on_where_it_was(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -623,6 +629,7 @@ def test_what_fails_is_a_line_each_and_the_others_are_judged(tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_the_page_of_an_audit_has_what_belongs_to_it(tmp_path):
     ledger(tmp_path, "good, broken")
     (tmp_path / "out").mkdir()
@@ -711,6 +718,7 @@ def test_an_audit_without_time_is_undecided(tmp_path):
     assert "Not timed: sums." in done.stdout
 
 
+@pytest.mark.slow
 def test_an_audit_times_forms_of_a_module_beside_the_ledger(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/beside.py").write_text(
@@ -741,11 +749,13 @@ def closed_pipe():
     os.close(writer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["--help", "report --quick"])
 def test_a_reader_who_leaves_causes_no_noise(words, tmp_path, closed_pipe):
     assert run(tmp_path, words, command=FAST, stdout=closed_pipe).stderr == ""
 
 
+@pytest.mark.slow
 @on_linux  # it has /dev/full
 def test_standard_output_on_a_full_disk(tmp_path):
     with open("/dev/full", "w") as full:

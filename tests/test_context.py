@@ -1817,6 +1817,7 @@ def test_many_threads_may_apply_one_context(S, D, kind):
         assert_equiv(out[1], want_x, scale=0.0)
 
 
+@pytest.mark.slow
 def test_many_threads_may_be_the_first_to_apply():
     # Whoever comes first folds the context. The others must not see it half done or do it again.
     x, C = make(np.random.default_rng(0), (4, 512)), make(np.random.default_rng(1), (512, 512))

@@ -210,6 +210,7 @@ def when_reading(client, place, name, act):
 further = partial(pytest.param, marks=pytest.mark.thorough)  # as quick, for further cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [further("0.npz"), "5.npz", further("9.npz")])
 def test_a_killed_worker_changes_nothing(name, listed, tmp_path):
     with local_workers(2) as client:
@@ -253,6 +254,7 @@ class Deadly:
         )()
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_every_worker_is_named(listed, tmp_path):
     with local_workers(1) as client:
         client.register_plugin(Deadly())
@@ -322,6 +324,7 @@ def test_deaths_that_do_not_come_back_change_nothing(listed):
     assert client.most == 3
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_all_workers_ends_with_an_error(listed, tmp_path):
     """Nobody restarts these workers; the scheduler stays."""
     from distributed import LocalCluster
@@ -396,6 +399,7 @@ def test_layers_and_two_widths_on_workers(tmp_path, client):
     assert same(stream_distributed(todo, client=client), serial(todo))
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_goes_away(listed, tmp_path):
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(local_workers(1))
@@ -488,6 +492,7 @@ def test_no_rows(listed):
             stream_distributed(nothing, workers=1)
 
 
+@pytest.mark.slow
 def test_addresses_where_nobody_answers(listed):
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         silent = f"tcp://127.0.0.1:{deaf.getsockname()[1]}"
@@ -545,6 +550,7 @@ def test_paths_for_workers_are_absolute(listed, monkeypatch):
     assert _absolute(shards(["0.npz"])[0]).x == listed[0].x
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_nothing_is_left_behind(listed, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))

@@ -59,6 +59,7 @@ def once_and_five():
     return compare({"once": sums, "five": fivefold}, **SURE)
 
 
+@pytest.mark.slow
 def test_a_form_of_five_times_the_work(once_and_five):
     c = once_and_five
     assert c["five"].outcome == "slower"
@@ -72,6 +73,7 @@ def test_a_form_of_five_times_the_work(once_and_five):
     assert c.seconds < 60 + measure._GRACE
 
 
+@pytest.mark.slow
 def test_it_is_a_mapping_that_prints_and_travels(once_and_five):
     c = once_and_five
     assert isinstance(c, Comparison)
@@ -92,6 +94,7 @@ def test_the_base_may_be_another():
     assert c["once"].ratio.high < 0.5
 
 
+@pytest.mark.slow
 def test_bytes_and_faults_of_a_call():
     def makes(n):
         def factory(seed):
@@ -111,6 +114,7 @@ def test_bytes_and_faults_of_a_call():
 further = partial(pytest.param, marks=pytest.mark.thorough)  # as quick, for further cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "allocator", [further("default"), "no-trim", further("jemalloc"), further("mimalloc")]
 )
@@ -123,6 +127,7 @@ def test_the_allocator_is_the_one_that_was_asked_for(allocator):
     assert c.machine.get("allocators", loaded) == loaded
 
 
+@pytest.mark.slow
 def test_names_of_factories(tmp_path, monkeypatch):
     (tmp_path / "my_forms.py").write_text(
         "def one(seed): return lambda: seed\ndef other(seed): return lambda: 1 * seed\n"
@@ -206,6 +211,7 @@ def asleep(seed):
     return lambda: time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_compared():
     forms = {"a": generates, "b": generates}
     with pytest.raises(WorkerError, match=r"^form 'a': TypeError: its result, generator, cannot"):
@@ -213,6 +219,7 @@ def test_a_result_that_cannot_be_compared():
     assert compare(forms, agree=None, **BRIEF).agreement == "results not compared"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "kind", "said"),
     [
@@ -228,6 +235,7 @@ def test_a_form_that_fails_is_named(form, kind, said):
         compare({"patient": patient, "mine": form}, agree=None, **BRIEF)
 
 
+@pytest.mark.slow
 def test_a_call_that_does_not_end(monkeypatch):
     monkeypatch.setattr(measure, "_GRACE", 1.0)
     begun = time.monotonic()
@@ -246,6 +254,7 @@ def nan():
     return float("nan")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -285,6 +294,7 @@ compare({{"a": patient, "b": patient}}, budget=60, resolution=1e-9, progress=Fal
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("threads", [1, 2])
@@ -419,6 +429,7 @@ def test_the_plan_of_a_budget():
         measure._plan(20, 19, 2.0, 0.52)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "warm"), [further(1e-3, True), (99e-3, True), further(0.2, False)]
 )
@@ -437,6 +448,7 @@ def test_every_form_is_warmed_up_or_none_whatever_its_calls_in_a_sample(monkeypa
     assert set(warmed) == {warm}
 
 
+@pytest.mark.slow
 def test_a_first_start_that_reads_files_from_the_disk_does_not_end_a_short_comparison(monkeypatch):
     starts = []
 

@@ -108,6 +108,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_input(form, home, data, capsys):
     assert run(*FORMS[form]) == 0
@@ -121,6 +122,7 @@ def test_every_form_of_input(form, home, data, capsys):
     assert Path("context.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_result(home, data):
     pytest.importorskip("distributed")
     assert run("run", "--out", "here.npz") == 0
@@ -161,6 +163,7 @@ def test_it_says_where_it_comes_from(home):
     assert about["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_pairs_of_files_are_both_named(home):
     run("--x", "x", "--y", "y")
     files = json.loads(str(result()["about"]))["files"]
@@ -178,6 +181,7 @@ def test_float64_and_one_feature(home, capsys):
     assert "one feature only" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-150, 1e-8, 1e100, 1e200])
 def test_any_scale(scale, home, capsys):
     x = np.random.default_rng(2).standard_normal((50, 3)) * scale
@@ -189,6 +193,7 @@ def test_any_scale(scale, home, capsys):
     np.testing.assert_allclose(got["mean_y"] / scale, -(x / scale).mean(0), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_features_without_variance_are_named(home, capsys):
     x, y = a(50, 6), a(50, 6)
     x[:, 2], x[:, 4], y[:, 0] = 0.1, 0, np.nan
@@ -203,6 +208,7 @@ def test_features_without_variance_are_named(home, capsys):
     assert "without variance        0 in x, 0 in y\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [None, 1, 4])
 def test_the_packaged_activations(layer, home, capsys):
     path = files("ctxlab") / "assets" / "minilm_alice.npz"
@@ -243,6 +249,7 @@ def test_two_folders_pair_by_name(home, data):
     assert_right(result(), data)
 
 
+@pytest.mark.slow
 def test_files_one_by_one_pair_in_order(home, data):
     for i, name in enumerate(("layer4-0", "layer4-1", "layer4-2", "layer4-3")):
         Path(f"y/{i}.npy").rename(f"y/{name}.npy")
@@ -290,6 +297,7 @@ def test_an_earlier_result_is_replaced_by_force(home):
 # --- arrays of every kind ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.npz", "a.safetensors", "a.h5", "a.zarr"])
 def test_arrays_by_their_names(name, home, data):
     x, y = data
@@ -308,6 +316,7 @@ def test_arrays_by_their_names(name, home, data):
     np.testing.assert_allclose(result("self.npz")["context"].diagonal(), np.tanh(1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_widths_in_batches_of_bfloat16(home):
     rng = np.random.default_rng(5)
     x, y = (rng.standard_normal((4, 50, d)).astype(ml_dtypes.bfloat16) for d in (6, 3))
@@ -327,6 +336,7 @@ def test_two_widths_in_batches_of_bfloat16(home):
 TWO_WORKERS = pytest.param(["--workers", 2], marks=pytest.mark.thorough)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [[], TWO_WORKERS])
 def test_several_layers_in_one_run(workers, home, capsys):
     if workers:
@@ -356,6 +366,7 @@ def test_several_layers_in_one_run(workers, home, capsys):
     assert Path("c-layer2.npz").exists()
 
 
+@pytest.mark.slow
 def test_layers_that_are_interrupted_go_on(home):
     hidden = np.random.default_rng(7).standard_normal((3, 900, 5)).astype(np.float16)
     Path("h").mkdir()
@@ -372,6 +383,7 @@ def test_layers_that_are_interrupted_go_on(home):
     assert CHECKPOINT not in written()
 
 
+@pytest.mark.slow
 def test_patterns_in_quotes(home, data):
     run("run/[0-9].npz")
     assert_right(result(), data)
@@ -470,6 +482,7 @@ def test_a_strong_entry_stays_strong():
     assert summary._worth(np.zeros(1), np.zeros(1))[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "r",
     [np.zeros((3, 3)), np.ones((1, 1)), np.eye(1200), np.zeros((2, 90)), np.ones((1500, 3)) * 0.9],
@@ -489,6 +502,7 @@ def test_a_picture_leaves_the_plotting_state_alone():
     assert dict(mpl.rcParams) == before
 
 
+@pytest.mark.slow
 def test_a_picture_in_a_new_process():
     code = (
         "import numpy as np; from ctxlab.streaming import ContextStats, summary; "
@@ -525,6 +539,7 @@ def test_the_strongest_are_listed(top, home, capsys):
     assert out.count("+0.") + out.count("-0.") == 2 * top
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [None, pytest.param(2, marks=pytest.mark.thorough)])
 def test_rows_left_out(workers, home, data, capsys):
     if workers:
@@ -538,6 +553,7 @@ def test_rows_left_out(workers, home, data, capsys):
     assert "rows left out           2\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [None, pytest.param(2, marks=pytest.mark.thorough)])
 def test_complete_pairs(workers, home, data, capsys):
     if workers:
@@ -557,6 +573,7 @@ def test_complete_pairs(workers, home, data, capsys):
     assert "0 of fewer than 2, which are 0" in out
 
 
+@pytest.mark.slow
 def test_pairs_of_few_rows_are_0(home, data, capsys):
     run("run", "--nan", "pairs", "--least-rows", 499)
     got = result()
@@ -577,6 +594,7 @@ def test_pairs_of_few_rows_are_0(home, data, capsys):
         run("apart.npz", "--out", "b.npz", "--nan", "pairs", "--least-rows", 21)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [None, pytest.param(2, marks=pytest.mark.thorough)])
 def test_what_is_not_finite_is_refused_with_its_file(workers, home):
     if workers:
@@ -837,6 +855,7 @@ def test_mistakes(what, home, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_does_not_answer(home):
     pytest.importorskip("distributed")
     with pytest.raises(
@@ -896,6 +915,7 @@ def straight(home):
     return got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [[], ["--workers", 1]])
 def test_work_done_is_kept_and_resumed(workers, home):
     if workers:
@@ -992,6 +1012,7 @@ SCRIPT = """if True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
 @pytest.mark.parametrize("workers", [[], ["--workers", "2"]])
 def test_ctrl_c_keeps_what_was_done(workers, home):
@@ -1027,6 +1048,7 @@ def test_ctrl_c_keeps_what_was_done(workers, home):
 # --- as a command ---
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_result(home, data, capsys):
     assert main(["context", "run", "--out", "mine.npz"]) == 0
     assert_right(result("mine.npz"), data)

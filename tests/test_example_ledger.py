@@ -79,6 +79,7 @@ def test_the_chains_have_the_shapes_that_are_said(ledger):
         assert result.shape == (sizes[0], sizes[-1])
 
 
+@pytest.mark.slow
 def test_memory_is_judged_by_its_figures(ledger):
     small, large = (ledger[id].measure(Bench())["a call"] for id in MEMORY)
     assert ledger["out-80kB"].judge({"a call": small}) == "confirmed"
@@ -91,6 +92,7 @@ def test_memory_is_judged_by_its_figures(ledger):
     assert ledger["out-800kB"].judge({"a call": large}) == expected
 
 
+@pytest.mark.slow
 def test_the_command_gives_a_table(tmp_path):
     done = run(tmp_path, "--seconds 0.5", EXAMPLE)
     assert done.returncode == 0, done.stderr
@@ -101,6 +103,7 @@ def test_the_command_gives_a_table(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_little_time_gives_any_verdict_but_no_error(tmp_path):
     done = run(tmp_path, "--seconds 8 --json -", EXAMPLE)
     assert done.returncode == 0, done.stderr
@@ -109,6 +112,7 @@ def test_a_little_time_gives_any_verdict_but_no_error(tmp_path):
     assert found["out-80kB"]["verdict"] == "confirmed"
 
 
+@pytest.mark.slow
 def test_forms_that_disagree_are_told_in_one_line_each(tmp_path):
     backwards = "np.linalg.multi_dot(ABC)", "np.linalg.multi_dot([M.T for M in ABC[::-1]]).T + 1"
     path = changed(tmp_path, backwards, ("add(G, C", "add(G, B"))
@@ -121,6 +125,7 @@ def test_forms_that_disagree_are_told_in_one_line_each(tmp_path):
         assert "gives another result" in line
 
 
+@pytest.mark.slow
 def test_one_wrong_claim_leaves_the_others(tmp_path):
     path = changed(tmp_path, ("add(G, C", "add(G, C if size < 50_000 else B"))
     found = findings(run(tmp_path, "--seconds 0.5 --json -", path))

@@ -99,6 +99,7 @@ def all_open(guarded):
 GATE = {"R": unless_refused(Guarded.read), "W": unless_refused(Guarded.write)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -156,6 +157,7 @@ class Folding:
 FOLD = {"R": unless_refused(Folding.read), "W": unless_refused(Folding.write)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "preemptions"),
     [
@@ -170,6 +172,7 @@ def test_the_fold_of_a_context_in_every_order(words, preemptions):
     assert explore(speaking(Folding, FOLD, words), preemptions=preemptions).races == []
 
 
+@pytest.mark.slow
 def test_a_fold_without_its_lock_is_caught():
     class Unlocked(Folding):
         def read(self):
@@ -183,6 +186,7 @@ def test_a_fold_without_its_lock_is_caught():
     assert explore(speaking(Unlocked, operations, ("R", "R")), preemptions=2).races
 
 
+@pytest.mark.slow
 def test_a_fold_whose_flag_is_set_before_it_is_done_is_caught():
     class Early(Folding):
         def read(self):
@@ -249,6 +253,7 @@ STRENGTH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -304,11 +309,13 @@ CONTEXT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("A", "A"), ("A", "S"), ("A", "s"), ("AS", "A"), ("A", "wA")])
 def test_a_whole_context_in_every_order_with_one_preemption(words):
     assert explore(speaking(a_context, CONTEXT, words), preemptions=1).races == []
 
 
+@pytest.mark.slow
 def test_all_may_apply_after_the_array_has_changed():
     scenario = speaking(a_context_changed_meanwhile, CONTEXT, ("a", "a"))
     assert explore(scenario, preemptions=1).races == []
@@ -384,6 +391,7 @@ EXPLORED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("frontrun"), reason="frontrun is not installed")
 @pytest.mark.parametrize("what", ["workspace", thorough("stats")])
 def test_one_thread_at_a_time_uses_a_workspace(what, tmp_path):

@@ -225,6 +225,7 @@ WRITER = """if True:
 """
 
 
+@pytest.mark.slow
 def test_a_reader_beside_two_writers_sees_whole_files(home):
     path = home / "a.txt"
     whole = {letter: (letter * 999 + "\n") * 100 for letter in "xy"}

@@ -231,6 +231,7 @@ def model(program):
     return go(none, 0, none, {}), outcomes
 
 
+@pytest.mark.slow
 @given(LOCKING)
 @settings(max_examples=30)
 def test_locks_and_counts_agree_with_a_model_without_threads(program):
@@ -415,6 +416,7 @@ def running(program, settled):
     return scenario
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settled", [False, True], ids=["remembering", "settled"])
 @given(program=PROGRAMS)
 @settings(max_examples=40)
@@ -734,6 +736,7 @@ def within(scenario, most):
     return outcomes
 
 
+@pytest.mark.slow
 @given(program=PROGRAMS, most=st.integers(0, 2))
 @settings(max_examples=30)
 def test_a_bound_hides_nothing_within_it(program, most):
@@ -753,6 +756,7 @@ def test_without_a_preemption_no_update_is_lost():
     assert errors(explore(counting(Slots), preemptions=1)) == {"Seen: lost"}
 
 
+@pytest.mark.slow
 @given(LOCKING)
 @settings(max_examples=15)
 def test_a_bound_that_no_order_reaches_changes_nothing(program):
@@ -791,6 +795,7 @@ def deep(spot):
         spot.x = i
 
 
+@pytest.mark.slow
 def test_a_race_deep_in_long_threads_is_found():
     """Every order would be out of reach."""
 
@@ -1141,6 +1146,7 @@ def test_an_abandoned_run_has_no_races():
     assert both_ways(sharing(Spot, body, body)).races == []
 
 
+@pytest.mark.slow
 def test_long_threads_are_counted_as_well():
     assert explore(sharing(Spot, stepping(700))).interleavings == 1
 

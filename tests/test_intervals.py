@@ -90,6 +90,7 @@ def test_the_interval_is_that_of_the_ratios():
     assert control.low == pytest.approx(0.999)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [8, 20, 40])
 def test_a_form_is_seldom_told_apart_from_itself(blocks):
     """Heavy tails, a look after every block, an end at the first decision."""

@@ -25,6 +25,7 @@ from ctxlab.measure import Interval, traced_peak
 CTXLAB = Path(sys.executable).parent / "ctxlab"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("S", "D"), [(2, 1), (2, 3), (31, 16), (33, 16), (64, 100), (300, 65)])
 def test_every_rung_is_the_reference(S, D):
     data = _inputs(S, D, seed=S)
@@ -76,6 +77,7 @@ def test_work_grows_with_the_sizes(path):
     assert all(np.less_equal(_work(path, 64, 32), _work(path, 128, 64)))
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table(tmp_path):
     words = ["bench", "--rows", "16", "--dim", "8", "--seconds", "0.001"]
     done = subprocess.run(

@@ -251,6 +251,7 @@ def test_values_at_the_ends_of_float64():
     assert_exact(stats_of(x, x, (1, 2)), x, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [1e-15, 1e-10, 1e-3])
 @pytest.mark.parametrize("scale", [1e-150, 1.0, 1e120])
 def test_digits_of_a_mean_that_is_large_beside_the_spread(spread, scale):

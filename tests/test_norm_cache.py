@@ -826,6 +826,7 @@ def test_an_error_under_stress_comes_out_and_the_interpreter_is_as_before(error,
 # Every order
 
 
+@pytest.mark.slow
 @safe
 def test_three_threads_in_every_order(variant):
     found = explore(_asking(variant, ["R", "R", "W"]))

@@ -58,6 +58,7 @@ def test_the_package_offers_the_plugin():
     assert offered.load() is pytest_plugin
 
 
+@pytest.mark.slow
 @needs_memray
 @pytest.mark.skipif(not COPIES, reason="no copy: it multiplies without BLAS")
 @pytest.mark.parametrize("options", [(), ("-p", "ctxlab"), ("-n", "2")], ids=" ".join)
@@ -77,6 +78,7 @@ def test_the_example_with_memray(project, options):
     assert "lower bounds" not in told
 
 
+@pytest.mark.slow
 def test_the_example_without_memray(project):
     (project / "conftest.py").write_text(WITHOUT_MEMRAY, encoding="utf-8")
     told = run(project)
@@ -90,6 +92,7 @@ def test_the_example_without_memray(project):
     assert "pip install 'ctxlab[memory]'" in told
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COPIES, reason="no copy: it multiplies without BLAS")
 @pytest.mark.skipif(not _has_native_peak(), reason="no record of native blocks here")
 def test_a_large_native_copy_is_found_without_memray_where_the_c_library_tells(project):
@@ -101,6 +104,7 @@ def test_a_large_native_copy_is_found_without_memray_where_the_c_library_tells(p
     assert failed(told) == ["test_project_even_works_in_place"]
 
 
+@pytest.mark.slow
 def test_failures_point_to_the_line_of_the_test(project):
     told = run(project, "--tb=short", "-k", "smooth_works or another_rate")
     places = re.findall(r"^(\S+\.py):\d+: (?:in|AssertionError)", told, re.MULTILINE)
@@ -108,12 +112,14 @@ def test_failures_point_to_the_line_of_the_test(project):
     assert set(places) == {"test_smoothing.py"}
 
 
+@pytest.mark.slow
 def test_the_plugin_can_be_left_out(project):
     told = run(project, "-p", "no:ctxlab")
     assert "fixture 'no_allocation' not found" in told
     assert "fixture 'same' not found" in told
 
 
+@pytest.mark.slow
 def test_a_fixture_of_the_user_goes_before(project):
     (project / "conftest.py").write_text(
         "import pytest\n\n\n@pytest.fixture\ndef same():\n    return lambda a, b: True\n",

@@ -528,6 +528,7 @@ SAVER = """if True:
 """
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_checkpoint_never_see_half_of_it(tmp_path):
     path, s = tmp_path / "state", ContextStats(64)
     s.update(np.eye(30, 64, dtype="f"), np.eye(30, 64, dtype="f"))
@@ -653,6 +654,7 @@ print(total.count, max(seen) - before, max(seen) - max(seen[:quarter]), traced)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_the_budget_whatever_the_rows(tmp_path):
     """In fresh processes, for files of 4 MB and of 64 MB."""
     dim, rng = 256, np.random.default_rng(15)
@@ -899,6 +901,7 @@ WRITER = """if True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["grow", "shrink", "write"])
 @pytest.mark.parametrize(
     "form", ["npy", "npz", "compressed", "safetensors", "hdf5", "hdf5 in chunks"]
@@ -933,6 +936,7 @@ def test_a_shard_that_is_written_to_is_named(form, how, tmp_path):
 # --- memory of every kind of file ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_memory_stays_within_the_budget_in_every_kind_of_file(form, tmp_path):
     """By the native witness: what libraries take for chunks is counted, too."""

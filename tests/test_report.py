@@ -566,6 +566,7 @@ def test_importing_the_report_loads_no_matplotlib():
 
 
 # A workload is called like the user's file, and a file can be called anything.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [r"$\bad$.npz", "活.npz", "\udcff.npz", HOSTILE], ids=ascii)
 def test_any_file_name_gets_a_report(name, tmp_path, made):
     b = small_bench(name, like=made[0])

@@ -123,6 +123,7 @@ ACCOUNTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "expected"), ACCOUNTS)
 def test_an_account_of_memory(make, expected):
     found = account(make)
@@ -130,6 +131,7 @@ def test_an_account_of_memory(make, expected):
     assert [n == 0 for n in found] == [n == 0 for n in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "expected"), ACCOUNTS)
 def test_an_account_while_memory_is_traced_already(make, expected):
     held = zeros(500 * KB)
@@ -182,6 +184,7 @@ def test_data_that_exists_already_is_not_counted(before):
     assert account(lambda: lambda: len(held)) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_what_is_collected_as_garbage_is_not_kept():
     def make():
         def call():
@@ -213,6 +216,7 @@ def test_what_someone_has_frozen_stays_so(frozen):
         gc.unfreeze()
 
 
+@pytest.mark.slow
 def test_small_objects_that_stay_are_no_array():
     def make():
         chain = ()
@@ -495,6 +499,7 @@ def test_a_claim_on_memory_gets_its_verdict(before, after, verdict, word):
     assert (f.claim.number.low, f.claim.number.high) == (least / 1e6, 2 * least / 1e6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_it_is", [True, False], ids=["forms", "a function of the bench"])
 def test_a_claim_on_memory_compares_results(as_it_is):
     forms = (lambda: lambda: np.ones(10), lambda: lambda: np.zeros(10))
@@ -506,6 +511,7 @@ def test_a_claim_on_memory_compares_results(as_it_is):
     assert audit([unchecked])[0].verdict == REFUTED
 
 
+@pytest.mark.slow
 def test_forms_that_return_nothing_are_not_compared():
     forms = (lambda: lambda: None, lambda: lambda: np.zeros(10))
     assert audit([saving_claim("lean", "it is lean", forms, nbytes=(1e6, 2e6))])[0].error == ""
@@ -697,6 +703,7 @@ def fast(seed):
     return lambda: np.arange(100).sum(keepdims=True) * 0 + 1
 
 
+@pytest.mark.slow
 def test_trials_in_processes_fail_by_themselves():
     def claim(form, id):
         return speed(

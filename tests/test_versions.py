@@ -136,6 +136,7 @@ def test_leaner_is_about_bytes(before, after, met):
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_faster_and_leaner(sums, capsys, quickly):
     code, out, err = run(
         capsys, "sums.py:slow", "sums.py:fast", *SETUP, "--require", "faster=30%",
@@ -147,6 +148,7 @@ def test_faster_and_leaner(sums, capsys, quickly):
     assert sorted(p.name for p in sums.iterdir() if p.name != "__pycache__") == ["p.png", "sums.py"]
 
 
+@pytest.mark.slow
 def test_what_is_not_met_is_said_and_gives_3(sums, capsys, quickly):
     code, out, err = run(
         capsys, "sums.py:fast", "sums.py:slow", *SETUP, "--require", "faster",
@@ -166,6 +168,7 @@ def test_results_that_differ_give_3(sums, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -243,6 +246,7 @@ def repository(tmp_path, request, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"), [("HEAD~1", "HEAD"), pytest.param("HEAD", ".", marks=pytest.mark.thorough)]
 )

@@ -131,6 +131,7 @@ def test_resident_bytes_are_those_that_the_system_tells():
     assert resident_bytes() == pytest.approx(1024 * int(told[1]), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SEES_ALL, reason="no witness of NumPy's own copies here")
 @pytest.mark.skipif(
     np.lib.NumpyVersion(np.__version__) < "2.3.0", reason="no copy: it multiplies without BLAS"
@@ -333,6 +334,7 @@ def test_witnesses_call_as_often_as_they_say(witness, warmup):
     assert len(calls) == warmup + 1
 
 
+@pytest.mark.slow
 def test_page_faults_tell_fresh_memory_from_reused():
     pytest.importorskip("resource")
     size = 256 << 20  # more than a heap keeps that has grown in other tests
@@ -357,6 +359,7 @@ def test_a_call_without_arrays_allocates_nothing(native):
         assert found == Allocations(0, 0, 0, 0, {}, native)
 
 
+@pytest.mark.slow
 @needs_memray
 @pytest.mark.parametrize(
     "fn",
@@ -374,6 +377,7 @@ def test_python_objects_and_iterators_do_not_count(fn):
     assert allocations(fn).count == 0
 
 
+@pytest.mark.slow
 @needs_memray
 def test_arrays_count_from_a_stated_size():
     least = 1024 if np.lib.NumpyVersion(np.__version__) < "2.5.0" else 4096
@@ -405,6 +409,7 @@ def test_figures_of_arrays_and_their_lines(native):
     assert found.native is native
 
 
+@pytest.mark.slow
 @needs_memray
 def test_what_stays_and_what_goes():
     held = []
@@ -417,6 +422,7 @@ def test_what_stays_and_what_goes():
     assert len(found.sites) == 1
 
 
+@pytest.mark.slow
 @needs_memray
 def test_an_array_that_grows_is_counted_each_time_and_kept_once():
     found = allocations(lambda: np.fromiter((n for n in range(100_000)), np.float64))
@@ -425,6 +431,7 @@ def test_an_array_that_grows_is_counted_each_time_and_kept_once():
     assert found.peak <= found.nbytes
 
 
+@pytest.mark.slow
 @needs_memray
 @pytest.mark.skipif(
     np.lib.NumpyVersion(np.__version__) < "2.3.0", reason="no copy: it multiplies without BLAS"
@@ -440,6 +447,7 @@ def test_the_copy_of_a_strided_operand_is_seen_from_16_kb_to_16_mb(nbytes):
     assert allocations(lambda: np.matmul(wide[:, : len(tall)], tall, out=out)).count == 0
 
 
+@pytest.mark.slow
 @needs_memray
 @pytest.mark.parametrize("n", [1 << 10, 1 << 13, 1 << 20])
 def test_buffers_of_casts_are_seen(n):
@@ -521,6 +529,7 @@ def test_an_error_of_the_call_leaves_nothing_behind(native, tmp_path, monkeypatc
     assert allocations(lambda: np.empty(10_000)).count == 1
 
 
+@pytest.mark.slow
 @needs_memray
 def test_the_raw_allocator_is_put_back():
     def allocators():
@@ -593,12 +602,14 @@ def test_threads_that_the_call_starts_belong_to_it(native):
     assert allocations(fn).nbytes >= 80_000
 
 
+@pytest.mark.slow
 def test_a_thread_that_allocates_beside_the_call_is_refused(native):
     with busy("noisy"), pytest.raises(RuntimeError, match=r"^fn: other threads (ran|allocated)"):
         allocations(lambda: time.sleep(0.01))
     assert allocations(lambda: None).count == 0
 
 
+@pytest.mark.slow
 @needs_memray
 def test_a_thread_beside_the_call_that_allocates_nothing_is_no_matter():
     stop = threading.Event()
@@ -644,6 +655,7 @@ def test_a_thread_that_allocated_once_by_chance_costs_more_calls_and_no_error():
     assert len(calls) == 4
 
 
+@pytest.mark.slow
 def test_threads_of_a_pool_are_refused_or_counted(native):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()

@@ -109,6 +109,7 @@ def sleeper(seed):
     return lambda: time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_time_is_that_of_a_call(start):
     worker = start(sleeper)
     worker.answer()
@@ -286,6 +287,7 @@ def test_the_environment_of_an_allocator(start):
     assert int(worker.ask("result")) >= 1 << 30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_the_allocator_keeps_what_it_was_told_to(start):
     """Two blocks that are given back and asked for again: with every call new pages, or none."""
@@ -322,6 +324,7 @@ def test_an_allocator_is_loaded_beside_what_is_loaded_anyway(monkeypatch):
     assert _allocator_variables("mimalloc") == {"LD_PRELOAD": "libmimalloc.so.2:other.so"}
 
 
+@pytest.mark.slow
 def test_names(tmp_path, start):
     file = tmp_path / "forms.py"
     file.write_text(

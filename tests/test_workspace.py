@@ -56,6 +56,7 @@ KINDS += [np.dtype([("a", "f8", (2,)), ("b", "?")], align=True), np.dtype("f4,f4
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(shapes, st.sampled_from(KINDS)), min_size=1, max_size=12),
     policies,
@@ -351,6 +352,7 @@ steps = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(st.lists(steps, max_size=30), policies, st.none() | st.integers(0, 3000), st.booleans())
 @example(
@@ -1100,6 +1102,7 @@ def pipeline(ws, seed):
     return out
 
 
+@pytest.mark.slow
 @few
 @given(seeds, policies)
 def test_debugging_changes_no_bit(seed, growth):
@@ -1394,6 +1397,7 @@ def evaluated(formula, sizes):
     return eval(text, {"__builtins__": {}, "max": lambda *parts: max(parts, default=0)}, sizes)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(trees, sizes_of_letters, policies)
 @example(
@@ -1820,6 +1824,7 @@ def test_a_scope_is_entered_once_and_left_once():
     ws.next_generation()
 
 
+@pytest.mark.slow
 def test_a_generator_that_is_dropped_gives_back():
     ws = Workspace()
     a = holder(ws, "a")
