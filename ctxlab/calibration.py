@@ -96,7 +96,8 @@ def _rates_table(rates: Iterable[_Rate]) -> str:
     "A line for each slowdown."
     lines = ["slower by   told apart            same     not told apart   s   blocks"]
     for r in rates:
-        apart = r.share("slower", "faster")
+        wrong_side = ["faster"] if r.percent == 0 else []  # a slower form found faster is no find
+        apart = r.share("slower", *wrong_side)
         lines.append(
             f"{r.percent:7} %   {apart.median:.3f} [{apart.low:.3f}, {apart.high:.3f}]  "
             f"{r.share('same').median:.3f}  {r.share('not told apart').median:12.3f}  "
