@@ -477,6 +477,11 @@ def test_memory_maps_are_taken(tmp_path):
 # --- memory ---
 
 
+def least_peak(call):
+    """Of three looks: a thread of the test runner may allocate a buffer during one of them."""
+    return min(traced_peak(call) for _ in range(3))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "k", "n"), [(600, 50, 700), (64, 768, 768), (50, 20, 60)])
@@ -490,7 +495,7 @@ def test_no_call_needs_a_temporary(m, k, n, dtype, layout):
     if not NUMPY_IS_ON_OPENBLAS:
         pytest.skip("NumPy runs on another BLAS")
     for alpha, beta in ((1, 0), (0.5, 0), (1, 1), (0.5, -0.5)):
-        assert traced_peak(lambda: gemm(a, b, out, alpha=alpha, beta=beta)) < 4_000  # noqa: B023
+        assert least_peak(lambda: gemm(a, b, out, alpha=alpha, beta=beta)) < 4_000  # noqa: B023
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -499,8 +504,8 @@ def test_numpy_alone_needs_no_temporary_of_the_results_size(beta, layout):
     rng = np.random.default_rng(0)
     a, b, out = make(rng, (1800, 20)), make(rng, (20, 1700)), lay(make(rng, (1800, 1700)), layout)
     with calling("NumPy alone"):
-        assert traced_peak(lambda: gemm(a, b, out, alpha=0.5, beta=beta)) < out.nbytes / 8
-        assert traced_peak(lambda: gemm(a, b, out)) < 4_000
+        assert least_peak(lambda: gemm(a, b, out, alpha=0.5, beta=beta)) < out.nbytes / 8
+        assert least_peak(lambda: gemm(a, b, out)) < 4_000
 
 
 @pytest.mark.parametrize("shape", [(40, 30_000), (30_000, 40)])
@@ -508,7 +513,7 @@ def test_panels_of_a_lopsided_result_are_of_the_stated_size(shape):
     a, b = np.ones((shape[0], 3), np.float32), np.ones((3, shape[1]), np.float32)
     out = np.ones(shape, np.float32)
     with calling("NumPy alone"):
-        assert traced_peak(lambda: gemm(a, b, out, alpha=0.5, beta=2.0)) < 2**20 + 10_000
+        assert least_peak(lambda: gemm(a, b, out, alpha=0.5, beta=2.0)) < 2**20 + 10_000
 
 
 @given(st.integers(0, 5000), st.integers(0, 300_000), st.integers(1, 300_000))
@@ -622,10 +627,10 @@ def test_a_blend_by_numpy_needs_a_panel_of_memory():
     rng = np.random.default_rng(0)
     x, y = make(rng, (4000, 500)), make(rng, (4000, 500))
     with calling("NumPy alone"):
-        assert traced_peak(lambda: blend(x, y, 0.5, 0.5)) < 2**18 + objects
-        assert traced_peak(lambda: blend(x, y, 1.0, 0.5)) < objects
-        assert traced_peak(lambda: blend(x, y, 0.5, 0.0)) < objects
-    assert traced_peak(lambda: blend(x, y, 0.5, 0.5)) < (objects if NUMPY_IS_ON_OPENBLAS else 2**19)
+        assert least_peak(lambda: blend(x, y, 0.5, 0.5)) < 2**18 + objects
+        assert least_peak(lambda: blend(x, y, 1.0, 0.5)) < objects
+        assert least_peak(lambda: blend(x, y, 0.5, 0.0)) < objects
+    assert least_peak(lambda: blend(x, y, 0.5, 0.5)) < (objects if NUMPY_IS_ON_OPENBLAS else 2**19)
 
 
 @pytest.mark.parametrize("way", WAYS)
