@@ -1861,13 +1861,18 @@ class _Explored:
 # %% ../nbs/08_interleave.ipynb #4b76935b
 def _paths(graph: dict[Any, Any], root: Any) -> int:
     "Ways through the graph of situations, from its root to an end."
-    ways, todo = {None: 1}, [root]
+    ways = {None: 1}
+    todo = [root]
     while todo:
-        key = todo[-1]
-        left = [] if key in ways else [k for k in graph[key].values() if k not in ways]
-        if not left and key not in ways:
-            ways[key] = sum(ways[k] for k in graph[key].values())
-        todo = todo + left if left else todo[:-1]
+        key = todo.pop()
+        if key in ways:  # it was reached before, by another way
+            continue
+        later = graph[key].values()
+        left = [k for k in later if k not in ways]
+        if left:
+            todo += [key, *left]  # this one again, once the others are known
+        else:
+            ways[key] = sum(ways[k] for k in later)
     return ways[root]
 
 # %% ../nbs/08_interleave.ipynb #91ae6406
