@@ -276,9 +276,12 @@ def diffusion(
 
 # %% ../../nbs/models/05_diffusion.ipynb #1223f851
 def _gate_into(
-    residual: np.ndarray, branch: np.ndarray, gate: np.ndarray, out: np.ndarray
-) -> np.ndarray:
-    "`residual + gate * branch`; `out` may be `branch`."
+    residual: np.ndarray,  # (n, D)
+    branch: np.ndarray,  # (n, D)
+    gate: np.ndarray,  # (D,)
+    out: np.ndarray,  # (n, D), may be `branch`
+) -> np.ndarray:  # out
+    "`residual + gate * branch`."
     for rows in panels(len(out), out.shape[1] * out.itemsize):
         np.multiply(branch[rows], gate, out=out[rows])
         out[rows] += residual[rows]
@@ -286,13 +289,13 @@ def _gate_into(
 
 
 def _gate_backward_into(
-    branch: np.ndarray,
-    gate: np.ndarray,
-    grad_out: np.ndarray,
-    out: np.ndarray,
-    grad_gate: np.ndarray,
-    ws: Workspace,
-) -> np.ndarray:
+    branch: np.ndarray,  # (n, D)
+    gate: np.ndarray,  # (D,)
+    grad_out: np.ndarray,  # (n, D)
+    out: np.ndarray,  # (n, D), receives the gradient of the branch
+    grad_gate: np.ndarray,  # (D,), receives that of the gate
+    ws: Workspace,  # for a vector
+) -> np.ndarray:  # out
     "Gradients of `_gate_into`; that of the residual is `grad_out`."
     grad_gate.fill(0)
     with ws.scope():
@@ -632,9 +635,7 @@ class _DenoiserPass:
     t: np.ndarray  # (B,), its noise levels
     outputs: dict[str, np.ndarray]  # layer -> its output
     generation: int  # of the workspace
-    off: np.ndarray | None = (
-        None  # (B, S, features), predicted - noise; None: no loss was asked for
-    )
+    off: np.ndarray | None = None  # (B, S, features), predicted - noise; None: without a loss
 
 # %% ../../nbs/models/05_diffusion.ipynb #d11ae6ba
 def _predict(model: "Denoiser", x: np.ndarray, t: np.ndarray, training: bool) -> _DenoiserPass:
