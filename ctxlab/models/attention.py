@@ -313,6 +313,14 @@ def _finish(
     np.log(total, out=total)
     lse += total
 
+# %% ../../nbs/models/02_attention.ipynb #027b933a
+def _clear(padding: np.ndarray, *arrays: np.ndarray | None) -> None:
+    "Zeros in the rows of padding."
+    for run in _runs(padding):
+        for a in arrays:
+            if a is not None:
+                a[run] = 0
+
 # %% ../../nbs/models/02_attention.ipynb #483fcb88
 def _attention_into(
     q: np.ndarray,
@@ -353,14 +361,6 @@ def _attention_into(
             if hidden.padding is not None and T == S:
                 _clear(hidden.padding, out[at], None if weights is None else weights[at])
     return out
-
-# %% ../../nbs/models/02_attention.ipynb #027b933a
-def _clear(padding: np.ndarray, *arrays: np.ndarray | None) -> None:
-    "Zeros in the rows of padding."
-    for run in _runs(padding):
-        for a in arrays:
-            if a is not None:
-                a[run] = 0
 
 # %% ../../nbs/models/02_attention.ipynb #a862ff04
 def attention_into(

@@ -380,7 +380,7 @@ def _kept(block: _Kind, name: str | None = None) -> list[Buffer]:
     ]
 
 
-@lru_cache(maxsize=256)  # a step of a small block takes hardly longer than this
+@lru_cache(maxsize=256)  # else it takes a good part of the time of a step of a small block
 def _evaluated(
     shapes: tuple[tuple[str, tuple[_Dim, ...]], ...], sizes: tuple[tuple[str, int], ...]
 ) -> list[tuple[str, tuple[int, ...]]]:
@@ -733,14 +733,15 @@ class Block(_Kind):
     def forward(
         self,
         x: np.ndarray,  # (B, S, D); stays as it is until backward, as must arrays of options
-        out: np.ndarray
-        | None = None,  # same shape; default: a buffer, valid in this generation, and
-        # with training=False until a later such pass on this workspace that does not read it
+        out: np.ndarray | None = None,  # same shape; default: a buffer, for as long as said below
         *,
         training: bool = True,  # False: keeps nothing for backward, in buffers that blocks share
         **options: Any,
     ) -> np.ndarray:  # (B, S, D)
-        "Mix the context in, compute, let the context learn from input and output."
+        """Mix the context in, compute, let the context learn from input and output.
+
+        The buffer that is returned without `out` is valid in this generation; with
+        training=False, until a later such pass on this workspace that does not read it."""
         x = _check_input(self, x)
         self._check_options(x.shape, **options)
         inputs = {"x": x} | {n: a for n, a in options.items() if isinstance(a, np.ndarray)}

@@ -395,7 +395,7 @@ def _feed_onto(
     ws: Workspace,
     approximate: str,
 ) -> None:
-    "Add the feed-forward layer of `x`."
+    "Add the feed-forward layer of `x` to `out`."
     np.matmul(x, p["linear1.weight"].T, out=hidden)
     _gelu_in_place(hidden, p["linear1.bias"], ws, approximate)
     np.matmul(hidden, p["linear2.weight"].T, out=t)
