@@ -1151,8 +1151,8 @@ class _Code(NamedTuple):
 @lru_cache(maxsize=4096)
 def _code(code: types.CodeType) -> _Code:
     found: dict[str, set[str]] = {
-        **{"LOAD": set(), "STORE": set(), "rebinds": set(), "imports": set()}
-    }
+        what: set() for what in ("LOAD", "STORE", "rebinds", "imports")
+    }  # in the order of `_Code`
     for each in dis.get_instructions(code):
         what, _, kind = each.opname.partition("_")
         if each.opname == "IMPORT_NAME":
@@ -1181,9 +1181,8 @@ _PLAIN = (
     type(_Code.loads),  # a field of a named tuple
 )
 _PLAIN_KINDS = frozenset(_PLAIN)
-_VALUES = {  # modules of values without parts
-    *("typing", "fractions", "decimal", "datetime", "re", "dataclasses")
-}
+# Modules of values without parts.
+_VALUES = frozenset(("typing", "fractions", "decimal", "datetime", "re", "dataclasses"))
 
 
 def _plain(value: Any) -> bool:  # nothing in it can change
@@ -1665,6 +1664,7 @@ def _adopt_instance(run: _Sharing, value: Any, kind: type) -> None:
 # %% ../nbs/08_interleave.ipynb #08eb5fd8
 _RAW_ACCESS = {"__setattr__", "__getattribute__", "__delattr__"}
 _PAST_CLASS = {*_RAW_ACCESS, "__get__", "__set__", "__delete__"}
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that was made at run time, as by `class`
 
 
 def _frozen(cls: Any) -> bool:
@@ -1678,7 +1678,7 @@ def _watchable(cls: type) -> bool:
     for base in cls.__mro__:
         if base is object or base in (typing.Generic, typing.Protocol):
             continue
-        if _library(base) and base.__flags__ & 1 << 9 == 0:  # made in C
+        if _library(base) and not base.__flags__ & _HEAP_TYPE:  # made in C
             return False
         for name, value in vars(base).items():
             if name in _RAW_ACCESS or isinstance(value, types.MethodDescriptorType):

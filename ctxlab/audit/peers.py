@@ -340,17 +340,11 @@ _UNIT = "bare products"
 def _forms_of(path: str, peers: Iterable[str]) -> dict[str, Callable[..., Callable[[], Any]]]:
     "Ours, the bare products, and those of the peers that do this path."
     whole = path in _BLOCK_PATHS
-    forms = (
-        {"ctxlab": _our_block, _UNIT: _block_products}
-        if whole
-        else {
-            "ctxlab": _ours,
-            _UNIT: _bare,
-        }
-    )
+    ours, bare = (_our_block, _block_products) if whole else (_ours, _bare)
     theirs = _BLOCK_FORMS if whole else _FORMS
     alone = {"numexpr", "numba"} if path != "step update" else set()
-    return forms | {name: theirs[name] for name in peers if name in theirs and name not in alone}
+    able = {name: theirs[name] for name in peers if name in theirs and name not in alone}
+    return {"ctxlab": ours, _UNIT: bare, **able}
 
 # %% ../../nbs/audit/02a_peers.ipynb #6b857183
 @dataclass(frozen=True)
@@ -380,7 +374,8 @@ def _beside(
     seed: int = 0,
 ) -> _Beside:
     "Time a path beside the peers. One that fails, or gives other results, is left out and named."
-    forms, problems = _forms_of(path, peers), dict[str, str]()
+    forms = _forms_of(path, peers)
+    problems: dict[str, str] = {}
     while True:
         try:
             found = compare(
