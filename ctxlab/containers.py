@@ -41,15 +41,6 @@ def _naming(path: str) -> Iterator[None]:
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise InputError(f"{path}: cannot be read ({why})") from e
 
-
-def _fingerprint(path: str) -> tuple[int, int]:  # bytes, last change in ns
-    "What tells whether a file, or any file in a folder, has changed."
-    facts = os.stat(path)
-    if not os.path.isdir(path):
-        return facts.st_size, facts.st_mtime_ns
-    inside = [_fingerprint(entry.path) for entry in os.scandir(path)]
-    return sum(size for size, _ in inside), max([facts.st_mtime_ns, *(when for _, when in inside)])
-
 # %% ../nbs/03b_containers.ipynb #a6987692
 _FLOATS = ("float16", "float32", "float64")
 _BFLOAT16 = "bfloat16"
@@ -183,6 +174,7 @@ class _Columns(_Verified):
         "The next rows into `out`."
         a, b, steps = self.at, self.at + len(out), self.steps
         for d in range(out.shape[1]):
+            # Row `batch * steps + s`: those from a to b are in the batches from first to last.
             for s in range(min(steps, b)):
                 first, last = -((s - a) // steps), -((s - b) // steps)
                 first = max(first, 0)
@@ -224,6 +216,7 @@ class _Blocks:
             _convert(few, part, self.array.stored, self.array.where)
             self.left = self.left[len(few) :]
             done += len(few)
+            del few  # it would keep the slab while the next one is read
 
     def _load(self) -> None:
         "The next slab."
@@ -445,8 +438,8 @@ class _Npz(_Container):
     def _begin(self, info: zipfile.ZipInfo) -> int:
         "Where the bytes of a member begin: behind its own header, a name and some extra."
         with open(self.path, "rb") as f:
-            f.seek(info.header_offset + 26)
-            sizes = f.read(4)
+            f.seek(info.header_offset + 26)  # of the 30 bytes that a header has
+            sizes = f.read(4)  # the lengths of what follows it: the name, and more
         name, extra = int.from_bytes(sizes[:2], "little"), int.from_bytes(sizes[2:], "little")
         return info.header_offset + 30 + name + extra
 
@@ -600,3 +593,12 @@ def _open(
             _check_name(path)
             opened = (kind or _KINDS[Path(path).suffix])(path, bfloat16, stack)
         yield opened
+
+# %% ../nbs/03b_containers.ipynb #5d0c2b72
+def _fingerprint(path: str) -> tuple[int, int]:  # bytes, last change in ns
+    "What tells whether a file, or any file in a folder, has changed."
+    facts = os.stat(path)
+    if not os.path.isdir(path):
+        return facts.st_size, facts.st_mtime_ns
+    inside = [_fingerprint(entry.path) for entry in os.scandir(path)]
+    return sum(size for size, _ in inside), max([facts.st_mtime_ns, *(when for _, when in inside)])

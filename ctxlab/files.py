@@ -113,7 +113,7 @@ def _put_back(placed: list[Path], old: dict[Path, Path], parts: dict[Path, Path]
         if target in old:
             os.replace(old[target], target)
         elif not parts[target].exists() and len(parts) > 1:
-            target.unlink(missing_ok=True)
+            target.unlink(missing_ok=True)  # new, and in place; a file alone is whole, and may stay
 
 # %% ../nbs/04a_files.ipynb #37ce9c91
 @contextmanager

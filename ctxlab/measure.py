@@ -372,7 +372,7 @@ class _Setting:
     threads: int
     allocator: str
     limit_bytes: int | None = None  # of memory, for a process
-    places: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # more, of one form's
+    places: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # folder, path, by form
     allocators: Mapping[str, str] = field(default_factory=dict)  # of forms with one of their own
 
 # %% ../nbs/02_measure.ipynb #44f2670c

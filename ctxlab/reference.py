@@ -260,6 +260,7 @@ def similarity_step(
 
 # %% ../nbs/03_reference.ipynb #aae04e10
 def _finite(a: np.ndarray) -> np.ndarray:
+    "`a` with non-finite entries as 0."
     return np.where(np.isfinite(a), a, a.dtype.type(0))
 
 
