@@ -13,7 +13,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -362,21 +362,16 @@ def _parser() -> argparse.ArgumentParser:
 # %% ../nbs/10_cli.ipynb #13378d35
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Threads of BLAS for all that follows; an error that names the option where there cannot be as
-    many.
-    """
+    "So many threads of BLAS; an InputError that names the option where there are not as many."
     from ctxlab.data import InputError
     from ctxlab.measure import blas_threads
 
-    limit = blas_threads(count)
-    try:
-        limit.__enter__()
-    except ValueError as e:
-        raise InputError(f"--{e}") from e
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(blas_threads(count))
+        except ValueError as e:
+            raise InputError(f"--{e}") from e
         yield
-    finally:
-        limit.__exit__(None, None, None)
 
 # %% ../nbs/10_cli.ipynb #16425c00
 def _trial_count(claims: list[Any], b: Any) -> int:
@@ -527,9 +522,7 @@ def _audit(args: argparse.Namespace) -> int:  # exit code
 
 # %% ../nbs/10_cli.ipynb #c3a4b7a4
 def _told(findings: list[Any], b: Any, data: dict[str, Any], out: Path | None) -> str:
-    """What the terminal gets: the table, a warning, what changed, the machine, and where the page
-    is.
-    """
+    "What the terminal gets: table, warning of noise, changes, the machine, where the page is."
     from ctxlab.audit.changes import _changes_table
     from ctxlab.audit.report import _noise_line, _paragraph, _table, _terminal
     from ctxlab.measure import machine_line
@@ -723,19 +716,11 @@ def _run(
             return 2, e, f"error: {e}" + (_kept(args) if getattr(args, "kept", 0) else "")
         except MemoryError as e:
             return 2, e, f"error: not enough memory for this size ({e})"
-    except KeyboardInterrupt as e:
-        return (
-            130,
-            e,
-            "interrupted" + (f"; {e}" if str(e) else _kept(args)),
-        )  # a command may say itself what is kept
+    except KeyboardInterrupt as e:  # a command may say itself what is kept
+        return 130, e, "interrupted" + (f"; {e}" if str(e) else _kept(args))
     except Exception as e:
-        return (
-            1,
-            e,
-            f"error: unexpected {type(e).__name__}: {e}"
-            + ("" if args.debug else " (--debug shows where)"),
-        )
+        hint = "" if args.debug else " (--debug shows where)"
+        return 1, e, f"error: unexpected {type(e).__name__}: {e}{hint}"
 
 # %% ../nbs/10_cli.ipynb #70b8dfab
 def _close_output() -> None:

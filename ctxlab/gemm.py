@@ -351,12 +351,12 @@ def _are_usual(a: object, b: object, out: object) -> bool:
     "Whether the checks of `gemm` pass, told cheaply for the usual arrays; False for all others."
     if not type(a) is type(b) is type(out) is np.ndarray:
         return False
-    dtype, lies, put = out.dtype, b.flags, a.flags
+    dtype, of_a, of_b = out.dtype, a.flags, b.flags
     if a.dtype is not dtype or b.dtype is not dtype or dtype not in _REALS:
         return False
-    if not (out.flags.carray and put.c_contiguous and put.aligned and lies.aligned):
+    if not (out.flags.carray and of_a.c_contiguous and of_a.aligned and of_b.aligned):
         return False
-    if not (lies.c_contiguous or lies.f_contiguous) or a.ndim != 2 or b.ndim != 2:
+    if not (of_b.c_contiguous or of_b.f_contiguous) or a.ndim != 2 or b.ndim != 2:
         return False
     fits = a.shape[1] == b.shape[0] and out.shape == (a.shape[0], b.shape[1])
     return fits and not (np.may_share_memory(a, out) or np.may_share_memory(b, out))

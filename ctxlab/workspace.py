@@ -138,10 +138,7 @@ def _sleeper(frame: FrameType | None) -> FrameType | None:
 class _Scope:
     "What is first taken inside is given back at the end, also after an error."
 
-    __slots__ = (
-        *("ws", "name", "code", "at", "frame", "over"),
-        *("parent", "slept", "plain", "taken", "token"),
-    )
+    __slots__ = tuple("ws name code at frame over parent slept plain taken token".split())
 
     def __init__(self, ws: "Workspace", name: str, frame: FrameType) -> None:
         self.ws, self.name, self.over = ws, name, ""  # over: why it is not open any more
@@ -300,7 +297,7 @@ class _Owned(_Storage):
             self._owner = None
 
 # %% ../nbs/06_workspace.ipynb #bac8cf9e
-def _check_shape(name: str, shape: Any) -> tuple[int, ...]:
+def _check_dims(name: str, shape: Any) -> tuple[int, ...]:
     try:
         dims = tuple(operator.index(n) for n in (shape if np.iterable(shape) else (shape,)))
     except TypeError:
@@ -331,7 +328,7 @@ def _check_request(
 ) -> tuple[tuple[int, ...], np.dtype, int]:  # shape, dtype, bytes
     if not isinstance(name, str):
         raise TypeError(f"name: {name!r} is not a string")
-    shape, dtype = _check_shape(name, shape), _check_dtype(name, dtype)
+    shape, dtype = _check_dims(name, shape), _check_dtype(name, dtype)
     # NumPy's own rule: even an empty array has countable strides.
     size = math.prod(max(n, 1) for n in shape) * dtype.itemsize
     if size > sys.maxsize:

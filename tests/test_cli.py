@@ -404,9 +404,10 @@ def test_a_strange_report_is_refused_before_anything_is_measured(content, said, 
         assert_refused(done, tmp_path, before, "claims.json", said)
 
 
-def test_more_threads_than_there_can_be(tmp_path):
-    done = run(tmp_path, "report --quick --threads 99999")
-    assert_refused(done, tmp_path, {}, "--threads: 99999, needed 1 to")
+@pytest.mark.parametrize("words", ["report --quick", "bench --rows 8 --dim 8"])
+def test_more_threads_than_there_can_be(words, tmp_path):
+    done = run(tmp_path, f"{words} --threads 99999")
+    assert_refused(done, tmp_path, {}, "--threads: 99999")
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -97,7 +97,7 @@ CHECKS = [
     ("03_reference", "context_gradient", "of_context = numeric_gradient", -1),
     ("05_gemm", "gemm", "def held_equal", -1),
     ("05_gemm", "_accumulate", "_accumulate(a, b, one, alpha, beta)", 2),
-    ("05_gemm", "blend", "blend(x[:, part].copy(), got", 1),
+    ("05_gemm", "blend", "blend(x[:, part], got", 1),
     ("audit/01_original", "_forward", "def check_forward", -1),
     ("audit/01_original", "_backward", "def check_backward", -2),
     ("audit/01_original", "_backward", "def check_backward", -1),
