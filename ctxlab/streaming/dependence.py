@@ -60,9 +60,7 @@ class _Dependence:
     def __init__(self, width: int):
         self.power = np.empty((sum(_FREQUENCIES), width))
         self.rows = np.empty(len(_LENGTHS))  # of each level, in windows that were closed
-        self.means = np.empty(
-            (3, _LENGTHS[1], width)
-        )  # of the windows that are not full, levels 1 to 3
+        self.means = np.empty((3, _LENGTHS[1], width))  # of open windows, levels 1 to 3
         self.weights = np.empty((3, _LENGTHS[1]))  # rows of the stream behind each of them
         self.filled = np.empty(4, np.int64)  # blocks of this stream; means, levels 1 to 3
         self.reset()
@@ -170,7 +168,7 @@ def _shares(d: _Dependence, squares: np.ndarray) -> np.ndarray:  # (frequencies,
     above = d.power[within.stop :].sum(axis=0)
     total = d.power[within].sum(axis=0)
     flat = total == 0
-    d.power[within] += flat
+    d.power[within] += flat  # what has no spectrum counts as white noise
     left = np.maximum(squares - above, 0)
     d.power[within] *= left / np.where(flat, _FREQUENCIES[0], total)
     for level, F in enumerate(_FREQUENCIES):

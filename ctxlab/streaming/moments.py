@@ -145,7 +145,7 @@ def _join(
     "Join count, means and squares of some rows without gaps, and correct `cross`."
     Dx, Dy = s._cross.shape
     before = s.count - s.incomplete
-    if s.incomplete and not before:
+    if s.incomplete and not before:  # block means before a first value are set to that mean
         unseen = _by_feature(s)[0] == 0
         s._dependence.means[..., unseen] = (mean + rest)[unseen]
     share = n / (before + n)
