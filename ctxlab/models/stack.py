@@ -147,7 +147,8 @@ def memory(
     run(stack)
     planned = most() + stack.workspace.nbytes
     run(stack.move_to(fresh))
-    return _Memory(fresh.taken_bytes, most(), pooled, planned)
+    traffic = fresh.taken_bytes  # of this one pass
+    return _Memory(traffic, most(), pooled, planned)
 
 # %% ../../nbs/models/08_stack.ipynb #80808add
 def _pass(
