@@ -223,7 +223,9 @@ def _count_figures(b: Bench) -> _Figures:
 
 def _both(*parts: bool) -> str:
     "A verdict on a claim of two parts: confirmed if both hold, partly if one does."
-    return (Verdict.REFUTED, Verdict.PARTLY, Verdict.CONFIRMED)[sum(parts)]
+    if all(parts):
+        return Verdict.CONFIRMED
+    return Verdict.PARTLY if any(parts) else Verdict.REFUTED
 
 
 def _counted(f: Mapping[str, int]) -> str:
@@ -1204,19 +1206,6 @@ def _why_in_rust() -> _Figures:
     }
 
 # %% ../../nbs/audit/04_claims.ipynb #94ef78e9
-def _growth_in_rust() -> _Figures:
-    return {
-        stream: {
-            "reallocations": r.buffers["power of two kept"].count,
-            "held": r.buffers["power of two kept"].peak,
-            "needed": r.largest,
-            "exact": r.buffers["capacity kept"].count,
-            "exact shape (original)": r.buffers["exact shape (original)"].count,
-        }
-        for stream, r in stored().reuse.items()
-    }
-
-
 def _lock_in_rust() -> _Figures:
     run = stored()
     norms = {
@@ -1240,7 +1229,6 @@ _IN_RUST: dict[str, Callable[[], _Figures]] = {
     "speed-forward": partial(_speed_in_rust, "forward", 3, 5),
     "speed-backward": partial(_speed_in_rust, "backward", 5, 8),
     "why-faster": _why_in_rust,
-    "pow2": _growth_in_rust,
     "norm-lock": _lock_in_rust,
 }
 

@@ -497,10 +497,8 @@ def _amount(value: Any) -> str:
 
 def _figures_table(f: Finding) -> str:
     "All figures of a claim, a column for each workload."
-    esc, names = (
-        html.escape,
-        list(dict.fromkeys(name for figures in f.figures.values() for name in figures)),
-    )
+    esc = html.escape
+    names = dict.fromkeys(name for figures in f.figures.values() for name in figures)
     head = "".join(f'<th scope="col">{esc(w)}</th>' for w in f.figures)
     rows = "".join(
         f'<tr><th scope="row">{esc(name)}</th>'

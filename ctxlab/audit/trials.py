@@ -61,7 +61,7 @@ def _bytes_in_blocks() -> int:
 
 @contextmanager
 def _old_garbage_left() -> Iterator[None]:
-    "Collections look at new objects alone: among all of a large program they take 0.1 s each."
+    "Let garbage collections look at new objects alone: among all of a large program each is long."
     if gc.get_freeze_count():  # someone else has set objects aside, and they stay there
         gc.collect()
         yield
@@ -141,20 +141,20 @@ def _run(
     threads = trial.threads or len(_usable_cores())
     _check_comparison(trial.forms, trial.base, seconds, _RESOLUTION, threads, _ERROR)
     setting = _Setting(
-        {name: _pickled(name, form) for name, form in trial.forms.items()},
-        trial.base,
-        threads,
-        "default",
+        forms={name: _pickled(name, form) for name, form in trial.forms.items()},
+        base=trial.base,
+        threads=threads,
+        allocator="default",
         allocators=trial.allocators,
     )
     question = _Question(
-        seconds,
-        _RESOLUTION,
-        _ERROR,
-        seed,
-        trial.agree,
-        False,
-        lambda form, outcome, ratio: _decided(trial, form, ratio),
+        budget=seconds,
+        resolution=_RESOLUTION,
+        error=_ERROR,
+        seed=seed,
+        agree=trial.agree,
+        progress=False,
+        decided=lambda form, outcome, ratio: _decided(trial, form, ratio),
     )
     return _compare(setting, question)
 
@@ -434,6 +434,16 @@ def _tell_gains(least: float, most: float) -> _Tell:
     return _told_if_timed(tell)
 
 # %% ../../nbs/audit/03a_trials.ipynb #45c5a233
+def _gain_rule(least: float) -> str:
+    "The rule for a gain of `least` percent or more, in words."
+    return (
+        f"confirmed if the interval of the gain lies above 0 and its median is {least:g}% or more; "
+        f"refuted if all of the interval lies below {least:g}%; undecided otherwise; the interval "
+        "is widened by what the base differs from itself; of several cases, partly if some are "
+        "confirmed and the others refuted"
+    )
+
+
 def gain_claim(
     id: str,
     says: str,
@@ -450,15 +460,9 @@ def gain_claim(
     def cases(b: "Bench") -> list[Trial]:
         return [_with_enough(t, form, least) for t in given(b)]
 
-    rule = (
-        f"confirmed if the interval of the gain lies above 0 and its median is {least:g}% or more; "
-        f"refuted if all of the interval lies below {least:g}%; undecided otherwise; the interval "
-        "is widened by what the base differs from itself; of several cases, partly if some are "
-        "confirmed and the others refuted"
-    )
     units = "percent of throughput gained, as median and interval; control: the base, over itself"
     more = dict(
-        rule=rule,
+        rule=_gain_rule(least),
         units=f"{units}; power: share of such runs that would confirm the middle of the claim",
         group="speed",
         number=Number("%", least, most, _first_gain, _every_gain),
