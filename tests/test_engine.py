@@ -156,10 +156,22 @@ def off(seed):
     return lambda: call() * (1 + 1e-6)
 
 
+def spoilt(seed):
+    """Right in its first call; then it adds to what it kept from that."""
+    call, kept = sums(seed), []
+
+    def add():
+        kept.append(call())
+        return sum(kept)
+
+    return add
+
+
 @pytest.mark.parametrize(
     ("forms", "said"),
     [
         (dict(right=sums, off=off), r"^forms: 'off' gives another result than 'right': "),
+        (dict(right=sums, spoilt=spoilt), r"^forms: 'spoilt' gives another result than 'right': "),
         (dict(one=seedless, two=seedless), r"^forms: 'one' gives other results of the same seed"),
     ],
 )

@@ -82,13 +82,13 @@ def counts_living_results(seed):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_the_first_result_is_gone_when_calls_are_timed(start, asked):
+def test_no_result_is_left_when_calls_are_timed(start, asked):
     """Else a form is timed in a heap that holds a result more than the form does."""
     worker = start(counts_living_results)
     worker.answer()
     if asked:
         assert worker.ask("result") == [0]
-        assert worker.ask("result") == [0]  # it is there until calls are timed
+        assert worker.ask("result") == [0]
     worker.sample(1)
     assert worker.ask("call", "operator:call") == [0]
     worker.close()
