@@ -524,13 +524,14 @@ def _audit(args: argparse.Namespace) -> int:  # exit code
 def _told(findings: list[Any], b: Any, data: dict[str, Any], out: Path | None) -> str:
     "What the terminal gets: table, warning of noise, changes, the machine, where the page is."
     from ctxlab.audit.changes import _changes_table
-    from ctxlab.audit.report import _noise_line, _paragraph, _table, _terminal
+    from ctxlab.audit.report import _bounds_line, _noise_line, _paragraph, _table, _terminal
     from ctxlab.measure import machine_line
 
     look = _terminal()
     parts = [
         _table(findings, **look),
         _paragraph(_noise_line(b), look["width"], ""),
+        _paragraph(_bounds_line(findings), look["width"], ""),
         _changes_table(data["compared"], look["width"]) if "compared" in data else "",
         _paragraph(machine_line(data["machine"]), look["width"], ""),
         f"{out / 'index.html'} has the pictures and the rules." if out else "",

@@ -171,7 +171,6 @@ def _serve(connection: "Connection") -> None:
     "Answer orders until there are no more: the life of a worker."
     me = os.getpid()
     call: Any = None  # until it has started
-    result: Any = None  # of the first call, until it is timed
     answer: Any
     reply: bytes | None
     while True:
@@ -183,15 +182,15 @@ def _serve(connection: "Connection") -> None:
             if what == "start":
                 call, _pad = _set_up(order)  # the pad stays as long as this function runs
                 start = time.perf_counter()
-                result = call()
+                call()
                 answer = time.perf_counter() - start
                 gc.collect()
                 gc.freeze()  # what exists by now is not searched again and again
-            elif what == "result":
-                answer = _portable(result)
             else:
-                result = answer = reply = None  # what the form does not hold, its heap does not
-                if what == "sample":
+                answer = reply = None  # what the form does not hold, its heap does not
+                if what == "result":
+                    answer = _portable(call())
+                elif what == "sample":
                     answer = tuple(_sample(call, *order))
                 else:
                     answer = _load_function(order)(call)

@@ -53,6 +53,7 @@ from ..context import SharedAttentionContext
 from ..data import _Pair, load_pairs
 from ..gemm import _forms
 from ..intervals import Interval
+from ..measure import _duration
 from ..models.stack import _KINDS, _passes, _Stack
 from ..norm_cache import DerivedValue, LockedFlag, _norms
 from ..reference import similarity
@@ -431,7 +432,7 @@ def _why(f: Mapping[str, Any]) -> str:
     if "gain" not in f or _judge_gain(3, f["gain"], f["control"]) == Verdict.UNDECIDED:
         return Verdict.UNDECIDED
     intermediate = f["intermediate"] >= max(f["result"] / 2, _SMALL)
-    return _both(intermediate, f["gain"].low > 0)
+    return _both(intermediate, _gains(f))
 
 # %% ../../nbs/audit/04_claims.ipynb #b11520b4
 def _tell_why(figures: _Figures) -> tuple[str, str]:
@@ -553,7 +554,8 @@ def _tell_lazy(figures: _Figures) -> tuple[str, str]:
     plain = "Saved, until the layer learns." if _saved_lazily(f) else "Not that much is saved."
     return (
         plain,
-        f"holds {_mb(f['before'])} MB before the first update, {_mb(f['outgoing'])} MB after",
+        f"holds {_mb(f['before'])} MB before the first update; the matrix that it makes has "
+        f"{_mb(f['outgoing'])} MB",
     )
 
 
@@ -1053,7 +1055,9 @@ def _tell_lock(figures: _Figures) -> tuple[str, str]:
     def told(f: Mapping[str, Any]) -> str:
         hit, norm, ratio = f["hit"], f["norm"], f["ratio"]
         times = f"{ratio.median:.3g} [{ratio.low:.3g}, {ratio.high:.3g}]"
-        return f"a locked hit {hit:.3g} ns, the norm {norm:.3g} ns, ratio {times}"
+        return (
+            f"a locked hit {_duration(hit / 1e9)}, the norm {_duration(norm / 1e9)}, ratio {times}"
+        )
 
     names: dict[str, list[str]] = {}
     for name, f in figures.items():

@@ -40,6 +40,7 @@ from ctxlab.audit.trials import (
 from ..data import InputError
 from ..files import _replace_files
 from ..measure import _AGAIN, Comparison, Interval, _finite, machine, machine_line
+from ..witness import _has_memray
 
 # %% ../../nbs/audit/05_report.ipynb #0df3fed7
 def _widths(width: int) -> tuple[int, ...] | None:  # None: too narrow for columns
@@ -181,6 +182,17 @@ def _noise_line(b: Bench) -> str:  # '' if all is quiet
             f"small gains with care) in {len(noisy)} of {len(b.found)} trials: {'; '.join(noisy)}."
         )
     return " ".join(lines)
+
+# %% ../../nbs/audit/05_report.ipynb #5b0c9e21
+def _bounds_line(findings: Iterable[Finding]) -> str:  # '' where all that is allocated is seen
+    "That bytes are lower bounds, where a finding has counted them without memray."
+    figures = [f for finding in findings for f in finding.figures.values()]
+    if _has_memray() or not any("allocated after" in f for f in figures):
+        return ""
+    return (
+        "Bytes that calls allocate are lower bounds: memray is not installed, so small copies "
+        "below NumPy are not seen (pip install 'ctxlab[memory]')."
+    )
 
 # %% ../../nbs/audit/05_report.ipynb #b6fd7fb0
 @contextmanager
