@@ -225,6 +225,7 @@ def test_every_path_is_stored(counts):
     assert all(c.keys() == kinds for c in paths.values())
 
 
+@pytest.mark.slow
 def test_the_allocations_of_all_paths(counts):
     stored = counts.load(counts.STORED)
     now, remarks = counts.counted_memory(list(counts.PATHS), stored["environment"])
@@ -233,6 +234,7 @@ def test_the_allocations_of_all_paths(counts):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_the_instructions_of_a_path(counts, capsys):
     """Compared where they can be; else one line says why not."""
     assert counts.main(["check", ONE]) == 0

@@ -94,6 +94,7 @@ def lab(tmp_path_factory):
         server.wait()
 
 
+@pytest.mark.slow
 def test_every_link_of_the_index_opens_from_the_folder_of_the_notebooks(lab):
     address, token = lab
 
@@ -109,6 +110,7 @@ def test_every_link_of_the_index_opens_from_the_folder_of_the_notebooks(lab):
         assert contents(link)["type"] == "notebook", link
 
 
+@pytest.mark.slow
 def test_a_click_in_the_index_opens_the_notebook(lab, browser):
     address, token = lab
     tab = browser.new_page()

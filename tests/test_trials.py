@@ -157,6 +157,7 @@ def test_tracing_ends_whatever_a_call_does(calls):
     assert not tracemalloc.is_tracing()
 
 
+@pytest.mark.slow
 @few
 @given(sizes, sizes, sizes)
 def test_hidden_temporaries_are_counted(one_by_one, together, for_good):
@@ -177,6 +178,7 @@ def test_hidden_temporaries_are_counted(one_by_one, together, for_good):
     assert close(account(make), (allocated, stay, stay + most))
 
 
+@pytest.mark.slow
 @few
 @given(sizes)
 def test_data_that_exists_already_is_not_counted(before):
