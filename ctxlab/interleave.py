@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequen
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from graphlib import TopologicalSorter
 from itertools import pairwise
 from random import Random
 from threading import get_ident
@@ -1862,17 +1863,10 @@ class _Explored:
 def _paths(graph: dict[Any, Any], root: Any) -> int:
     "Ways through the graph of situations, from its root to an end."
     ways = {None: 1}
-    todo = [root]
-    while todo:
-        key = todo.pop()
-        if key in ways:  # it was reached before, by another way
-            continue
-        later = graph[key].values()
-        left = [k for k in later if k not in ways]
-        if left:
-            todo += [key, *left]  # this one again, once the others are known
-        else:
-            ways[key] = sum(ways[k] for k in later)
+    later = {key: steps.values() for key, steps in graph.items()}
+    for key in TopologicalSorter(later).static_order():  # from the ends to the root
+        if key is not None:
+            ways[key] = sum(ways[k] for k in later[key])
     return ways[root]
 
 # %% ../nbs/08_interleave.ipynb #91ae6406
