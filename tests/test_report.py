@@ -39,9 +39,19 @@ from ctxlab.audit.report import (
     _terminal,
     write_report,
 )
-from ctxlab.audit.trials import Bench, Number, Verdict, _gain, audit, saving_claim
+from ctxlab.audit.trials import (
+    Bench,
+    Number,
+    Trial,
+    Verdict,
+    _gain,
+    audit,
+    gain_claim,
+    saving_claim,
+)
 from ctxlab.data import InputError
 from ctxlab.intervals import Interval
+from ctxlab.measure import _BudgetError
 
 HOSTILE = "</td><script>alert('1')</script> & \"quoted\" &amp; <b onclick=x>"
 STRICT = "default-src 'none'; img-src 'self'; style-src 'self'"  # as servers set it
@@ -158,6 +168,25 @@ def test_a_control_without_an_interval_yet_is_told_and_stored(made, tmp_path):
     stored = json.loads((tmp_path / "claims.json").read_text())
     assert stored["too_noisy"] == [{"name": "sorting", "control_strays": None}]
     assert "sorting" in _noise_line(b)
+
+
+def test_a_case_that_was_not_timed_is_shown_and_stored(tmp_path):
+    trials = [Trial(name, {"old": len, "new": len}) for name in ("sorting", "searching")]
+    claim = gain_claim("faster", "new is faster", trials, "new", percent=(3, 5))
+    b = Bench(
+        found={"sorting": compared(old=0, new=9)}, failed={"searching": _BudgetError("too short")}
+    )
+    findings = audit([claim], b)
+    assert findings[0].verdict == Verdict.UNDECIDED
+    data = _as_json(findings, b, {})
+    write_report(tmp_path, findings, b, data)
+    stored = json.loads((tmp_path / "claims.json").read_text())
+    assert stored["claims"][0]["figures"]["searching"]["gain"]["median"] is None
+    page = Page((tmp_path / "index.html").read_text())
+    assert "searching: not timed" in page.text
+    assert "not measured" in page.text
+    shown = claim.number.cases(findings[0].figures)
+    assert [round(gain.median) for gain in shown] == [9]  # the picture has the other one alone
 
 
 def test_what_was_not_timed_is_told(made):

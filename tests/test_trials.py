@@ -439,6 +439,19 @@ def test_cases_may_depend_on_the_bench():
     assert (f.verdict, list(f.figures)) == (CONFIRMED, ["mine"])
 
 
+@pytest.mark.parametrize("gain", [9, -9])
+def test_a_case_without_time_leaves_the_claim_undecided(gain):
+    """A gain at a size that was chosen first must not stand for the sizes that were not timed."""
+    cases = [TRIAL, replace(TRIAL, name="searching")]
+    short = {"searching": _BudgetError("budget: too short")}
+    b = Bench(found={"sorting": compared(old=0, new=gain)}, failed=short)
+    (f,) = audit([speed(*cases)], b)
+    assert (f.verdict, f.error) == (UNDECIDED, "")
+    assert "every case" in f.plain
+    assert f"sorting: {gain:+.1f}%" in f.told
+    assert "searching: not timed" in f.told
+
+
 def test_without_time_a_claim_on_speed_is_undecided():
     (f,) = audit([speed()], Bench(seconds=1e-6))
     assert (f.verdict, f.figures, f.error) == (UNDECIDED, {}, "")

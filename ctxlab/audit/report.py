@@ -500,6 +500,8 @@ def _badge(verdict: str) -> str:
 # %% ../../nbs/audit/05_report.ipynb #04aa869e
 def _amount(value: Any) -> str:
     "A figure as text: an interval with its median, a whole number with separators."
+    if isinstance(value, Interval | float) and np.isnan(np.min(value)):
+        return "not measured"
     if isinstance(value, Interval):
         return f"{value.median:.4g} [{value.low:.4g}, {value.high:.4g}]"
     if isinstance(value, float) and not (value.is_integer() and abs(value) >= 1000):

@@ -322,6 +322,8 @@ def _by_case(text: Callable[[dict[str, Any]], str], figures: _Figures) -> str:
 
 def _percent(i: Interval) -> str:
     "An interval in percent, '+1.2% [+0.8, +1.5]'."
+    if np.isnan(i.median):
+        return "not timed"
     if not np.isfinite(i.high):
         return f"{i.median:+.1f}% [no interval yet]"
     return f"{i.median:+.1f}% [{i.low:+.1f}, {i.high:+.1f}]"
@@ -337,16 +339,26 @@ def _gained(m: Measured) -> dict[str, Any]:
     return {"gain": _gain(m.ratio), "control": _gain(m.control)}
 
 
+# A case that there was no time for: nothing speaks for a gain, and nothing against one.
+_NOT_TIMED: dict[str, Any] = {
+    "gain": Interval(np.nan, -100.0, np.inf),
+    "control": _STILL,
+    "power": np.nan,
+}
+
+
 def _gain_figures(
     cases: Callable[["Bench"], Sequence[Trial]], form: str, least: float, most: float
 ) -> Callable[["Bench"], _Figures]:
-    "Gain, control and power, for each trial."
+    "Gain, control and power, for each trial; nothing where there was time for none of them."
 
     def measure(b: "Bench") -> _Figures:
         def of(m: Measured) -> dict[str, Any]:
             return _gained(m) | {"power": _power(least, (least + most) / 2, m.ratios)}
 
-        return {t.name: of(b.timed(t)[form]) for t in cases(b) if b.has_time(t)}
+        trials = cases(b)
+        timed = {t.name: of(b.timed(t)[form]) for t in trials if b.has_time(t)}
+        return {t.name: timed.get(t.name, _NOT_TIMED) for t in trials} if timed else {}
 
     return measure
 
@@ -359,7 +371,7 @@ def _first_gain(figures: _Figures) -> Interval:
 
 
 def _every_gain(figures: _Figures) -> list[Interval]:
-    return [f["gain"] for f in figures.values()]
+    return [f["gain"] for f in figures.values() if not np.isnan(f["gain"].median)]
 
 
 def _judge_gains(least: float) -> Callable[[_Figures], str]:
@@ -397,6 +409,7 @@ _GAIN_SENTENCES: dict[str, str] = {
 
 _LESS = "Faster, but by less than is claimed."
 _STRAYED = "The base differs from itself: the machine was not still."
+_NOT_ALL = "There was no time to measure every case."
 
 
 def _strays(f: Mapping[str, Any]) -> bool:
@@ -412,6 +425,8 @@ def _gains(f: Mapping[str, Any]) -> bool:
 def _gain_sentence(verdict: str, figures: _Figures) -> str:
     if verdict == Verdict.UNDECIDED and any(map(_strays, figures.values())):
         return _STRAYED
+    if any(np.isnan(f["gain"].median) for f in figures.values()):
+        return _NOT_ALL
     if verdict == Verdict.REFUTED and all(map(_gains, figures.values())):
         return _LESS
     return _GAIN_SENTENCES[verdict]
@@ -427,7 +442,7 @@ def _tell_gains(least: float, most: float) -> _Tell:
     def tell(figures: _Figures) -> tuple[str, str]:
         verdict = _judge_gains(least)(figures)
         told = _by_case(_told_gain, figures)
-        found = round(10 * min(f["power"] for f in figures.values()))
+        found = round(10 * np.nanmin([f["power"] for f in figures.values()]))
         would = f"a gain of {(least + most) / 2:g}% would be found in {found} of 10 such runs"
         return _gain_sentence(verdict, figures), f"{told}; {would}"
 
