@@ -150,7 +150,7 @@ def _backward_into(
     np.matmul(grad_out, context.T, out=out)
     return _finish_backward(x, grad_out, strength / D, out) / D
 
-
+# %% ../nbs/07_context.ipynb #d71e9ef5
 def backward_into(
     x: np.ndarray,  # (S, D)
     context: np.ndarray,  # (D, D), same dtype
@@ -220,7 +220,7 @@ def _apply_spoilt(
         np.matmul(X, folded, out=out)
     out[rows] = mixed
 
-
+# %% ../nbs/07_context.ipynb #270139b7
 def _backward_safely(
     x: np.ndarray,  # (S, D)
     context: np.ndarray,  # (D, D), same dtype
@@ -470,7 +470,7 @@ def _update_step_into(
 
     _learn_panels(C, rate, take("context.panel", _panel_shape(D, C.dtype), C.dtype), fill, B)
 
-
+# %% ../nbs/07_context.ipynb #489528a0
 def update_step_into(
     x: np.ndarray,  # (B, D) tokens, one of each sequence; or (D,)
     y: np.ndarray,  # same shape and dtype

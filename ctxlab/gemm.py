@@ -71,7 +71,7 @@ def _check_contiguous(name: str, a: np.ndarray, *, written: bool = False) -> Non
     if not a.flags.c_contiguous:
         raise ValueError(f"{name}: is not C-contiguous; {_advice(name, written)}")
 
-
+# %% ../nbs/05_gemm.ipynb #1e91ec8a
 def _check_operand(
     name: str,
     a: object,
@@ -346,7 +346,7 @@ def gemm(
         _gemm(a, b, c, alpha, beta)
     return out
 
-
+# %% ../nbs/05_gemm.ipynb #5726fad3
 def _are_usual(a: object, b: object, out: object) -> bool:
     "Whether the checks of `gemm` pass, told cheaply for the usual arrays; False for all others."
     if not type(a) is type(b) is type(out) is np.ndarray:

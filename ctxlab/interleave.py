@@ -93,7 +93,7 @@ class _Abandoned(BaseException):
 class _Made(tuple[Any, ...]):
     "The name of something that a thread has made."
 
-
+# %% ../nbs/08_interleave.ipynb #ae69492f
 class _Labels:
     "What stands for values, so that situations of different runs can be compared."
 

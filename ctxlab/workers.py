@@ -166,7 +166,7 @@ def _set_up(order: Mapping[str, Any]) -> tuple[Callable[[], Any], bytearray]:
     pad = bytearray(order["pad"])
     return _make_call(order), pad
 
-
+# %% ../nbs/01c_workers.ipynb #62c2dd43
 def _serve(connection: "Connection") -> None:
     "Answer orders until there are no more: the life of a worker."
     me = os.getpid()

@@ -232,7 +232,7 @@ def _both(*parts: bool) -> str:
 def _counted(f: Mapping[str, int]) -> str:
     return _both(f["batch"] == 5, f["with the token form"] == 6)
 
-
+# %% ../../nbs/audit/04_claims.ipynb #1c9fabe8
 def _tell_count(figures: _Figures) -> tuple[str, str]:
     f = figures["the paths"]
     verdict = _counted(f)
@@ -631,7 +631,7 @@ def _tell_growth(figures: _Figures) -> tuple[str, str]:
 
     return _growth_sentence(figures), _by_case(told, figures)
 
-
+# %% ../../nbs/audit/04_claims.ipynb #71672e26
 _POW2 = Claim(
     id="pow2",
     says="power-of-two sizing minimises reallocation when dimensions change",
@@ -820,7 +820,7 @@ def _tell_kinds(figures: _Figures) -> tuple[str, str]:
 
     return _kinds_sentence(figures), "; ".join(map(told, figures.values()))
 
-
+# %% ../../nbs/audit/04_claims.ipynb #32bba1df
 _ALL_ARCHS = Claim(
     id="all-archs",
     says="Transformer, Diffusion and SSM benefit equally",
@@ -901,7 +901,7 @@ def _faster(figures: _Figures) -> str:
         return Verdict.UNTESTABLE
     return _together(_judge_gain(_LEAST_IN_ALL, f["gain"], f["control"]) for f in timed)
 
-
+# %% ../../nbs/audit/04_claims.ipynb #057748c2
 _TOTAL = Claim(
     id="total",
     says="in all 15-25 MB per model and 10-20 % of speed",

@@ -333,7 +333,7 @@ def _plot_scoreboard(findings: Sequence[Finding]):  # -> matplotlib Figure, or N
         )
     return figure
 
-
+# %% ../../nbs/audit/05_report.ipynb #65c83ff8
 def _draw_numbers(ax: Any, unit: str, rows: Sequence[tuple[Finding, Number, Interval]]) -> None:
     "The claims in one unit, one below the other."
     for y, (f, n, found) in enumerate(rows):

@@ -72,7 +72,7 @@ def _old_garbage_left() -> Iterator[None]:
     finally:
         gc.unfreeze()
 
-
+# %% ../../nbs/audit/03a_trials.ipynb #000e533a
 def _kept_bytes(make: Callable[[], Callable[[], Any]]) -> tuple[int, Callable[[], Any]]:
     "Bytes that a call leaves behind for good, and the call."
     began = not tracemalloc.is_tracing()
@@ -458,7 +458,7 @@ def _gain_rule(least: float) -> str:
         "confirmed and the others refuted"
     )
 
-
+# %% ../../nbs/audit/03a_trials.ipynb #05f56512
 def gain_claim(
     id: str,
     says: str,
@@ -572,7 +572,7 @@ def _peak_saved(case: str, figures: _Figures) -> Interval:  # MB
     f = figures[case]
     return _exactly((f["peak before"] - f["peak after"]) / 1e6)
 
-
+# %% ../../nbs/audit/03a_trials.ipynb #3de7c4b1
 def saving_claim(
     id: str,
     says: str,

@@ -455,7 +455,7 @@ def _steer(block: "DiffusionBlock", h: np.ndarray, y: np.ndarray, kept: _Diffusi
         _feed(p, normed, nothing, kept.fed, kept, ws, block.approximate)
         _steered_gate(of_feed, kept.middle, kept.fed, y)
 
-
+# %% ../../nbs/models/05_diffusion.ipynb #d88096cc
 def _steer_backward(
     block: "DiffusionBlock",
     h: np.ndarray,  # (N, D)

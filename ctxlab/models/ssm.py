@@ -686,7 +686,7 @@ def _halves(
         _norm(p, "norm2", middle, normed, kept.stats2, eps)
         _feed(p, normed, middle, y, kept, ws)
 
-
+# %% ../../nbs/models/06_ssm.ipynb #2c26723e
 def _halves_backward(
     p: _Arrays,
     g: _Arrays,

@@ -418,7 +418,7 @@ def _look_around(
         out = _by_head(heads, grid)
         _attention_into(q, k, v, out, lse, ws, causal=causal, keep=keep)
 
-
+# %% ../../nbs/models/04_transformer.ipynb #6d33db9f
 def _look_back(
     qkv: np.ndarray,  # (N, 3 D), queries, keys and values; changed in place
     heads: np.ndarray,  # (N, D), receives what the heads give, side by side

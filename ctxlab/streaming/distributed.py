@@ -111,7 +111,7 @@ def _result(future, client, patience: float) -> Any:
                 f"and no other came within {patience:g} s"
             )
 
-
+# %% ../../nbs/streaming/04_distributed.ipynb #e468ee1d
 @contextmanager
 def _explained(shard: Shard, scheduler: str) -> Iterator[None]:
     "What goes wrong in the cluster becomes one line; what goes wrong with a file is one already."
@@ -341,7 +341,7 @@ def stream_distributed(
         )[0]
     )
 
-
+# %% ../../nbs/streaming/04_distributed.ipynb #d6560f5b
 def _stream_distributed(
     todo: list[Shard],
     *,

@@ -54,7 +54,7 @@ was read; with --nan pairs also pair_rows, the rows behind each entry of the con
 Until it is complete, the work is kept in a checkpoint beside it.
 """
 
-
+# %% ../../nbs/streaming/05_exact.ipynb #6ccdf751
 def _whole(text: str, least: int = 1) -> int:
     "A whole number of `least` or more; an ArgumentTypeError otherwise."
     if not text.isdecimal() or int(text) < least:
@@ -279,7 +279,7 @@ def _sources(args: argparse.Namespace) -> list[Any]:
     x, y = ([p for name in names for p in _expanded(name)] for names in (args.x, args.y))
     return _pairs(x, y)
 
-
+# %% ../../nbs/streaming/05_exact.ipynb #b850af99
 def _listed(args: argparse.Namespace) -> list["Shard"]:
     "All shards, checked by their headers."
     from ctxlab.streaming.reading import shards
@@ -336,7 +336,7 @@ def _places(args: argparse.Namespace) -> tuple[Path, Path, Path]:  # result, pic
         raise ctxlab.data.InputError(f"--out: {out} cannot be written ({e.strerror})") from None
     return places
 
-
+# %% ../../nbs/streaming/05_exact.ipynb #eea37ad1
 def _check_free(args: argparse.Namespace, places: Sequence[Path]) -> None:
     "An InputError if a result is there already, and was not to be replaced."
     for path in places:
@@ -426,7 +426,7 @@ def _totals(
     except (ImportError, ValueError) as e:
         raise ctxlab.data.InputError(str(e)) from e
 
-
+# %% ../../nbs/streaming/05_exact.ipynb #e9260e52
 @contextmanager
 def _hinting(checkpoint: Path) -> Iterator[None]:
     "An error or Ctrl-C in the block says whether what was done is kept."
@@ -462,7 +462,7 @@ def _check_enough(stats: "ContextStats") -> None:
             f"--nan: no pair of features has {least} rows in which both are finite and vary"
         )
 
-
+# %% ../../nbs/streaming/05_exact.ipynb #ad8dd3e9
 def _run(args: argparse.Namespace) -> int:  # exit code
     "The command `context`."
     from ctxlab.files import _whole_files

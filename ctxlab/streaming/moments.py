@@ -247,7 +247,7 @@ def _sums_into(
         k = m + len(_squares_into(a, parts[m:, columns]))
     return blocks, k
 
-
+# %% ../../nbs/streaming/01_moments.ipynb #9fea8b36
 def _product_into(
     s: "ContextStats",
     x: np.ndarray,  # (n, Dx), at most SUB_ROWS rows
@@ -321,7 +321,7 @@ def _add_blocks(
             np.subtract(y[rows], shift[D:], out=few[:, D:])
         s._dependence.add(shift + total / n, n, few)
 
-
+# %% ../../nbs/streaming/01_moments.ipynb #fd7904da
 def _absorb(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:
     "Join at most SUB_ROWS rows."
     take = s.workspace.take
@@ -377,7 +377,7 @@ def _refuse(x: np.ndarray, y: np.ndarray) -> None:
                     "which nan='refuse' does not take"
                 )
 
-
+# %% ../../nbs/streaming/01_moments.ipynb #be7a3efc
 def _absorb_complete(s: "ContextStats", x: np.ndarray, y: np.ndarray) -> None:
     "Join the rows of at most SUB_ROWS that are complete."
     gone = np.empty(len(x), bool)
@@ -408,7 +408,7 @@ def _by_feature(s: "ContextStats") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     gap = _gap(mean, own[1], s._pairs.reach)
     return n + own[0], base + (mean + gap * share), s._m2 + own[2] + n * share * gap * gap
 
-
+# %% ../../nbs/streaming/01_moments.ipynb #262cfd5f
 def _absorb_pairs(s: "ContextStats", pairs: _PairSums, w: np.ndarray, have: np.ndarray) -> None:
     "Join a panel `w` (n, W) in float64, with 0 where `have` (n, W) says that there is a gap."
     n, W = w.shape
@@ -682,7 +682,7 @@ def _rows_of_pairs(s: ContextStats) -> np.ndarray:  # (Dx, Dy) int64
         out[rows] = _over_all(s, rows).n
     return out
 
-
+# %% ../../nbs/streaming/01_moments.ipynb #fe4ea2c4
 def _covariance(s: ContextStats) -> np.ndarray:  # (Dx, Dy) float64
     "Mean product of the centred features, over the rows of each pair."
     out = np.empty(s._cross.shape)
@@ -812,7 +812,7 @@ def _noise(s: ContextStats) -> np.ndarray:
         np.sqrt(_noise_squares(s, A, B, rows), out=out[rows], casting="same_kind")
     return out
 
-
+# %% ../../nbs/streaming/01_moments.ipynb #ce1c7d81
 def _effective_rows_of_pairs(s: ContextStats, A: np.ndarray, B: np.ndarray) -> float:
     total, known = 0.0, 0
     for rows in panels(len(s._cross), s._cross.shape[1] * 8):

@@ -101,7 +101,7 @@ def _centred(
     mean = np.add.reduce(a, axis=0) / np.count_nonzero(both, axis=0)
     return (a - mean) * both, first - base + mean
 
-
+# %% ../../nbs/streaming/00a_pairs.ipynb #e04d7ad4
 def _mend(
     p: _Pairs,  # written where `which`
     which: np.ndarray,  # (features, Dy) bool
@@ -183,7 +183,7 @@ class _PairSums:
         ):
             mine[...] = a
 
-
+# %% ../../nbs/streaming/00a_pairs.ipynb #a1ea2528
 def _pair_bytes(Dx: int, Dy: int) -> int:
     "Bytes that the sums hold."
     return 8 * (6 * Dx * Dy + 6 * (Dx + Dy))
@@ -251,7 +251,7 @@ def _absorb_gaps(
     m2 = np.maximum(np.add.reduce(squares, axis=0) - n * mean * mean, 0)
     _join_own(s, np.stack([n, at + mean, m2]))
 
-
+# %% ../../nbs/streaming/00a_pairs.ipynb #13c7d1b5
 def _join_own(s: _PairSums, new: np.ndarray) -> None:
     "Join what is known of each feature alone (3, W), counted from `base`."
     n = s.own[0] + new[0]

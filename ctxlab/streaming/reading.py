@@ -337,7 +337,7 @@ def _inspect(
                 )
         return found
 
-
+# %% ../../nbs/streaming/02_reading.ipynb #8773f50d
 def _pair_of(
     name: str, x: str, y: str, keys: tuple[str, str], a: _Array, b: _Array, layer: int
 ) -> Shard:
@@ -511,7 +511,7 @@ def _identity(shard: Shard) -> list:
 _Totals = Mapping[int, ContextStats]  # by layer; 0: no layers
 _Kernels = dict[str, str]  # process, as host:id -> kernel of its BLAS
 
-
+# %% ../../nbs/streaming/02_reading.ipynb #0c7652fb
 def _states(totals: _Totals) -> dict[str, Any]:
     "What is remembered of all totals, by name."
     return {
@@ -574,7 +574,7 @@ def _read_stats(
         raise InputError(f"checkpoint: {path} is of another run ({e})") from None
     return done, kernels
 
-
+# %% ../../nbs/streaming/02_reading.ipynb #5b181446
 def _load_states(totals: _Totals, arrays: Mapping[str, np.ndarray]) -> None:
     if len(totals) > 1:
         layers = {name.partition(".")[0] for name in arrays}
@@ -789,7 +789,7 @@ def stream(
     with _rows_bar(None, progress) as bar:
         return _of_pairs(source, memory, bar)
 
-
+# %% ../../nbs/streaming/02_reading.ipynb #83c0e3d6
 def _alone(totals: _Totals) -> Any:
     "The only total, or all."
     return next(iter(totals.values())) if len(totals) == 1 else dict(totals)

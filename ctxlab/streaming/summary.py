@@ -97,7 +97,7 @@ def _strongest(
         tables["on the diagonal"] = [(i, i) for i in range(Dx)]
     return {name: _listed(context, noise, pairs, top) for name, pairs in tables.items()}
 
-
+# %% ../../nbs/streaming/04a_summary.ipynb #81bc12f5
 def _listed(
     context: np.ndarray, noise: np.ndarray, pairs: list[tuple[int, int]], top: int
 ) -> list[tuple[int, int, float, float]]:
